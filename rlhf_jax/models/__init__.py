@@ -1,0 +1,1 @@
+"""Decoders of the Llama family, their heads, and their files."""

@@ -1,0 +1,95 @@
+"""The shape of a Llama-family decoder, as a frozen dataclass that refuses unknown keys."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched to a longer context.
+
+    Attributes:
+      kind: ``linear`` divides every frequency by `factor` (Chen et al. 2023, "Extending context
+        window via positional interpolation"); ``llama3`` divides only the low frequencies and
+        blends in between (Llama 3.1 release).
+      factor: How many times longer the context becomes.
+      low_freq_factor: ``llama3``: wavelengths above `original_max_length / low_freq_factor` are
+        divided by `factor`.
+      high_freq_factor: ``llama3``: wavelengths below `original_max_length / high_freq_factor` stay.
+      original_max_length: ``llama3``: the context length of pre-training, in tokens.
+    """
+
+    kind: str = "linear"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_length: int = 8192
+
+    def __post_init__(self):
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"rope_scaling.kind={self.kind!r} is unknown; use 'linear' or 'llama3'")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of a decoder of the Llama family.
+
+    Covers Llama 1-3, OpenChineseLLaMA, SmolLM2, Mistral (without sliding window), Qwen2
+    (`qkv_bias`) and Qwen3 (`qk_norm`).
+
+    Attributes:
+      vocab_size: Rows of the embedding.
+      hidden_size: Width D of the residual stream.
+      num_layers: Decoder layers L.
+      num_heads: Query heads N.
+      num_kv_heads: Key and value heads K; N must be a multiple of K. 0 means N.
+      head_dim: Width H of one head. 0 means `hidden_size // num_heads`.
+      intermediate_size: Width F of the gated MLP.
+      rope_theta: Base of the rotary frequencies.
+      rope_scaling: Optional stretching of the rotary frequencies.
+      norm_eps: Epsilon of RMSNorm.
+      tie_embeddings: Whether the output projection is the embedding.
+      qkv_bias: Biases on the query, key and value projections (Qwen2).
+      qk_norm: RMSNorm on queries and keys, per head (Qwen3).
+      max_length: Longest sequence in tokens that the model is meant for.
+      init_std: Standard deviation of the normal initialisation.
+      dtype: Type of weights and activations, "float32" or "bfloat16".
+      remat: What the backward pass recomputes: "none" keeps every activation, "dots" keeps the
+        results of matrix products, "full" keeps one residual-stream tensor per layer.
+      attention: "xla", or "cudnn" for the flash kernel on NVIDIA GPUs in bfloat16.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    max_length: int = 2048
+    init_std: float = 0.02
+    dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "xla"
+
+    def __post_init__(self):
+        if not self.num_kv_heads:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if not self.head_dim:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        for name, allowed in (
+            ("dtype", ("float32", "bfloat16")),
+            ("remat", ("none", "dots", "full")),
+            ("attention", ("xla", "cudnn")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")

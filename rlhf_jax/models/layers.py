@@ -1,0 +1,109 @@
+"""The pieces of a decoder layer, as functions of arrays.
+
+Shape suffixes, here and in transformer.py: B sequences, T tokens, S cached positions, D width,
+N query heads, K key/value heads, G = N / K query heads per key head, H head width, F MLP width,
+L layers, V vocabulary.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.models.config import ModelConfig, RopeScaling
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, computed in float32 (Zhang & Sennrich 2019)."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel` with the leading axes flattened first.
+
+    The backward pass then contracts one axis instead of two, which is a quarter faster on CPU.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def positions_in_segment(segments_BT: jax.Array) -> jax.Array:
+    """Index of each token within its run of equal segment ids: works for left or right padding."""
+    index = jnp.arange(segments_BT.shape[-1])
+    previous = jnp.concatenate([segments_BT[..., :1] - 1, segments_BT[..., :-1]], axis=-1)
+    starts = jnp.where(segments_BT != previous, index, 0)
+    return index - jax.lax.cummax(starts, axis=segments_BT.ndim - 1)
+
+
+def segment_mask(segments_BT: jax.Array) -> jax.Array:
+    """Boolean `[B, 1, T, T]`: query t may see key s when s <= t and both are in one segment.
+
+    Padding (segment 0) sees padding, so no row of the softmax is empty and none gives NaN.
+    """
+    causal = jnp.tril(jnp.ones((segments_BT.shape[-1],) * 2, bool))
+    same = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return (causal & same)[:, None]
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
+    """Rotary frequencies `[H / 2]` in radians per position (Su et al. 2021, eq 15)."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    # llama3: 1 keeps a frequency, 0 divides it by the factor, linear in between.
+    turns = scaling.original_max_length * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (keep + (1 - keep) / scaling.factor)
+
+
+def rope_tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine `[..., H / 2]` in float32 for integer positions `[...]`."""
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates `x [..., heads, H]` by tables `[..., H / 2]`; halves are paired as in Llama's files."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def project_qkv(x: jax.Array, w, cos: jax.Array, sin: jax.Array, config: ModelConfig):
+    """Queries `[..., N, H]`, keys and values `[..., K, H]`, with bias, norm and rotation applied."""
+    q, k, v = dense(x, w.q), dense(x, w.k), dense(x, w.v)
+    if config.qkv_bias:
+        q, k, v = q + w.q_bias, k + w.k_bias, v + w.v_bias
+    lead = x.shape[:-1]
+    q = q.reshape(*lead, config.num_heads, config.head_dim)
+    k = k.reshape(*lead, config.num_kv_heads, config.head_dim)
+    v = v.reshape(*lead, config.num_kv_heads, config.head_dim)
+    if config.qk_norm:
+        q = rms_norm(q, w.q_norm, config.norm_eps)
+        k = rms_norm(k, w.k_norm, config.norm_eps)
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+
+def attend_cached(q_BNH, k_BKSH, v_BKSH, mask_BS) -> jax.Array:
+    """One query per sequence against a cache; heads stand before time, so that rows are contiguous.
+
+    Returns `[B, N * H]`. Scores and softmax are float32.
+    """
+    B, N, H = q_BNH.shape
+    K = k_BKSH.shape[1]
+    q_BKGH = q_BNH.reshape(B, K, N // K, H)
+    scores = jnp.einsum("bkgh,bksh->bkgs", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask_BS[:, None, None, :], scores / math.sqrt(H), jnp.float32(-1e30))
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
+    return jnp.einsum("bkgs,bksh->bkgh", weights, v_BKSH).reshape(B, N * H)
+
+
+def mlp(x: jax.Array, w) -> jax.Array:
+    """Gated MLP with SiLU (SwiGLU: Shazeer 2020)."""
+    return dense(jax.nn.silu(dense(x, w.gate)) * dense(x, w.up), w.down)

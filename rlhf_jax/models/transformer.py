@@ -1,0 +1,197 @@
+"""One decoder for the Llama family, with its layers stacked and scanned.
+
+The module is an immutable pytree: use it under plain `jax.jit`, `jax.grad` and `jax.eval_shape`.
+It holds parameters only; the key/value cache is an argument and a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rlhf_jax.models import layers
+from rlhf_jax.models.config import ModelConfig
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of the positions seen so far.
+
+    Attributes:
+      keys: L arrays `[B, K, S, H]`, one per layer: a decode step updates each in place.
+      values: L arrays `[B, K, S, H]`.
+      mask: `[B, S]` bool, True where a real token is stored.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    mask: jax.Array
+
+
+class LayerWeights(nnx.Module):
+    """Weights of all layers: every leaf has a leading axis L."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        L, D, F, H = (
+            config.num_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            config.head_dim,
+        )
+        N, K = config.num_heads, config.num_kv_heads
+        dtype = jnp.dtype(config.dtype)
+        keys = iter(jax.random.split(key, 7))
+
+        def normal(*shape: int, std: float = config.init_std) -> nnx.Param:
+            return nnx.Param(std * jax.random.normal(next(keys), (L, *shape), dtype))
+
+        # Residual outputs start smaller, by the square root of the number of additions (GPT-2).
+        residual_std = config.init_std / (2 * L) ** 0.5
+        self.q, self.k, self.v = normal(D, N * H), normal(D, K * H), normal(D, K * H)
+        self.o = normal(N * H, D, std=residual_std)
+        self.gate, self.up = normal(D, F), normal(D, F)
+        self.down = normal(F, D, std=residual_std)
+        self.attention_norm = nnx.Param(jnp.ones((L, D), dtype))
+        self.mlp_norm = nnx.Param(jnp.ones((L, D), dtype))
+        if config.qkv_bias:
+            self.q_bias = nnx.Param(jnp.zeros((L, N * H), dtype))
+            self.k_bias = nnx.Param(jnp.zeros((L, K * H), dtype))
+            self.v_bias = nnx.Param(jnp.zeros((L, K * H), dtype))
+        if config.qk_norm:
+            self.q_norm = nnx.Param(jnp.ones((L, H), dtype))
+            self.k_norm = nnx.Param(jnp.ones((L, H), dtype))
+
+    def layer(self, index: int) -> LayerWeights:
+        """The weights of one layer, without the leading axis."""
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+
+class Transformer(nnx.Module):
+    """A Llama-family language model.
+
+    Args:
+      config: Sizes and switches.
+      key: Random key for the initial weights.
+    """
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        dtype = jnp.dtype(config.dtype)
+        embed_key, layers_key, head_key = jax.random.split(key, 3)
+        shape = (config.vocab_size, config.hidden_size)
+        self.config = config
+        self.embedding = nnx.Param(config.init_std * jax.random.normal(embed_key, shape, dtype))
+        self.layers = LayerWeights(config, layers_key)
+        self.final_norm = nnx.Param(jnp.ones((config.hidden_size,), dtype))
+        if not config.tie_embeddings:
+            self.lm_head = nnx.Param(
+                config.init_std * jax.random.normal(head_key, shape[::-1], dtype)
+            )
+
+    def __call__(self, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+        """Hidden states after the final norm.
+
+        Args:
+          tokens: `[B, T]` int32.
+          segments: `[B, T]` int32, 0 on padding, equal positive ids within one document. No token
+            sees another document. A padding mask cast to int is one document per row.
+
+        Returns:
+          `[B, T, D]`; what stands on padding is meaningless, and finite.
+        """
+        return self._forward(tokens, segments)[0]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Projects hidden states `[..., D]` to float32 logits `[..., V]`."""
+        kernel = self.embedding[...].T if self.config.tie_embeddings else self.lm_head[...]
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        logits = jnp.matmul(flat, kernel, preferred_element_type=jnp.float32)
+        return logits.reshape(*hidden.shape[:-1], kernel.shape[-1])
+
+    def _forward(self, tokens_BT: jax.Array, segments_BT: jax.Array):
+        config = self.config
+        cos, sin = layers.rope_tables(layers.positions_in_segment(segments_BT), config)
+        mask = layers.segment_mask(segments_BT)
+
+        def layer(x_BTD, w):
+            h = layers.rms_norm(x_BTD, w.attention_norm[...], config.norm_eps)
+            q, k, v = layers.project_qkv(h, w, cos, sin, config)
+            attended = jax.nn.dot_product_attention(
+                q, k, v, mask=mask, implementation=config.attention
+            )
+            x_BTD = x_BTD + layers.dense(attended.reshape(*x_BTD.shape[:2], -1), w.o[...])
+            h = layers.rms_norm(x_BTD, w.mlp_norm[...], config.norm_eps)
+            return x_BTD + layers.mlp(h, w), (k, v)
+
+        x_BTD = self.embedding[...][tokens_BT]
+        x_BTD, kv = jax.lax.scan(remat(layer, config.remat), x_BTD, self.layers)
+        return layers.rms_norm(x_BTD, self.final_norm[...], config.norm_eps), kv
+
+    def prefill(
+        self, tokens: jax.Array, mask: jax.Array, *, cache_length: int
+    ) -> tuple[jax.Array, KVCache]:
+        """Runs the prompt and fills the first P positions of a new cache.
+
+        Args:
+          tokens: `[B, P]` int32, left padded: the last column is the last real token.
+          mask: `[B, P]` bool.
+          cache_length: S >= P, positions to allocate.
+
+        Returns:
+          Hidden states `[B, D]` of the last column, and the cache.
+        """
+        hidden, (keys, values) = self._forward(tokens, mask.astype(jnp.int32))
+        spare = ((0, 0), (0, 0), (0, cache_length - tokens.shape[1]), (0, 0))
+
+        def per_layer(stacked_LBTKH) -> tuple[jax.Array, ...]:
+            heads_first = stacked_LBTKH.swapaxes(2, 3)
+            return tuple(jnp.pad(heads_first[i], spare) for i in range(self.config.num_layers))
+
+        return hidden[:, -1], KVCache(
+            keys=per_layer(keys), values=per_layer(values), mask=jnp.pad(mask, spare[:1] + spare[2:3])
+        )
+
+    def decode_step(
+        self, tokens: jax.Array, positions: jax.Array, slot: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """Feeds one token per sequence and writes it to the cache.
+
+        Args:
+          tokens: `[B]` int32.
+          positions: `[B]` int32, position of the token within its sequence (padding not counted).
+          slot: scalar int32, the cache index to write, the same for all sequences.
+          cache: The cache; its buffers are reused when the caller donates or loops over it.
+
+        Returns:
+          Hidden states `[B, D]`, and the cache with `slot` filled.
+        """
+        config = self.config
+        cos, sin = layers.rope_tables(positions, config)
+        mask = cache.mask.at[:, slot].set(True)
+        x_BD = self.embedding[...][tokens]
+        keys, values = list(cache.keys), list(cache.values)
+        # Unrolled: with the cache as scan inputs and outputs XLA would copy it at every token.
+        for i in range(config.num_layers):
+            w = self.layers.layer(i)
+            h = layers.rms_norm(x_BD, w.attention_norm[...], config.norm_eps)
+            q_BNH, k_BKH, v_BKH = layers.project_qkv(h, w, cos, sin, config)
+            keys[i] = keys[i].at[:, :, slot].set(k_BKH)
+            values[i] = values[i].at[:, :, slot].set(v_BKH)
+            attended = layers.attend_cached(q_BNH, keys[i], values[i], mask)
+            x_BD = x_BD + attended @ w.o[...]
+            h = layers.rms_norm(x_BD, w.mlp_norm[...], config.norm_eps)
+            x_BD = x_BD + layers.mlp(h, w)
+        hidden = layers.rms_norm(x_BD, self.final_norm[...], config.norm_eps)
+        return hidden, KVCache(keys=tuple(keys), values=tuple(values), mask=mask)
+
+
+def remat(layer: Callable, policy: str) -> Callable:
+    """Wraps a scanned layer in rematerialisation: "none", "dots" or "full"."""
+    if policy == "none":
+        return layer
+    saveable = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    # prevent_cse is only needed outside of scan.
+    return jax.checkpoint(layer, policy=saveable, prevent_cse=False)
