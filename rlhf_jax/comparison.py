@@ -1,0 +1,154 @@
+"""Which of two is better, and how sure that is: win rates, pair accuracy, bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_MAX_BOOTSTRAP_CELLS = 4_000_000
+
+
+class Interval(NamedTuple):
+    """A statistic with the ends of its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class WinRate(NamedTuple):
+    """Shares of prompts on which A wins, ties and loses; `win_rate` counts a tie as one half.
+
+    `low` and `high` bound the 95% interval of `win_rate`.
+    """
+
+    win: float
+    tie: float
+    lose: float
+    win_rate: float
+    low: float
+    high: float
+    num_prompts: int
+
+    def summary(self) -> str:
+        """One line: `win 61.0% tie 4.0% lose 35.0%, win rate 63.0% [58.9, 67.0], 512 prompts`."""
+        shares = f"win {self.win:.1%} tie {self.tie:.1%} lose {self.lose:.1%}"
+        interval = f"[{100 * self.low:.1f}, {100 * self.high:.1f}]"
+        return f"{shares}, win rate {self.win_rate:.1%} {interval}, {self.num_prompts} prompts"
+
+
+def win_tie_lose(
+    scores_a: Any,
+    scores_b: Any,
+    *,
+    tie_tol: float = 0.0,
+    seed: int = 0,
+    num_resamples: int = 2000,
+) -> WinRate:
+    """Compares two policies prompt by prompt, with a paired 95% bootstrap interval.
+
+    o_i = 1[a_i - b_i > tol] + ½ 1[|a_i - b_i| <= tol],  win rate = mean o_i
+
+    The outcomes o_i, one a prompt, are what is resampled, so the pairing is kept.
+
+    Args:
+      scores_a: float [N], a judge's scores of A's responses; or [N, S] for S responses a prompt,
+        which are compared one by one and averaged within the prompt before resampling.
+      scores_b: the same of B, same shape.
+      tie_tol: largest absolute difference that is a tie.
+      seed: of the bootstrap.
+      num_resamples: of the bootstrap.
+
+    Returns:
+      A `WinRate`, shares in [0, 1].
+
+    Raises:
+      ValueError: shapes differ, no prompt, a score is NaN, or `tie_tol` is negative.
+    """
+    a, b = _same_shape(scores_a=scores_a, scores_b=scores_b)
+    if a.ndim not in (1, 2) or a.size == 0:
+        raise ValueError(f"scores must be [N] or [N, S] with N, S > 0, got shape {a.shape}")
+    if tie_tol < 0:
+        raise ValueError(f"tie_tol must be >= 0, got {tie_tol}")
+    for name, scores in (("scores_a", a), ("scores_b", b)):
+        if np.isnan(scores).any():
+            raise ValueError(f"{name} is NaN for prompt {np.argwhere(np.isnan(scores))[0][0]}")
+    # Equal infinities are a tie; their difference would be NaN.
+    difference = np.subtract(a, b, out=np.zeros_like(a), where=a != b)
+    win, lose = difference > tie_tol, difference < -tie_tol
+    outcomes = np.where(win, 1.0, np.where(lose, 0.0, 0.5)).reshape(len(a), -1).mean(axis=1)
+    interval = bootstrap_interval(outcomes, seed=seed, num_resamples=num_resamples)
+    tie = 1.0 - win.mean() - lose.mean()
+    return WinRate(float(win.mean()), max(float(tie), 0.0), float(lose.mean()), *interval, len(a))
+
+
+def bootstrap_interval(
+    x: Any,
+    statistic: Callable[..., Any] = np.mean,
+    *,
+    level: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap of a statistic (Efron 1979): resample the N values with replacement.
+
+    Args:
+      x: float [N], one value for each independent unit (a prompt, not a token).
+      statistic: reduces the last axis and takes `axis=-1`, e.g. `np.mean`, `np.median`.
+      level: of the interval, in (0, 1).
+      num_resamples: number of resamples.
+      seed: the same seed gives the same interval.
+
+    Returns:
+      `Interval(value, low, high)`.
+
+    Raises:
+      ValueError: `x` is not [N] with N > 0, or a setting is out of range.
+    """
+    x = np.asarray(x, dtype=np.float64)
+    if x.ndim != 1 or x.size == 0:
+        raise ValueError(f"x must be [N] with N > 0, got shape {x.shape}")
+    if not 0 < level < 1 or num_resamples < 1:
+        raise ValueError(f"need 0 < level < 1 and num_resamples >= 1, got {level}, {num_resamples}")
+    rng = np.random.default_rng(seed)
+    rows = max(1, _MAX_BOOTSTRAP_CELLS // x.size)
+    estimates = np.concatenate(
+        [
+            np.asarray(statistic(x[rng.integers(x.size, size=(count, x.size))], axis=-1))
+            for count in _split(num_resamples, rows)
+        ]
+    )
+    low, high = np.quantile(estimates, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(statistic(x, axis=-1)), float(low), float(high))
+
+
+def pair_accuracy(chosen_scores: Any, rejected_scores: Any) -> float:
+    """Share of pairs whose chosen response scores higher; a tie counts one half.
+
+    Args:
+      chosen_scores: float [N].
+      rejected_scores: float [N].
+
+    Returns:
+      In [0, 1].
+
+    Raises:
+      ValueError: shapes differ, no pair, or a score is NaN.
+    """
+    result = win_tie_lose(chosen_scores, rejected_scores, num_resamples=1)
+    return result.win_rate
+
+
+def _same_shape(**arrays: Any) -> list[np.ndarray]:
+    converted = {name: np.asarray(array, dtype=np.float64) for name, array in arrays.items()}
+    shapes = {name: array.shape for name, array in converted.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"shapes must be equal, got {shapes}")
+    return list(converted.values())
+
+
+def _split(total: int, size: int) -> list[int]:
+    """Sizes of the chunks of `total` items: all `size`, the last one smaller."""
+    return [min(size, total - start) for start in range(0, total, size)]

@@ -1,0 +1,78 @@
+"""Progress of a stage: a bar on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import Any, Self, TextIO
+
+from rlhf_jax.metrics import as_float
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere a line now and then. Made by `progress`."""
+
+    def __init__(
+        self,
+        total: int | None,
+        desc: str,
+        initial: int = 0,
+        *,
+        every_seconds: float = 30.0,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._total, self._desc, self._done = total, desc, initial
+        self._every = every_seconds
+        self._start = time.monotonic()
+        self._last_print = -math.inf
+        self._pending = ""
+        self._bar = None
+        if self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=desc, initial=initial, file=self._stream)
+
+    def update(self, n: int = 1, **shown: Any) -> None:
+        """Moves on by `n` and shows a few numbers: `bar.update(reward=0.7, kl=2.1)`."""
+        self._done += n
+        numbers = {name: f"{as_float(name, value):.4g}" for name, value in shown.items()}
+        if self._bar is not None:
+            self._bar.set_postfix(numbers, refresh=False)
+            self._bar.update(n)
+            return
+        total = "" if self._total is None else f"/{self._total}"
+        line = [f"{self._desc}: {self._done}{total}", f"{time.monotonic() - self._start:.0f} s"]
+        self._pending = ", ".join(line + [f"{name} {text}" for name, text in numbers.items()])
+        if time.monotonic() - self._last_print >= self._every:
+            self._print_pending()
+
+    def _print_pending(self) -> None:
+        if self._pending:
+            print(self._pending, file=self._stream, flush=True)
+        self._pending = ""
+        self._last_print = time.monotonic()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        else:
+            self._print_pending()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+
+def progress(total: int | None, desc: str, initial: int = 0) -> Progress:
+    """A tqdm bar on standard error; where that is no terminal, a line every 30 seconds instead.
+
+    Args:
+      total: number of steps, or None when it is unknown.
+      desc: what is being counted, e.g. "SFT".
+      initial: steps that an earlier, interrupted run has done.
+    """
+    return Progress(total, desc, initial)
