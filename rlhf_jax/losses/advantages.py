@@ -1,0 +1,275 @@
+"""Returns and advantages: what a token was worth.
+
+One index everywhere: r_t is the reward for token t, V_t = V(s_t) the value before it. `where`
+marks the real tokens of each row, which stand together; before and after may be padding of any
+value, NaN included. After the last real token the value is 0, or `bootstrap` if the response was
+cut off. (Several separate runs of real tokens in a row are several episodes.)
+
+Everything here is a constant of the losses, so no gradient flows through it.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.losses._checks import require
+from rlhf_jax.losses.masking import masked_fill
+
+Scalar = float | jax.Array
+
+
+def rewards_to_go(
+    rewards: jax.Array,
+    *,
+    discount: Scalar,
+    where: jax.Array,
+    bootstrap: jax.Array | None = None,
+) -> jax.Array:
+    """Discounted sum of the rewards from each token on.
+
+        R_t = r_t + γ R_{t+1} = Σ_{l≥0} γ^l r_{t+l}
+
+    Source: slide "Value Function Estimation" (R̂_t) and Algorithm 1, line 3. The deck's G_τ prints
+    γ^{k−1} with no k: the exponent is t−τ.
+
+    Args:
+      rewards: r, [..., T] float.
+      discount: γ.
+      where: True on real tokens, [..., T] bool.
+      bootstrap: value after the last real token, [...] float; None is 0.
+
+    Returns:
+      [..., T], unreduced, 0 where masked.
+
+    Raises:
+      AssertionError: shapes differ, or a type is wrong.
+
+    >>> print(rewards_to_go(jnp.array([1.0, 1.0]), discount=0.5, where=jnp.array([True, True])))
+    [1.5 1. ]
+    """
+    chex.assert_equal_shape([rewards, where])
+    chex.assert_type([rewards, where], [float, bool])
+    ahead = _values_ahead(jnp.zeros_like(rewards), where, bootstrap)
+    first = masked_fill(rewards, where=where) + discount * ahead
+    return _discounted_sums(first, discount, where)
+
+
+def total_return(rewards: jax.Array, *, discount: Scalar, where: jax.Array) -> jax.Array:
+    """Discounted sum of all rewards of a response, counted from its first real token.
+
+        R(τ) = Σ_{t≥0} γ^t r_t
+
+    Source: slide "Policy Gradient Methods", Φ_t = R(τ).
+
+    Args:
+      rewards: r, [..., T] float.
+      discount: γ.
+      where: True on real tokens, [..., T] bool.
+
+    Returns:
+      [...], one number a sequence, unreduced.
+
+    Raises:
+      AssertionError: shapes differ, or a type is wrong.
+
+    >>> print(total_return(jnp.array([1.0, 1.0]), discount=0.5, where=jnp.array([True, True])))
+    1.5
+    """
+    chex.assert_equal_shape([rewards, where])
+    chex.assert_type([rewards, where], [float, bool])
+    position = jnp.cumsum(where, axis=-1, dtype=jnp.int32) - 1
+    weights = jnp.power(jnp.asarray(discount, rewards.dtype), jnp.maximum(position, 0))
+    total = jnp.sum(masked_fill(rewards, where=where) * weights, axis=-1)
+    return jax.lax.stop_gradient(total)
+
+
+def td_errors(
+    rewards: jax.Array,
+    values: jax.Array,
+    *,
+    discount: Scalar,
+    where: jax.Array,
+    bootstrap: jax.Array | None = None,
+) -> jax.Array:
+    """One-step temporal-difference errors.
+
+        δ_t = r_t + γ V_{t+1} − V_t
+
+    Source: slide "Advantage Function" (TD error).
+
+    Args:
+      rewards: r, [..., T] float.
+      values: V, [..., T] float.
+      discount: γ.
+      where: True on real tokens, [..., T] bool.
+      bootstrap: value after the last real token, [...] float; None is 0.
+
+    Returns:
+      [..., T], unreduced, 0 where masked.
+
+    Raises:
+      AssertionError: shapes differ, or a type is wrong.
+
+    >>> rewards, values, where = jnp.array([0.0, 1.0]), jnp.array([0.5, 0.5]), jnp.ones(2, bool)
+    >>> print(td_errors(rewards, values, discount=1.0, where=where))
+    [0.  0.5]
+    """
+    chex.assert_equal_shape([rewards, values, where])
+    chex.assert_type([rewards, values, where], [float, float, bool])
+    ahead = _values_ahead(values, where, bootstrap)
+    return jax.lax.stop_gradient(masked_fill(rewards + discount * ahead - values, where=where))
+
+
+def k_step_advantages(
+    rewards: jax.Array,
+    values: jax.Array,
+    *,
+    discount: Scalar,
+    k: int,
+    where: jax.Array,
+    bootstrap: jax.Array | None = None,
+) -> jax.Array:
+    """Advantage from k real rewards and the value after them.
+
+        Â_t^k = Σ_{l=0}^{k−1} γ^l δ_{t+l} = R̂_t^k − V_t
+
+    Source: slide "Advantage Function" (k-step advantage), which prints γ^{l−1} δ_{t+l} for
+    l = 1 … k: one step too late.
+
+    Args:
+      rewards: r, [..., T] float.
+      values: V, [..., T] float.
+      discount: γ.
+      k: number of steps, at least 1; a response that ends earlier ends the sum.
+      where: True on real tokens, [..., T] bool.
+      bootstrap: value after the last real token, [...] float; None is 0.
+
+    Returns:
+      [..., T], unreduced, 0 where masked.
+
+    Raises:
+      AssertionError: shapes differ, or a type is wrong.
+      ValueError: k < 1.
+
+    >>> rewards, values, where = jnp.array([0.0, 1.0]), jnp.array([0.5, 0.5]), jnp.ones(2, bool)
+    >>> print(k_step_advantages(rewards, values, discount=1.0, k=2, where=where))
+    [0.5 0.5]
+    """
+    chex.assert_equal_shape([rewards, values, where])
+    require(k >= 1, f"k={k} must be at least 1")
+    deltas = td_errors(rewards, values, discount=discount, where=where, bootstrap=bootstrap)
+
+    def one_step_more(_: int, sums: jax.Array) -> jax.Array:
+        return deltas + discount * masked_fill(_shift_left(sums), where=where)
+
+    return jax.lax.fori_loop(1, min(k, rewards.shape[-1]), one_step_more, deltas)
+
+
+def k_step_returns(
+    rewards: jax.Array,
+    values: jax.Array,
+    *,
+    discount: Scalar,
+    k: int,
+    where: jax.Array,
+    bootstrap: jax.Array | None = None,
+) -> jax.Array:
+    """Return from k real rewards and the value after them (TD-k).
+
+        R̂_t^k = r_t + γ r_{t+1} + … + γ^{k−1} r_{t+k−1} + γ^k V_{t+k}
+
+    Source: slide "Advantage Function" (TD-k return).
+
+    Args:
+      rewards: r, [..., T] float.
+      values: V, [..., T] float.
+      discount: γ.
+      k: number of steps, at least 1; a response that ends earlier ends the sum.
+      where: True on real tokens, [..., T] bool.
+      bootstrap: value after the last real token, [...] float; None is 0.
+
+    Returns:
+      [..., T], unreduced, 0 where masked.
+
+    Raises:
+      AssertionError: shapes differ, or a type is wrong.
+      ValueError: k < 1.
+
+    >>> rewards, values, where = jnp.array([0.0, 1.0]), jnp.array([0.5, 0.5]), jnp.ones(2, bool)
+    >>> print(k_step_returns(rewards, values, discount=1.0, k=1, where=where))
+    [0.5 1. ]
+    """
+    advantages = k_step_advantages(
+        rewards, values, discount=discount, k=k, where=where, bootstrap=bootstrap
+    )
+    return advantages + jax.lax.stop_gradient(masked_fill(values, where=where))
+
+
+def gae(
+    rewards: jax.Array,
+    values: jax.Array,
+    *,
+    discount: Scalar,
+    lambda_: Scalar,
+    where: jax.Array,
+    bootstrap: jax.Array | None = None,
+) -> jax.Array:
+    """Generalised advantage estimation: the λ-weighted mix of all k-step advantages.
+
+        Â_t = δ_t + γλ Â_{t+1} = Σ_{l≥0} (γλ)^l δ_{t+l}
+
+    λ = 0 gives δ_t; λ = 1 gives R_t − V_t. The critic's target in PPO is Â_t + V_t.
+
+    Source: Schulman et al. 2016 (arXiv 1506.02438), eq 16; slide "Advantage Function". The deck's
+    case λ = 1 prints r_{t+l+1}: the reward at t+l belongs there.
+
+    Args:
+      rewards: r, [..., T] float.
+      values: V, [..., T] float.
+      discount: γ.
+      lambda_: λ, 0 (low variance) to 1 (no bias).
+      where: True on real tokens, [..., T] bool.
+      bootstrap: value after the last real token, [...] float, for responses that were cut off;
+        None is 0.
+
+    Returns:
+      [..., T], unreduced, 0 where masked.
+
+    Raises:
+      AssertionError: shapes differ, or a type is wrong.
+
+    >>> rewards, values, where = jnp.array([0.0, 1.0]), jnp.array([0.5, 0.5]), jnp.ones(2, bool)
+    >>> print(gae(rewards, values, discount=1.0, lambda_=0.5, where=where))
+    [0.25 0.5 ]
+    """
+    chex.assert_equal_shape([rewards, values, where])
+    deltas = td_errors(rewards, values, discount=discount, where=where, bootstrap=bootstrap)
+    return _discounted_sums(deltas, discount * lambda_, where)
+
+
+def _shift_left(x: jax.Array) -> jax.Array:
+    """x_{t+1} at t; zero (False) at the end."""
+    return jnp.concatenate([x[..., 1:], jnp.zeros_like(x[..., :1])], axis=-1)
+
+
+def _values_ahead(values: jax.Array, where: jax.Array, bootstrap: jax.Array | None) -> jax.Array:
+    """V_{t+1}, and the bootstrap (or 0) where the next token is not real."""
+    if bootstrap is None:
+        after_end = jnp.zeros_like(values)
+    else:
+        chex.assert_shape(bootstrap, values.shape[:-1])
+        after_end = jnp.broadcast_to(bootstrap[..., None].astype(values.dtype), values.shape)
+    return jnp.where(_shift_left(where), _shift_left(values), after_end)
+
+
+def _discounted_sums(x: jax.Array, decay: Scalar, where: jax.Array) -> jax.Array:
+    """y_t = x_t + decay · y_{t+1} on real tokens, 0 elsewhere, in one pass from the end."""
+
+    def step(carry: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x_t, real = now
+        carry = jnp.where(real, x_t + decay * carry, 0).astype(x.dtype)
+        return carry, carry
+
+    time_major = (jnp.moveaxis(x, -1, 0), jnp.moveaxis(where, -1, 0))
+    _, sums = jax.lax.scan(step, jnp.zeros_like(x[..., 0]), time_major, reverse=True)
+    return jax.lax.stop_gradient(jnp.moveaxis(sums, 0, -1))

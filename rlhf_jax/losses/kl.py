@@ -1,0 +1,148 @@
+"""Kullback-Leibler divergences between policies, on samples or exact, and their weight."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.losses._checks import require
+
+
+def kl_estimate(log_probs: jax.Array, ref_log_probs: jax.Array, *, estimator: str) -> jax.Array:
+    """Per-token estimate of KL(π ‖ π_ref) on tokens drawn from π.
+
+        d = log π − log π_ref
+        k1 = d        unbiased, can be negative
+        k2 = d²/2     biased, low variance
+        k3 = exp(−d) − 1 + d      unbiased, never negative
+
+    Source: Schulman, "Approximating KL Divergence" (2020). k3 is computed with expm1: for small d
+    `exp(−d) − 1` loses every digit in float32 and goes below 0.
+
+    Args:
+      log_probs: log π, [...] float, differentiated. The tokens must come from this policy.
+      ref_log_probs: log π_ref, same shape, constant.
+      estimator: "k1", "k2" or "k3".
+
+    Returns:
+      [...], unreduced.
+
+    Raises:
+      AssertionError: shapes differ, or a type is not float.
+      ValueError: the estimator is unknown.
+
+    >>> print(kl_estimate(jnp.array([-1.0]), jnp.array([-3.0]), estimator="k2"))
+    [2.]
+    """
+    chex.assert_equal_shape([log_probs, ref_log_probs])
+    chex.assert_type([log_probs, ref_log_probs], float)
+    require(estimator in ("k1", "k2", "k3"), f"estimator={estimator!r} must be k1, k2 or k3")
+    log_ratio = log_probs - jax.lax.stop_gradient(ref_log_probs)
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return jnp.square(log_ratio) / 2
+    return jnp.expm1(-log_ratio) + log_ratio
+
+
+def kl_divergence(logits_p: jax.Array, logits_q: jax.Array) -> jax.Array:
+    """KL between two next-token distributions, exact over the vocabulary.
+
+        KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)
+
+    Both arguments are differentiated: PPO-penalty and TRPO move q (p = π_old), Quark moves p. Wrap
+    the constant one in `jax.lax.stop_gradient`. Logits of −inf in p (top-p) add nothing.
+
+    Args:
+      logits_p: [..., V] float.
+      logits_q: same shape.
+
+    Returns:
+      [...] float32, unreduced, not negative up to rounding.
+
+    Raises:
+      AssertionError: shapes differ, or a type is not float.
+
+    >>> p, q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.8, 0.2]))
+    >>> print(kl_divergence(p, q).round(3))
+    0.223
+    """
+    chex.assert_equal_shape([logits_p, logits_q])
+    chex.assert_type([logits_p, logits_q], float)
+    wide = jnp.promote_types(jnp.result_type(logits_p, logits_q), jnp.float32)
+    log_p = jax.nn.log_softmax(logits_p.astype(wide), axis=-1)
+    log_q = jax.nn.log_softmax(logits_q.astype(wide), axis=-1)
+    possible = log_p > -jnp.inf
+    log_p, log_q = jnp.where(possible, log_p, 0.0), jnp.where(possible, log_q, 0.0)
+    return jnp.sum(jnp.where(possible, jnp.exp(log_p) * (log_p - log_q), 0.0), axis=-1)
+
+
+def adaptive_kl_coef(
+    coef: jax.Array,
+    kl: jax.Array,
+    *,
+    target: float | jax.Array,
+    horizon: float | jax.Array,
+    steps: float | jax.Array = 1,
+) -> jax.Array:
+    """Next weight of the KL reward: up when the measured KL is above target, down when below.
+
+        e = clip(KL/KL_target − 1, −0.2, 0.2)
+        β ← β (1 + e · steps/horizon)
+
+    Source: Ziegler et al. 2019 (arXiv 1909.08593), eq 3 and §2.2, with K_β = steps/horizon as in
+    its released code (target 6, horizon 10,000 episodes).
+
+    Args:
+      coef: β, [] float.
+      kl: measured KL, [] float, in the unit of the target (theirs is the sum over a response).
+      target: KL_target.
+      horizon: the larger, the slower; in the unit of `steps`.
+      steps: how much was seen since the last update, e.g. episodes in the batch.
+
+    Returns:
+      [] float, constant.
+
+    Raises:
+      AssertionError: shapes differ, or a type is not float.
+      ValueError: target or horizon is not positive.
+
+    >>> print(adaptive_kl_coef(jnp.array(0.1), jnp.array(12.0), target=6.0, horizon=10).round(4))
+    0.102
+    """
+    chex.assert_equal_shape([coef, kl])
+    chex.assert_type([coef, kl], float)
+    require(target > 0, f"target={target} must be positive")
+    require(horizon > 0, f"horizon={horizon} must be positive")
+    error = jnp.clip(kl / target - 1, -0.2, 0.2)
+    return jax.lax.stop_gradient(coef * (1 + error * steps / horizon))
+
+
+def adaptive_penalty_coef(
+    coef: jax.Array, kl: jax.Array, *, target: float | jax.Array
+) -> jax.Array:
+    """Next weight of PPO-penalty: doubled when the step went too far, halved when not far enough.
+
+        β ← 2β if KL > 1.5 KL_target;  β/2 if KL < KL_target/1.5;  else β
+
+    Source: Schulman et al. 2017 (arXiv 1707.06347), §4.
+
+    Args:
+      coef: β, [] float.
+      kl: measured mean KL(π_old ‖ π_θ), [] float.
+      target: KL_target.
+
+    Returns:
+      [] float, constant.
+
+    Raises:
+      AssertionError: shapes differ, or a type is not float.
+      ValueError: target is not positive.
+
+    >>> print(adaptive_penalty_coef(jnp.array(0.1), jnp.array(0.02), target=0.01))
+    0.2
+    """
+    chex.assert_equal_shape([coef, kl])
+    chex.assert_type([coef, kl], float)
+    require(target > 0, f"target={target} must be positive")
+    factor = jnp.where(kl > 1.5 * target, 2.0, jnp.where(kl < target / 1.5, 0.5, 1.0))
+    return jax.lax.stop_gradient(coef * factor.astype(coef.dtype))

@@ -1,0 +1,175 @@
+"""Masked reductions: values under the mask may be anything, NaN included, and change nothing.
+
+Sums are accumulated in float32 at least: bfloat16 cannot count past 256. An empty mask gives 0.
+"""
+
+from collections.abc import Sequence
+
+import chex
+import jax
+import jax.numpy as jnp
+
+Axis = int | Sequence[int] | None
+
+
+def masked_fill(x: jax.Array, *, where: jax.Array, fill: float = 0.0) -> jax.Array:
+    """Replaces the values that `where` leaves out; no gradient flows to them.
+
+        y = x where `where`, else fill
+
+    Element-wise losses take no mask. Where padding may hold NaN or inf, fill their *inputs* first:
+    a mask on the loss alone keeps the value clean, but 0 · NaN is NaN in the backward pass.
+
+    Args:
+      x: values, [...] float.
+      where: True where x counts, same shape, bool.
+      fill: the value to put elsewhere.
+
+    Returns:
+      [...], unreduced.
+
+    Raises:
+      AssertionError: shapes differ, x is not float, or `where` is not bool.
+
+    >>> print(masked_fill(jnp.array([1.0, jnp.nan]), where=jnp.array([True, False])))
+    [1. 0.]
+    """
+    chex.assert_equal_shape([x, where])
+    chex.assert_type([x, where], [float, bool])
+    return jnp.where(where, x, jnp.asarray(fill, x.dtype))
+
+
+def masked_sum(x: jax.Array, *, where: jax.Array, axis: Axis = None) -> jax.Array:
+    """Sum over the elements that count.
+
+        Σ_i m_i x_i
+
+    Args:
+      x: values, [...] float.
+      where: True where x counts, same shape, bool.
+      axis: axes to reduce; None reduces all.
+
+    Returns:
+      x without the reduced axes, in the dtype of x. Nothing counted: 0.
+
+    Raises:
+      AssertionError: shapes differ, x is not float, or `where` is not bool.
+
+    >>> print(masked_sum(jnp.array([1.0, 2.0, jnp.nan]), where=jnp.array([True, True, False])))
+    3.0
+    """
+    total, _ = _sum_and_count(x, where, axis)
+    return total.astype(x.dtype)
+
+
+def masked_mean(x: jax.Array, *, where: jax.Array, axis: Axis = None) -> jax.Array:
+    """Mean over the elements that count (never over B·T).
+
+        Σ_i m_i x_i / Σ_i m_i
+
+    Args:
+      x: values, [...] float.
+      where: True where x counts, same shape, bool.
+      axis: axes to reduce; None reduces all, which weighs every token the same.
+
+    Returns:
+      x without the reduced axes, in the dtype of x. Nothing counted: 0.
+
+    Raises:
+      AssertionError: shapes differ, x is not float, or `where` is not bool.
+
+    >>> print(masked_mean(jnp.array([1.0, 2.0, jnp.nan]), where=jnp.array([True, True, False])))
+    1.5
+    """
+    total, count = _sum_and_count(x, where, axis)
+    return (total / jnp.maximum(count, 1.0)).astype(x.dtype)
+
+
+def masked_var(x: jax.Array, *, where: jax.Array, axis: Axis = None) -> jax.Array:
+    """Variance (biased, divided by n) of the elements that count, in two passes.
+
+        Σ_i m_i (x_i − x̄)² / Σ_i m_i
+
+    Args:
+      x: values, [...] float.
+      where: True where x counts, same shape, bool.
+      axis: axes to reduce; None reduces all.
+
+    Returns:
+      x without the reduced axes, in the dtype of x. Nothing counted: 0.
+
+    Raises:
+      AssertionError: shapes differ, x is not float, or `where` is not bool.
+
+    >>> print(masked_var(jnp.array([1.0, 3.0, jnp.nan]), where=jnp.array([True, True, False])))
+    1.0
+    """
+    total, count = _sum_and_count(x, where, axis, keepdims=True)
+    mean = jnp.broadcast_to(total / jnp.maximum(count, 1.0), x.shape)
+    squares = jnp.square(masked_fill(x, where=where).astype(mean.dtype) - mean)
+    return masked_mean(squares, where=where, axis=axis).astype(x.dtype)
+
+
+def masked_whiten(
+    x: jax.Array, *, where: jax.Array, shift_mean: bool = True, eps: float = 1e-8
+) -> jax.Array:
+    """Divides by the standard deviation over the whole array, after taking away the mean.
+
+        y = (x − x̄) / √(Var x + ε)    (+ x̄ if not shift_mean)
+
+    Source: Ziegler et al. 2019 (arXiv 1909.08593), as catalogued in "The N implementation details
+    of RLHF with PPO", details 18 and 19: variance is biased, ε = 1e-8, rewards keep their mean.
+
+    Args:
+      x: values, [...] float.
+      where: True where x counts, same shape, bool.
+      shift_mean: leave the mean at 0; if False it is put back.
+      eps: added to the variance.
+
+    Returns:
+      [...], unreduced, 0 where masked.
+
+    Raises:
+      AssertionError: shapes differ, x is not float, or `where` is not bool.
+
+    >>> print(masked_whiten(jnp.array([1.0, 3.0, 9.0]), where=jnp.array([True, True, False])))
+    [-1.  1.  0.]
+    """
+    chex.assert_equal_shape([x, where])
+    chex.assert_type([x, where], [float, bool])
+    mean, var = masked_mean(x, where=where), masked_var(x, where=where)
+    white = (masked_fill(x, where=where) - mean) * jax.lax.rsqrt(var + eps)
+    return masked_fill(white if shift_mean else white + mean, where=where)
+
+
+def last_token_mask(where: jax.Array) -> jax.Array:
+    """Marks the last real token of each row: where a sequence-level score is paid.
+
+        m_t = 1[t = max{s : where_s}]
+
+    Args:
+      where: True on real tokens, [..., T] bool.
+
+    Returns:
+      [..., T] bool with one True a row; none if the row is empty.
+
+    Raises:
+      AssertionError: `where` is not bool.
+
+    >>> print(last_token_mask(jnp.array([True, True, False])))
+    [False  True False]
+    """
+    chex.assert_type(where, bool)
+    real_from_here = jnp.flip(jnp.cumsum(jnp.flip(where, -1), -1, dtype=jnp.int32), -1)
+    return where & (real_from_here == 1)
+
+
+def _sum_and_count(
+    x: jax.Array, where: jax.Array, axis: Axis, keepdims: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    chex.assert_equal_shape([x, where])
+    chex.assert_type([x, where], [float, bool])
+    axis = axis if axis is None or isinstance(axis, int) else tuple(axis)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    total = jnp.sum(jnp.where(where, x, 0).astype(wide), axis=axis, keepdims=keepdims)
+    return total, jnp.sum(where, axis=axis, keepdims=keepdims, dtype=wide)

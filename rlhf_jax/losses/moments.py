@@ -1,0 +1,107 @@
+"""Running mean and variance that merge exactly, whatever the order and the sizes of the batches."""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.losses.masking import masked_mean, masked_var
+
+
+class RunningMoments(NamedTuple):
+    """Count, mean and sum of squared deviations of everything seen. A pytree: save it whole.
+
+    Fields:
+      count: number of values seen, [] float32.
+      mean: their mean, [] float32.
+      m2: Σ (x − mean)², [] float32.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
+    mean: jax.Array
+    m2: jax.Array
+
+    @classmethod
+    def zeros(cls) -> "RunningMoments":
+        """Nothing seen yet."""
+        return cls(*jnp.zeros((3,), jnp.float32))
+
+    @property
+    def var(self) -> jax.Array:
+        """Variance, biased (divided by n), as numpy's default: [] float32, 0 before any value."""
+        return self.m2 / jnp.maximum(self.count, 1.0)
+
+    @property
+    def std(self) -> jax.Array:
+        """Standard deviation: [] float32."""
+        return jnp.sqrt(self.var)
+
+    @property
+    def std_or_one(self) -> jax.Array:
+        """Standard deviation, or 1 where nothing has varied yet, to divide by: [] float32."""
+        return jnp.where(self.var > 0, jnp.sqrt(jnp.where(self.var > 0, self.var, 1.0)), 1.0)
+
+
+def merge_moments(a: RunningMoments, b: RunningMoments) -> RunningMoments:
+    """Moments of the concatenation of what a and b have seen.
+
+        n = n_a + n_b,  d = μ_b − μ_a
+        μ = μ_a + d n_b/n,  M2 = M2_a + M2_b + d² n_a n_b/n
+
+    Source: Chan, Golub and LeVeque 1979, eq 2.1.
+
+    Args:
+      a: scalars.
+      b: scalars.
+
+    Returns:
+      scalars; the order does not matter.
+
+    Raises:
+      AssertionError: fields are not scalars.
+
+    >>> one = update_moments(RunningMoments.zeros(), jnp.array([1.0]))
+    >>> two = update_moments(RunningMoments.zeros(), jnp.array([5.0]))
+    >>> print(merge_moments(one, two).std)
+    2.0
+    """
+    chex.assert_rank([*a, *b], 0)
+    count = a.count + b.count
+    share = b.count / jnp.maximum(count, 1.0)
+    delta = b.mean - a.mean
+    mean = a.mean + delta * share
+    return RunningMoments(count, mean, a.m2 + b.m2 + jnp.square(delta) * a.count * share)
+
+
+def update_moments(
+    moments: RunningMoments, values: jax.Array, *, where: jax.Array | None = None
+) -> RunningMoments:
+    """Takes a batch of values into the running moments.
+
+        moments ← merge(moments, (n, x̄, Σ (x − x̄)²) of the batch)
+
+    Source: Chan, Golub and LeVeque 1979, eq 2.1.
+
+    Args:
+      moments: of all values before.
+      values: x, any shape, float.
+      where: True where a value counts, same shape, bool; None counts all.
+
+    Returns:
+      moments of all values, these included; constants.
+
+    Raises:
+      AssertionError: shapes differ, or a type is wrong.
+
+    >>> moments = update_moments(RunningMoments.zeros(), jnp.array([1.0, 5.0]))
+    >>> print(moments.count, moments.mean, moments.std)
+    2.0 3.0 2.0
+    """
+    where = jnp.ones(values.shape, bool) if where is None else where
+    chex.assert_equal_shape([values, where])
+    chex.assert_type([values, where], [float, bool])
+    values = jax.lax.stop_gradient(values).astype(jnp.float32)
+    count = jnp.sum(where, dtype=jnp.float32)
+    mean, var = masked_mean(values, where=where), masked_var(values, where=where)
+    return merge_moments(moments, RunningMoments(count, mean, var * count))

@@ -1,0 +1,242 @@
+"""Policy losses. All are minimised, and unreduced: say at the call how tokens are averaged."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.losses.kl import kl_estimate
+from rlhf_jax.losses.masking import masked_fill, masked_mean
+
+Scalar = float | jax.Array
+
+
+def policy_gradient_loss(log_probs: jax.Array, weights: jax.Array) -> jax.Array:
+    """Policy gradient with any weight Φ; its gradient is minus the deck's estimator of ∇J.
+
+        L_t = −Φ_t log π_θ(a_t | s_t)
+
+    Φ from this library: `total_return`, `rewards_to_go`, either less a baseline
+    (`leave_one_out_baseline` is RLOO, `group_advantages` is GRPO, the values are the critic's),
+    `td_errors`, `k_step_advantages`, `gae`.
+
+    Source: slide "Policy Gradient Methods"; arXiv 2307.04964, eq 5.
+
+    Args:
+      log_probs: log π_θ, [..., T] or [...] float, differentiated.
+      weights: Φ, same shape, constant.
+
+    Returns:
+      same shape, unreduced.
+
+    Raises:
+      AssertionError: shapes differ, or a type is not float.
+
+    >>> print(policy_gradient_loss(jnp.array([-1.0, -2.0]), jnp.array([2.0, -1.0])))
+    [ 2. -2.]
+    """
+    chex.assert_equal_shape([log_probs, weights])
+    chex.assert_type([log_probs, weights], float)
+    return -jax.lax.stop_gradient(weights) * log_probs
+
+
+def importance_weights(log_probs: jax.Array, behaviour_log_probs: jax.Array) -> jax.Array:
+    """Ratio of the policy to the one that sampled: corrects an expectation under another policy.
+
+        ρ = π_θ(a | s) / π_b(a | s),   E_b[ρ f] = E_θ[f]
+
+    Source: slide "Importance Sampling". With π_b = π_ref it is the paper's ablation (an infinite
+    experience buffer, arXiv 2307.04964, §5.3.2).
+
+    Args:
+      log_probs: log π_θ, [...] float, differentiated.
+      behaviour_log_probs: log π_b, same shape, constant.
+
+    Returns:
+      [...], unreduced.
+
+    Raises:
+      AssertionError: shapes differ, or a type is not float.
+
+    >>> print(importance_weights(jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25]))))
+    [2.]
+    """
+    chex.assert_equal_shape([log_probs, behaviour_log_probs])
+    chex.assert_type([log_probs, behaviour_log_probs], float)
+    return jnp.exp(log_probs - jax.lax.stop_gradient(behaviour_log_probs))
+
+
+def ppo_clip_loss(
+    log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array, *, clip_eps: Scalar
+) -> jax.Array:
+    """PPO's clipped surrogate: no reward for leaving [1−ε, 1+ε] in the profitable direction.
+
+        ρ_t = π_θ(a_t | s_t) / π_old(a_t | s_t)
+        L_t = −min(ρ_t A_t, clip(ρ_t, 1−ε, 1+ε) A_t)
+
+    Source: Schulman et al. 2017 (arXiv 1707.06347), eq 7; slide "PPO-Clip", which prints the
+    objective that is maximised and calls it a loss: this is its negative.
+
+    Args:
+      log_probs: log π_θ, [..., T] float, differentiated.
+      old_log_probs: log π_old, same shape, constant.
+      advantages: A, same shape, constant.
+      clip_eps: ε; `float("inf")` for the unclipped surrogate.
+
+    Returns:
+      [..., T], unreduced.
+
+    Raises:
+      AssertionError: shapes differ, or a type is not float.
+
+    >>> new, old = jnp.log(jnp.array([0.6, 0.6])), jnp.log(jnp.array([0.4, 0.4]))
+    >>> print(ppo_clip_loss(new, old, jnp.array([1.0, -1.0]), clip_eps=0.2))
+    [-1.2  1.5]
+    """
+    chex.assert_equal_shape([log_probs, old_log_probs, advantages])
+    chex.assert_type([log_probs, old_log_probs, advantages], float)
+    ratio = importance_weights(log_probs, old_log_probs)
+    advantages = jax.lax.stop_gradient(advantages)
+    clipped = jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
+    return -jnp.minimum(ratio * advantages, clipped * advantages)
+
+
+def ppo_penalty_loss(
+    log_probs: jax.Array,
+    old_log_probs: jax.Array,
+    advantages: jax.Array,
+    kl: jax.Array,
+    *,
+    kl_coef: Scalar,
+) -> jax.Array:
+    """PPO with a penalty on the distance from the old policy instead of a clip.
+
+        L_t = −(ρ_t A_t − β KL(π_old(·|s_t) ‖ π_θ(·|s_t)))
+
+    At ρ = 1 its gradient is the policy gradient: the KL is then at its minimum. The weight may
+    adapt between updates: `adaptive_penalty_coef`.
+
+    Source: Schulman et al. 2017 (arXiv 1707.06347), eq 8; slide "PPO-Penalty", which leaves the KL
+    outside the expectation and calls the maximised objective a loss.
+
+    Args:
+      log_probs: log π_θ, [..., T] float, differentiated.
+      old_log_probs: log π_old, same shape, constant.
+      advantages: A, same shape, constant.
+      kl: KL(π_old ‖ π_θ) at each token, same shape, differentiated: `kl_divergence(old, new)` of
+        logits, or expm1(log ρ) − log ρ from sampled tokens.
+      kl_coef: β.
+
+    Returns:
+      [..., T], unreduced.
+
+    Raises:
+      AssertionError: shapes differ, or a type is not float.
+
+    >>> log_probs, kl = jnp.log(jnp.array([0.5])), jnp.array([0.1])
+    >>> print(ppo_penalty_loss(log_probs, log_probs, jnp.array([1.0]), kl, kl_coef=2.0))
+    [-0.8]
+    """
+    chex.assert_equal_shape([log_probs, old_log_probs, advantages, kl])
+    chex.assert_type([log_probs, old_log_probs, advantages, kl], float)
+    return kl_coef * kl - trpo_surrogate(log_probs, old_log_probs, advantages)
+
+
+def trpo_surrogate(
+    log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array
+) -> jax.Array:
+    """TRPO's objective, to be maximised under a KL bound: see `rlhf_jax.trust_region`.
+
+        J_t = ρ_t A_t   subject to   E_t[KL(π_old(·|s_t) ‖ π_θ(·|s_t))] ≤ δ
+
+    Source: Schulman et al. 2015 (arXiv 1502.05477), eq 14; slide "TRPO".
+
+    Args:
+      log_probs: log π_θ, [..., T] float, differentiated.
+      old_log_probs: log π_old, same shape, constant.
+      advantages: A, same shape, constant.
+
+    Returns:
+      [..., T], unreduced. A gain, not a loss.
+
+    Raises:
+      AssertionError: shapes differ, or a type is not float.
+
+    >>> new, old = jnp.log(jnp.array([0.6])), jnp.log(jnp.array([0.4]))
+    >>> print(trpo_surrogate(new, old, jnp.array([2.0])))
+    [3.]
+    """
+    chex.assert_equal_shape([log_probs, old_log_probs, advantages])
+    chex.assert_type([log_probs, old_log_probs, advantages], float)
+    return importance_weights(log_probs, old_log_probs) * jax.lax.stop_gradient(advantages)
+
+
+def entropy_bonus(entropies: jax.Array, *, weight: Scalar, max_entropy: Scalar) -> jax.Array:
+    """Reward for a policy that stays random, switched off once it is random enough.
+
+        B = w H(π) 1[H(π) < δ]
+
+    Subtract it from the loss. Without the limit the entropy runs away: δ stops that.
+
+    Source: slide "Entropy Bonus"; arXiv 2307.04964, §5.3.2 and fig 16 (w = 0.01, δ = 30). The
+    released code takes |H − δ| of the per-token mean, which never reaches δ. [our reading]
+
+    Args:
+      entropies: H, [...] float, differentiated; per token, or of whatever δ is meant for.
+      weight: w.
+      max_entropy: δ; `float("inf")` for a plain bonus.
+
+    Returns:
+      [...], unreduced. A gain, not a loss.
+
+    Raises:
+      AssertionError: entropies are not float.
+
+    >>> print(entropy_bonus(jnp.array([1.0, 3.0]), weight=0.5, max_entropy=2.0))
+    [0.5 0. ]
+    """
+    chex.assert_type(entropies, float)
+    return weight * jnp.where(entropies < max_entropy, entropies, 0)
+
+
+def ppo_diagnostics(
+    log_probs: jax.Array, old_log_probs: jax.Array, *, clip_eps: Scalar, where: jax.Array
+) -> dict[str, jax.Array]:
+    """How far the policy has moved from the one that sampled.
+
+        approx_kl = mean(ρ − 1 − log ρ)  (k3),   clip_fraction = mean(1[|ρ − 1| > ε])
+
+    On the first minibatch, before any update, approx_kl is 0 and the ratio 1: anything else means
+    that sampler and trainer disagree.
+
+    Args:
+      log_probs: log π_θ, [..., T] float.
+      old_log_probs: log π_old, same shape.
+      clip_eps: ε of the loss.
+      where: True on real tokens, same shape, bool.
+
+    Returns:
+      scalars, constant: policy/approx_kl, policy/clip_fraction, policy/ratio_max,
+      policy/ratio_min. Nothing counted: 0, 0, 1, 1.
+
+    Raises:
+      AssertionError: shapes differ, or a type is wrong.
+
+    >>> log_probs, where = jnp.array([-1.0, -2.0]), jnp.ones(2, bool)
+    >>> print(ppo_diagnostics(log_probs, log_probs, clip_eps=0.2, where=where)["policy/ratio_max"])
+    1.0
+    """
+    chex.assert_equal_shape([log_probs, old_log_probs, where])
+    chex.assert_type([log_probs, old_log_probs, where], [float, float, bool])
+    new = jax.lax.stop_gradient(masked_fill(log_probs, where=where))
+    old = jax.lax.stop_gradient(masked_fill(old_log_probs, where=where))
+    ratio = importance_weights(new, old)
+    outside = (jnp.abs(ratio - 1) > clip_eps).astype(jnp.float32)
+    anything = jnp.any(where)
+    largest = jnp.max(ratio, where=where, initial=-jnp.inf)
+    smallest = jnp.min(ratio, where=where, initial=jnp.inf)
+    return {
+        "policy/approx_kl": masked_mean(kl_estimate(old, new, estimator="k3"), where=where),
+        "policy/clip_fraction": masked_mean(outside, where=where),
+        "policy/ratio_max": jnp.where(anything, largest, 1.0),
+        "policy/ratio_min": jnp.where(anything, smallest, 1.0),
+    }

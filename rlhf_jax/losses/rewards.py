@@ -1,0 +1,230 @@
+"""Reward shaping: from the score of a response to the rewards of its tokens.
+
+Rewards are constants of every loss, so no gradient flows through anything here: a KL penalty that
+is part of the reward must not be differentiated a second time.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.losses.masking import (
+    last_token_mask,
+    masked_fill,
+    masked_sum,
+    masked_whiten,
+)
+from rlhf_jax.losses.moments import RunningMoments
+
+Scalar = float | jax.Array
+
+
+def kl_shaped_rewards(
+    scores: jax.Array,
+    log_probs: jax.Array,
+    ref_log_probs: jax.Array,
+    *,
+    kl_coef: Scalar,
+    where: jax.Array,
+) -> jax.Array:
+    """Reward of each token: a KL penalty everywhere, the score on the last real token.
+
+        r_t = 1[t = last] r(x, y) − η (log π(y_t | x, y_{<t}) − log π_SFT(y_t | x, y_{<t}))
+
+    Source: arXiv 2307.04964, eq 19; slide "Token Level KL-Penalty", which prints the score at
+    every token and a KL between whole responses. The sum over tokens is `sequence_kl_reward`.
+
+    Args:
+      scores: r(x, y), [...] float.
+      log_probs: log π of the sampling policy, [..., T] float.
+      ref_log_probs: log π_SFT, [..., T] float.
+      kl_coef: η.
+      where: True on real response tokens, [..., T] bool.
+
+    Returns:
+      [..., T], unreduced, 0 where masked, constant. An empty response gets nothing.
+
+    Raises:
+      AssertionError: shapes differ, or a type is wrong (an integer score is an error).
+
+    >>> log_probs, ref, where = jnp.array([-1.0, -1.0]), jnp.array([-2.0, -1.0]), jnp.ones(2, bool)
+    >>> print(kl_shaped_rewards(jnp.array(0.5), log_probs, ref, kl_coef=0.5, where=where))
+    [-0.5  0.5]
+    """
+    chex.assert_equal_shape([log_probs, ref_log_probs, where, *_as_tokens(scores, where)])
+    chex.assert_type([scores, log_probs, ref_log_probs, where], [float, float, float, bool])
+    penalty = masked_fill(-kl_coef * (log_probs - ref_log_probs), where=where)
+    (score,) = _as_tokens(scores, where)
+    return jax.lax.stop_gradient(penalty + jnp.where(last_token_mask(where), score, 0))
+
+
+def sequence_kl_reward(
+    scores: jax.Array,
+    log_probs: jax.Array,
+    ref_log_probs: jax.Array,
+    *,
+    kl_coef: Scalar,
+    where: jax.Array,
+) -> jax.Array:
+    """Reward of a whole response: its score less the KL penalty, both at the end.
+
+        r_total = r(x, y) − η Σ_t (log π(y_t | x, y_{<t}) − log π_SFT(y_t | x, y_{<t}))
+
+    Source: arXiv 2307.04964, eq 3; slide "Reward Modeling" (KL divergence), estimated on the
+    sample itself.
+
+    Args:
+      scores: r(x, y), [...] float.
+      log_probs: log π of the sampling policy, [..., T] float.
+      ref_log_probs: log π_SFT, [..., T] float.
+      kl_coef: η.
+      where: True on real response tokens, [..., T] bool.
+
+    Returns:
+      [...], unreduced, constant.
+
+    Raises:
+      AssertionError: shapes differ, or a type is wrong.
+
+    >>> log_probs, ref, where = jnp.array([-1.0, -1.0]), jnp.array([-2.0, -1.0]), jnp.ones(2, bool)
+    >>> print(sequence_kl_reward(jnp.array(0.5), log_probs, ref, kl_coef=0.5, where=where))
+    0.0
+    """
+    chex.assert_equal_shape([log_probs, ref_log_probs, where, *_as_tokens(scores, where)])
+    chex.assert_type([scores, log_probs, ref_log_probs, where], [float, float, float, bool])
+    kl = masked_sum(log_probs - ref_log_probs, where=where, axis=-1)
+    return jax.lax.stop_gradient(scores - kl_coef * kl)
+
+
+def rolling_discounted_sum(rewards: jax.Array, *, discount: Scalar, where: jax.Array) -> jax.Array:
+    """Discounted sum of the rewards up to each token: what classic reward scaling measures.
+
+        S_t = γ S_{t−1} + r_t
+
+    Keep `RunningMoments` of S over the real tokens and divide rewards by its standard deviation
+    (`scale_rewards`). With γ = 1 and a reward only at the end, S on the last token is the score,
+    so moments taken there (`where=last_token_mask(where)`) are the moments of the scores.
+
+    Source: Engstrom et al. 2020 (arXiv 2005.12729), §2; arXiv 2307.04964, §5.3.1 "Reward Scaling"
+    (the text; the released code takes the spread of the scores).
+
+    Args:
+      rewards: r, [..., T] float.
+      discount: γ.
+      where: True on real tokens, [..., T] bool.
+
+    Returns:
+      [..., T], unreduced, 0 where masked, constant.
+
+    Raises:
+      AssertionError: shapes differ, or a type is wrong.
+
+    >>> rewards, where = jnp.array([1.0, 0.0, 1.0]), jnp.ones(3, bool)
+    >>> print(rolling_discounted_sum(rewards, discount=0.5, where=where))
+    [1.   0.5  1.25]
+    """
+    chex.assert_equal_shape([rewards, where])
+    chex.assert_type([rewards, where], [float, bool])
+
+    def step(carry: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        reward, real = now
+        carry = jnp.where(real, reward + discount * carry, 0).astype(rewards.dtype)
+        return carry, carry
+
+    time_major = (jnp.moveaxis(rewards, -1, 0), jnp.moveaxis(where, -1, 0))
+    _, sums = jax.lax.scan(step, jnp.zeros_like(rewards[..., 0]), time_major)
+    return jax.lax.stop_gradient(jnp.moveaxis(sums, 0, -1))
+
+
+def scale_rewards(rewards: jax.Array, moments: RunningMoments) -> jax.Array:
+    """Reward scaling: divides by a running standard deviation, keeps the mean.
+
+        r̃ = r / σ
+
+    Two readings of σ, both from `RunningMoments`: of the scores seen so far (released code), or of
+    their `rolling_discounted_sum` (text of the paper). A σ of 0 (no spread seen yet) divides by 1.
+
+    Source: arXiv 2307.04964, §5.3.1; slide "Reward Scaling". The deck swaps the words: σ(A) is the
+    standard deviation, Ā the mean.
+
+    Args:
+      rewards: r, any shape, float: scores [...] or token rewards [..., T].
+      moments: of the history, this batch included.
+
+    Returns:
+      same shape, unreduced, constant.
+
+    Raises:
+      AssertionError: rewards are not float.
+
+    >>> from rlhf_jax.losses import RunningMoments, update_moments
+    >>> scores = jnp.array([1.0, 5.0])
+    >>> print(scale_rewards(scores, update_moments(RunningMoments.zeros(), scores)))
+    [0.5 2.5]
+    """
+    chex.assert_type(rewards, float)
+    return jax.lax.stop_gradient((rewards / moments.std_or_one).astype(rewards.dtype))
+
+
+def normalize_rewards(rewards: jax.Array, moments: RunningMoments, *, clip: Scalar) -> jax.Array:
+    """Reward normalisation and clipping, part of PPO-max.
+
+        r̃ = clip((r − r̄) / σ, −δ, δ)
+
+    r̄ and σ are running moments over the history of training. A σ of 0 divides by 1.
+
+    Source: arXiv 2307.04964, §5.3.1 (δ of 0.3 and 0.8); slide "Reward Normalization and Clipping".
+
+    Args:
+      rewards: r, any shape, float.
+      moments: of the history, this batch included.
+      clip: δ; `float("inf")` for none.
+
+    Returns:
+      same shape, unreduced, constant.
+
+    Raises:
+      AssertionError: rewards are not float.
+
+    >>> from rlhf_jax.losses import RunningMoments, update_moments
+    >>> scores = jnp.array([1.0, 5.0])
+    >>> print(normalize_rewards(scores, update_moments(RunningMoments.zeros(), scores), clip=0.8))
+    [-0.8  0.8]
+    """
+    chex.assert_type(rewards, float)
+    normal = (rewards - moments.mean) / moments.std_or_one
+    return jax.lax.stop_gradient(jnp.clip(normal, -clip, clip).astype(rewards.dtype))
+
+
+def normalize_advantages(advantages: jax.Array, *, where: jax.Array, clip: Scalar) -> jax.Array:
+    """Advantage normalisation and clipping, over the real tokens of the minibatch.
+
+        Ã = clip((A − Ā) / σ(A), −δ, δ)
+
+    Source: arXiv 2307.04964, §5.3.1 (δ of 0.5 and 0.12); slide "Advantages Normalization and
+    Clipping". Not part of PPO-max. ε = 1e-8 is added to the variance.
+
+    Args:
+      advantages: A, [..., T] float.
+      where: True on real tokens, same shape, bool.
+      clip: δ; `float("inf")` for none.
+
+    Returns:
+      same shape, unreduced, 0 where masked, constant.
+
+    Raises:
+      AssertionError: shapes differ, or a type is wrong.
+
+    >>> advantages = jnp.array([1.0, 3.0, 9.0])
+    >>> print(normalize_advantages(advantages, where=jnp.array([True, True, False]), clip=0.5))
+    [-0.5  0.5  0. ]
+    """
+    chex.assert_equal_shape([advantages, where])
+    chex.assert_type([advantages, where], [float, bool])
+    return jax.lax.stop_gradient(jnp.clip(masked_whiten(advantages, where=where), -clip, clip))
+
+
+def _as_tokens(scores: jax.Array, where: jax.Array) -> list[jax.Array]:
+    """The scores, repeated for each token."""
+    chex.assert_shape(scores, where.shape[:-1])
+    return [jnp.broadcast_to(scores[..., None], where.shape)]

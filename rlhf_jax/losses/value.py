@@ -1,0 +1,96 @@
+"""Losses of the critic. Both carry the factor ½, so that switching the clip on changes no scale."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.losses.masking import masked_fill, masked_var
+
+Scalar = float | jax.Array
+
+
+def value_loss(values: jax.Array, returns: jax.Array) -> jax.Array:
+    """Squared error of the critic.
+
+        L_t = ½ (V_φ(s_t) − R̂_t)²
+
+    Source: slide "Value Function Estimation" (printed without the ½); arXiv 2307.04964, eq 13.
+
+    Args:
+      values: V_φ, [..., T] float, differentiated.
+      returns: R̂, same shape, constant: `rewards_to_go`, or `gae` + old values.
+
+    Returns:
+      [..., T], unreduced.
+
+    Raises:
+      AssertionError: shapes differ, or a type is not float.
+
+    >>> print(value_loss(jnp.array([1.0, 2.0]), jnp.array([2.0, 4.0])))
+    [0.5 2. ]
+    """
+    chex.assert_equal_shape([values, returns])
+    chex.assert_type([values, returns], float)
+    return jnp.square(values - jax.lax.stop_gradient(returns)) / 2
+
+
+def clipped_value_loss(
+    values: jax.Array, old_values: jax.Array, returns: jax.Array, *, clip_eps: Scalar
+) -> jax.Array:
+    """Squared error of a critic that is not credited for moving further than ε from its old value.
+
+        L_t = ½ max((V − R̂)², (clip(V, V_old − ε, V_old + ε) − R̂)²)
+
+    Source: arXiv 2307.04964, §5.4 (part of PPO-max, ε = 0.2) as its released code has it.
+
+    Args:
+      values: V, [..., T] float, differentiated.
+      old_values: V_old at sampling time, same shape, constant.
+      returns: R̂, same shape, constant.
+      clip_eps: ε; `float("inf")` gives `value_loss`.
+
+    Returns:
+      [..., T], unreduced.
+
+    Raises:
+      AssertionError: shapes differ, or a type is not float.
+
+    >>> values, old, returns = jnp.array([1.0]), jnp.array([0.0]), jnp.array([1.2])
+    >>> print(clipped_value_loss(values, old, returns, clip_eps=0.2).round(2))
+    [0.5]
+    """
+    chex.assert_equal_shape([values, old_values, returns])
+    chex.assert_type([values, old_values, returns], float)
+    old_values = jax.lax.stop_gradient(old_values)
+    clipped = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
+    return jnp.maximum(value_loss(values, returns), value_loss(clipped, returns))
+
+
+def explained_variance(values: jax.Array, returns: jax.Array, *, where: jax.Array) -> jax.Array:
+    """Share of the variance of the returns that the critic predicts: 1 perfect, 0 no better than
+    the mean, below 0 worse.
+
+        1 − Var(R̂ − V) / Var(R̂)
+
+    Args:
+      values: V, [..., T] float.
+      returns: R̂, same shape.
+      where: True on real tokens, same shape, bool.
+
+    Returns:
+      [] float, constant; 0 if the returns do not vary.
+
+    Raises:
+      AssertionError: shapes differ, or a type is wrong.
+
+    >>> values, returns = jnp.array([1.0, 2.0]), jnp.array([1.0, 3.0])
+    >>> print(explained_variance(values, returns, where=jnp.ones(2, bool)))
+    0.75
+    """
+    chex.assert_equal_shape([values, returns, where])
+    chex.assert_type([values, returns, where], [float, float, bool])
+    values = jax.lax.stop_gradient(masked_fill(values, where=where))
+    returns = jax.lax.stop_gradient(masked_fill(returns, where=where))
+    total = masked_var(returns, where=where)
+    left = masked_var(returns - values, where=where)
+    return jnp.where(total > 0, 1 - left / jnp.where(total > 0, total, 1), 0)
