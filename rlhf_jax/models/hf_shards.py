@@ -1,0 +1,57 @@
+"""Arrays put together on their devices from slices of tensors on file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.models.hf_names import Leaf
+
+
+def read_leaf(
+    read: Callable[[str, tuple[slice, ...]], np.ndarray],
+    leaf: Leaf,
+    dtype: Any,
+    sharding: jax.sharding.Sharding | None,
+) -> jax.Array:
+    """Assembles one leaf on its devices.
+
+    Args:
+      read: `read(name, index)` gives a slice of a tensor on file.
+      leaf: The leaf.
+      dtype: Its type in memory.
+      sharding: Its sharding, or None for the default device, uncommitted.
+
+    Returns:
+      The array; the host never holds more than one shard and one slice of one tensor.
+    """
+    if sharding is None:
+        return jnp.asarray(_read_shard(read, leaf, dtype, (slice(None),) * len(leaf.shape)))
+    devices: dict[tuple, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        assert index is not None
+        bounds = tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, owners in devices.items():
+        shard = _read_shard(read, leaf, dtype, tuple(slice(*bound) for bound in bounds))
+        arrays += jax.block_until_ready([jax.device_put(shard, device) for device in owners])
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+
+
+def _read_shard(read, leaf: Leaf, dtype: Any, index: tuple[slice, ...]) -> np.ndarray:
+    """The part `index` of a leaf, as the model holds it."""
+    within = index[1:] if leaf.stacked else index
+    names = leaf.names[index[0]] if leaf.stacked else leaf.names
+    on_file = (slice(0, 1), *within) if leaf.path == "kernel" else within
+    on_file = on_file[::-1] if leaf.transposed else on_file
+    shape = tuple(len(range(n)[s]) for s, n in zip(index, leaf.shape, strict=True))
+    shard = np.empty(shape, dtype)
+    for row, name in zip(shard if leaf.stacked else [shard], names, strict=True):
+        part = read(name, on_file)
+        row[...] = part.reshape(row.shape[::-1]).T if leaf.transposed else part.reshape(row.shape)
+    return shard
