@@ -67,21 +67,43 @@ def win_tie_lose(
     Raises:
       ValueError: shapes differ, no prompt, a score is NaN, or `tie_tol` is negative.
     """
-    a, b = _same_shape(scores_a=scores_a, scores_b=scores_b)
-    if a.ndim not in (1, 2) or a.size == 0:
-        raise ValueError(f"scores must be [N] or [N, S] with N, S > 0, got shape {a.shape}")
-    if tie_tol < 0:
+    outcomes = paired_outcomes(scores_a, scores_b, tie_tol=tie_tol)
+    per_prompt = outcomes.reshape(len(outcomes), -1).mean(axis=1)
+    interval = bootstrap_interval(per_prompt, seed=seed, num_resamples=num_resamples)
+    win, tie, lose = (float((outcomes == outcome).mean()) for outcome in (1.0, 0.5, 0.0))
+    return WinRate(win, tie, lose, *interval, num_prompts=len(outcomes))
+
+
+def paired_outcomes(scores_a: Any, scores_b: Any, *, tie_tol: float = 0.0) -> np.ndarray:
+    """1 where A scores higher than B, 0 where lower, ½ for a tie.
+
+    Two judges on the same pairs are compared by an interval of the difference of their outcomes:
+    `bootstrap_interval(paired_outcomes(a, b) - paired_outcomes(other_a, other_b))`.
+
+    Args:
+      scores_a: float [N] or [N, S].
+      scores_b: float, same shape.
+      tie_tol: largest absolute difference that is a tie.
+
+    Returns:
+      float64, same shape, unreduced.
+
+    Raises:
+      ValueError: shapes differ, no prompt, a score is NaN, or `tie_tol` is negative.
+    """
+    a, b = np.asarray(scores_a, dtype=np.float64), np.asarray(scores_b, dtype=np.float64)
+    if a.shape != b.shape or a.ndim not in (1, 2) or a.size == 0:
+        raise ValueError(
+            f"both scores must be [N] or both [N, S] with N, S > 0, got {a.shape} and {b.shape}"
+        )
+    if not tie_tol >= 0:
         raise ValueError(f"tie_tol must be >= 0, got {tie_tol}")
     for name, scores in (("scores_a", a), ("scores_b", b)):
         if np.isnan(scores).any():
             raise ValueError(f"{name} is NaN for prompt {np.argwhere(np.isnan(scores))[0][0]}")
     # Equal infinities are a tie; their difference would be NaN.
     difference = np.subtract(a, b, out=np.zeros_like(a), where=a != b)
-    win, lose = difference > tie_tol, difference < -tie_tol
-    outcomes = np.where(win, 1.0, np.where(lose, 0.0, 0.5)).reshape(len(a), -1).mean(axis=1)
-    interval = bootstrap_interval(outcomes, seed=seed, num_resamples=num_resamples)
-    tie = 1.0 - win.mean() - lose.mean()
-    return WinRate(float(win.mean()), max(float(tie), 0.0), float(lose.mean()), *interval, len(a))
+    return np.where(difference > tie_tol, 1.0, np.where(difference < -tie_tol, 0.0, 0.5))
 
 
 def bootstrap_interval(
@@ -137,16 +159,37 @@ def pair_accuracy(chosen_scores: Any, rejected_scores: Any) -> float:
     Raises:
       ValueError: shapes differ, no pair, or a score is NaN.
     """
-    result = win_tie_lose(chosen_scores, rejected_scores, num_resamples=1)
-    return result.win_rate
+    return float(paired_outcomes(chosen_scores, rejected_scores).mean())
 
 
-def _same_shape(**arrays: Any) -> list[np.ndarray]:
-    converted = {name: np.asarray(array, dtype=np.float64) for name, array in arrays.items()}
-    shapes = {name: array.shape for name, array in converted.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"shapes must be equal, got {shapes}")
-    return list(converted.values())
+def calibration_error(chosen_scores: Any, rejected_scores: Any, *, num_bins: int = 10) -> float:
+    """Expected calibration error of a reward model's pair probabilities.
+
+    A pair is predicted with confidence c = σ(|r_chosen - r_rejected|) in [½, 1]; it is right when
+    the chosen response scores higher, half right for a tie. ECE = Σ_bins n_b/N |acc_b - mean c_b|
+    over equal bins of [½, 1] (Naeini et al. 2015; Guo et al. 2017, arXiv 1706.04599, eq. 3).
+
+    Args:
+      chosen_scores: float [N].
+      rejected_scores: float [N].
+      num_bins: number of bins.
+
+    Returns:
+      In [0, 1]; 0 where the scores mean what Bradley-Terry says they mean.
+
+    Raises:
+      ValueError: as `pair_accuracy`, or `num_bins` is below 1.
+    """
+    if num_bins < 1:
+        raise ValueError(f"num_bins must be >= 1, got {num_bins}")
+    outcomes = paired_outcomes(chosen_scores, rejected_scores)
+    chosen, rejected = np.asarray(chosen_scores, float), np.asarray(rejected_scores, float)
+    gap = np.subtract(chosen, rejected, out=np.zeros(chosen.shape), where=chosen != rejected)
+    confidence = 1 / (1 + np.exp(-np.abs(gap)))
+    bins = np.minimum((2 * (confidence - 0.5) * num_bins).astype(int), num_bins - 1)
+    # n_b |acc_b - conf_b| is the absolute sum of the differences in the bin.
+    sums = np.bincount(bins.ravel(), weights=(outcomes - confidence).ravel(), minlength=num_bins)
+    return float(np.abs(sums).sum() / outcomes.size)
 
 
 def _split(total: int, size: int) -> list[int]:

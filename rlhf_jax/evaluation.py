@@ -124,6 +124,9 @@ def moss_perplexity(log_probs: Any, *, where: Any, lengths: Any = None) -> float
 
     Returns:
       The plotted value; not a perplexity, see `response_perplexity`.
+
+    Raises:
+      ValueError: shapes differ, the mask is empty, or all responses are empty.
     """
     log_probs, where = _masked(log_probs=log_probs, where=where)
     counts = where.sum(axis=-1)
@@ -131,6 +134,8 @@ def moss_perplexity(log_probs: Any, *, where: Any, lengths: Any = None) -> float
     if lengths.shape != counts.shape:
         raise ValueError(f"lengths must be [N] = {counts.shape}, got {lengths.shape}")
     used = counts > 0
+    if lengths[used].sum() <= 0:
+        raise ValueError("lengths must hold a positive number: every response is empty")
     mean_nll = -np.where(where, log_probs, 0.0).sum(axis=-1)[used] / counts[used]
     return float(np.exp(mean_nll.sum() / lengths[used].sum()))
 

@@ -90,7 +90,7 @@ class MetricsWriter:
         if reserved:
             raise ValueError(f"metric names must not be 'step' or 'time', got {sorted(reserved)}")
         scalars = {name: as_float(name, value) for name, value in metrics.items()}
-        numbers = {name: _to_json(value) for name, value in scalars.items()}
+        numbers = {name: finite_or_name(value) for name, value in scalars.items()}
         line = {"step": int(step), "time": round(time.time(), 3), **numbers}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
@@ -201,7 +201,8 @@ def as_float(name: str, value: Any) -> float:
     return float(array.reshape(()))
 
 
-def _to_json(value: float) -> float | str:
+def finite_or_name(value: float) -> float | str:
+    """A finite number as it is, else "NaN", "Infinity" or "-Infinity", which `float` reads back."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

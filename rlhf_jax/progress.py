@@ -48,6 +48,13 @@ class Progress:
         if time.monotonic() - self._last_print >= self._every:
             self._print_pending()
 
+    def write(self, text: str) -> None:
+        """Prints a line without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
     def _print_pending(self) -> None:
         if self._pending:
             print(self._pending, file=self._stream, flush=True)

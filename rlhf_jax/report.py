@@ -19,6 +19,7 @@ SummaryTable = Mapping[str, Mapping[str, Any]]
 Sample = Mapping[str, str]
 
 _MISSING = "–"
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-!|~$])")
 
 
@@ -133,22 +134,32 @@ def escape_markdown(text: str, *, max_chars: int = 600) -> str:
 
     Line breaks become `<br>`; text beyond `max_chars` is cut and its length is told.
     """
+    # A lone surrogate cannot be written as UTF-8, and control characters break tables.
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n").replace("\t", " "))
     cut = len(text) - max_chars
     shown = text[:max_chars] if cut > 0 else text
     shown = _MARKDOWN.sub(r"\\\1", html.escape(shown, quote=False))
-    shown = shown.replace("\r\n", "\n").replace("\r", "\n").replace("\n", "<br>")
+    shown = shown.replace("\n", "<br>")
     return shown + (f" … ({cut} more characters)" if cut > 0 else "")
 
 
 def format_value(value: Any) -> str:
-    """A number in four significant digits, an `Interval` with its ends, None as a dash."""
+    """A number in four significant digits, an `Interval` with its ends, None as a dash.
+
+    Numbers of 10,000 and more are rounded to whole ones.
+    """
     if value is None:
         return _MISSING
     if isinstance(value, Interval):
-        return f"{value.value:.4g} [{value.low:.4g}, {value.high:.4g}]"
+        return f"{_number(value.value)} [{_number(value.low)}, {_number(value.high)}]"
     if isinstance(value, str | bool | int):
         return str(value)
-    return f"{float(value):.4g}"
+    return _number(float(value))
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}"
 
 
 def _header(command: str, hardware: str, seeds: Sequence[int]) -> str:

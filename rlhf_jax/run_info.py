@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import rlhf_jax
+from rlhf_jax.metrics import finite_or_name
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
 
@@ -76,7 +77,9 @@ def git_state(tracked_file: Path) -> dict[str, str | bool | None]:
 
 
 def to_json(value: Any) -> Any:
-    """Copies nested mappings and sequences into JSON types; anything else becomes its `str`."""
+    """Copies nested mappings, sequences and arrays into JSON types; the rest becomes its `str`."""
+    if hasattr(value, "tolist"):  # NumPy and JAX arrays and scalars
+        value = value.tolist()
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -84,8 +87,7 @@ def to_json(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
-        # JSON has no NaN and no infinity.
-        return value if abs(value) < float("inf") else str(value)
+        return finite_or_name(value)
     return str(value)
 
 

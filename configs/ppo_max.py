@@ -1,0 +1,264 @@
+"""PPO-max and its ablations.
+
+  python -m experiments.ppo_max --config configs/ppo_max.py:quickstart
+  python -m experiments.ppo_max --config configs/ppo_max.py:quickstart,reward_scale,seed=1
+
+Scales (model, data and batch sizes):
+  tiny        seconds on two CPU cores; for tests
+  quickstart  the review task, minutes on two CPU cores; runs SFT and reward model where missing
+  paper_en, paper_zh  7B models, HH-RLHF, 8 x A100-80G, the deck's numbers
+  moss_en, moss_zh    the released scripts' numbers
+
+Variants (what an ablation changes; PPO-max is the default):
+  vanilla            no KL penalty, no reward normalisation, no value clipping, no ptx, no critic
+                     pre-training (Figure 4)
+  reward_scale, reward_norm_0.3, reward_norm_0.8, adv_norm_0.5, adv_norm_0.12
+                     on vanilla (Figure 6)
+  kl, entropy, importance_sample, kl_importance_sample
+                     on vanilla (Figure 7)
+  policy_pretrained, critic_sft   on PPO-max; critic_pretrain on vanilla (Figure 8)
+  no_kl, no_ptx, no_value_clip, no_reward_norm, no_critic_pretrain
+                     PPO-max without one of its parts
+  kl_0.05, kl_0.1, kl_0.2 (Figure 15); entropy_clip (16); no_clip, clip_0.5 (17);
+  grad_clip_0, grad_clip_0.5 (18); lambda_0, lambda_1 (19)
+  penalty, penalty_adaptive  PPO-penalty; adaptive_kl  adaptive token-level KL coefficient
+  reinforce, total_return, reward_to_go, reward_to_go_baseline, td, rloo, grpo
+                     the choices of Φ_t of the policy-gradient slide
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def _quickstart() -> ConfigDict:
+    config = common.shared()
+    # Folders of the stages before; `build` runs the stages of `variant` when they are missing.
+    config.inputs = ConfigDict(
+        {"policy": "", "reference": "", "reward_model": "", "build": True, "variant": "quickstart"}
+    )
+    config.inputs.policy_variant = ""
+    config.model = ConfigDict({"dtype": "float32", "remat": "none", "attention": "xla"})
+    config.data = ConfigDict(
+        {"source": "reviews", "domains": ("movie", "amazon"), "limit": 0, "prompt_length": 12}
+    )
+    config.data.ptx_length = 64
+    # The batch vocabulary, all global: an iteration samples prompts x samples responses and makes
+    # epochs x (prompts x samples / minibatch) updates of policy and critic.
+    config.train = ConfigDict(
+        {
+            "iterations": 100,
+            "prompts_per_iteration": 64,
+            "samples_per_prompt": 1,
+            "minibatch": 32,
+            "microbatch": 32,
+            "epochs": 1,
+            "critic_pretrain_iterations": 10,
+            "critic_init": "reward_model",
+        }
+    )
+    config.sampling = ConfigDict(
+        {"max_new_tokens": 32, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    )
+    config.sampling.repetition_penalty = 1.0
+    config.reward = ConfigDict({"transform": "normalize", "clip": 0.8, "missing_eos_penalty": 0.0})
+    # Token-level KL penalty η; a target above 0 adapts it (Ziegler et al. 2019).
+    config.kl = ConfigDict({"coef": 0.05, "target": 0.0, "horizon": 10_000})
+    config.advantage = ConfigDict(
+        {"method": "gae", "discount": 1.0, "lambda_": 0.9, "k": 1, "returns": "gae"}
+    )
+    config.ppo = ConfigDict(
+        {
+            "objective": "clip",
+            "clip_eps": 0.2,
+            "value_clip_eps": 0.2,
+            "ratio_denominator": "old",
+            "entropy_coef": 0.0,
+            "entropy_max": 0.0,
+            "ptx_coef": 0.1,
+            "normalize_advantages": False,
+            "advantage_clip": 0.0,
+            "reduction": "token_mean",
+        }
+    )
+    # PPO-penalty's β; a target above 0 adapts it (Schulman et al. 2017, section 4).
+    config.penalty = ConfigDict({"coef": 1.0, "target": 0.0})
+    config.optimizer = ConfigDict(
+        {"learning_rate": 3e-4, "schedule": "inverse_sqrt", "warmup_fraction": 0.1, "b2": 0.95}
+    )
+    config.optimizer.update(eps=1e-6, max_grad_norm=1.0)
+    config.critic_optimizer = config.optimizer.copy_and_resolve_references()
+    config.critic_optimizer.update(learning_rate=1e-3, eps=1e-8)
+    config.eval = ConfigDict({"every": 20, "prompts": 128, "final_prompts": 512, "samples": 8})
+    return config
+
+
+def _tiny() -> ConfigDict:
+    config = _quickstart()
+    config.inputs.variant = "tiny"
+    config.data.update(limit=200, ptx_length=32)
+    config.train.update(
+        iterations=4, prompts_per_iteration=16, minibatch=8, microbatch=8
+    )
+    config.train.critic_pretrain_iterations = 1
+    config.sampling.max_new_tokens = 8
+    config.eval.update(every=2, prompts=8, final_prompts=16)
+    config.checkpoint.every = 2
+    return config
+
+
+def _paper_en() -> ConfigDict:
+    config = _quickstart()
+    config.inputs.update(build=False, variant="paper_en")
+    config.model = ConfigDict({"dtype": "bfloat16", "remat": "full", "attention": "cudnn"})
+    config.data.update(source="hh", domains=(), prompt_length=512, ptx_length=1024)
+    # 250 buffers of 128 in minibatches of 32 are the deck's 1000 updates.
+    config.train.update(iterations=250, prompts_per_iteration=128, minibatch=32, microbatch=32)
+    config.train.critic_pretrain_iterations = 25
+    config.sampling.update(max_new_tokens=512)
+    config.optimizer.update(learning_rate=5e-7)
+    config.critic_optimizer.update(learning_rate=1.65e-6)
+    config.eval.update(every=10, prompts=256)
+    return config
+
+
+def _paper_zh() -> ConfigDict:
+    config = _paper_en()
+    config.inputs.variant = "paper_zh"
+    config.data.source = "jsonl:data/prompts_zh.jsonl"
+    return config
+
+
+def _moss(base: ConfigDict, variant: str, kl_coef: float) -> ConfigDict:
+    """The released train_ppo_{en,zh}.sh: scaling only, on-policy, small batch; see PAPER traps."""
+    config = base
+    config.inputs.variant = variant
+    config.train.update(iterations=1000, prompts_per_iteration=16, minibatch=16, microbatch=16)
+    config.train.critic_pretrain_iterations = 0
+    config.sampling.update(temperature=0.8, top_p=0.9, repetition_penalty=1.1)
+    config.reward.update(transform="scale", clip=0.0)
+    config.kl.coef = kl_coef
+    config.advantage.lambda_ = 0.95
+    config.ppo.ptx_coef = 0.0
+    config.critic_optimizer.learning_rate = 1.5e-6
+    return config
+
+
+def _vanilla(config: ConfigDict) -> None:
+    config.kl.coef = 0.0
+    config.reward.update(transform="none", clip=0.0)
+    config.ppo.update(value_clip_eps=0.0, ptx_coef=0.0)
+    config.train.critic_pretrain_iterations = 0
+
+
+def _changes(vanilla: bool = False, policy_variant: str = "", **groups):
+    """A variant that updates groups of keys, after `vanilla` if asked."""
+
+    def change(config: ConfigDict) -> None:
+        if vanilla:
+            _vanilla(config)
+        for group, values in groups.items():
+            config[group].update(values)
+        if policy_variant:
+            config.inputs.policy_variant = policy_variant
+
+    return change
+
+
+_NO_CRITIC = {"critic_init": "none", "critic_pretrain_iterations": 0}
+
+
+def _sampled(method: str, samples: int = 1):
+    """A Φ_t that needs no critic."""
+    return _changes(
+        advantage={"method": method},
+        train={**_NO_CRITIC, "samples_per_prompt": samples},
+    )
+
+
+VARIANTS = {
+    "vanilla": _vanilla,
+    # Figure 6
+    "reward_scale": _changes(vanilla=True, reward={"transform": "scale"}),
+    "reward_norm_0.3": _changes(vanilla=True, reward={"transform": "normalize", "clip": 0.3}),
+    "reward_norm_0.8": _changes(vanilla=True, reward={"transform": "normalize", "clip": 0.8}),
+    "adv_norm_0.5": _changes(
+        vanilla=True, ppo={"normalize_advantages": True, "advantage_clip": 0.5}
+    ),
+    "adv_norm_0.12": _changes(
+        vanilla=True, ppo={"normalize_advantages": True, "advantage_clip": 0.12}
+    ),
+    # Figure 7
+    "kl": _changes(vanilla=True, kl={"coef": 0.05}),
+    "entropy": _changes(vanilla=True, ppo={"entropy_coef": 0.01, "entropy_max": 30.0}),
+    "importance_sample": _changes(vanilla=True, ppo={"ratio_denominator": "reference"}),
+    "kl_importance_sample": _changes(
+        vanilla=True, kl={"coef": 0.05}, ppo={"ratio_denominator": "reference"}
+    ),
+    # Figure 8
+    "policy_pretrained": _changes(policy_variant="pretrain"),
+    "critic_sft": _changes(train={"critic_init": "policy"}),
+    "critic_pretrain": _changes(vanilla=True, train={"critic_pretrain_iterations": 10}),
+    # PPO-max without one part
+    "no_kl": _changes(kl={"coef": 0.0}),
+    "no_ptx": _changes(ppo={"ptx_coef": 0.0}),
+    "no_value_clip": _changes(ppo={"value_clip_eps": 0.0}),
+    "no_reward_norm": _changes(reward={"transform": "none", "clip": 0.0}),
+    "no_critic_pretrain": _changes(train={"critic_pretrain_iterations": 0}),
+    # Appendix
+    "kl_0.05": _changes(kl={"coef": 0.05}),
+    "kl_0.1": _changes(kl={"coef": 0.1}),
+    "kl_0.2": _changes(kl={"coef": 0.2}),
+    "entropy_clip": _changes(vanilla=True, ppo={"entropy_coef": 0.01, "entropy_max": 3.0}),
+    "no_clip": _changes(ppo={"objective": "surrogate"}),
+    "clip_0.5": _changes(ppo={"clip_eps": 0.5}),
+    "grad_clip_0": _changes(
+        optimizer={"max_grad_norm": 0.0}, critic_optimizer={"max_grad_norm": 0.0}
+    ),
+    "grad_clip_0.5": _changes(
+        optimizer={"max_grad_norm": 0.5}, critic_optimizer={"max_grad_norm": 0.5}
+    ),
+    "lambda_0": _changes(advantage={"lambda_": 0.0}),
+    "lambda_1": _changes(advantage={"lambda_": 1.0}),
+    # Other objectives
+    "penalty": _changes(ppo={"objective": "penalty"}),
+    "penalty_adaptive": _changes(ppo={"objective": "penalty"}, penalty={"target": 0.01}),
+    "adaptive_kl": _changes(kl={"target": 6.0}),
+    # Choices of Φ_t
+    "reinforce": _changes(
+        ppo={"objective": "policy_gradient"}, advantage={"method": "batch_mean"}, train=_NO_CRITIC
+    ),
+    "total_return": _sampled("total_return"),
+    "reward_to_go": _sampled("reward_to_go"),
+    "reward_to_go_baseline": _changes(advantage={"method": "reward_to_go_baseline"}),
+    "td": _changes(advantage={"method": "td"}),
+    "k_step": _changes(advantage={"method": "k_step", "k": 4}),
+    "rloo": _sampled("rloo", samples=4),
+    "grpo": _sampled("grpo", samples=4),
+}
+
+
+def _finish(config: ConfigDict) -> None:
+    inputs, seed = config.inputs, config.seed
+    inputs.variant = common.with_seed(inputs.variant, seed)
+
+    def folder(stage: str, variant: str = "") -> str:
+        name = "-".join(part for part in (config.scale, variant) if part)
+        return common.with_seed(f"runs/{stage}/{name}", seed) + "/model"
+
+    inputs.policy = inputs.policy or folder("sft", inputs.policy_variant)
+    inputs.reference = inputs.reference or folder("sft")
+    inputs.reward_model = inputs.reward_model or folder("reward_model")
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """See the module docstring for what `arg` may hold."""
+    scales = {
+        "tiny": _tiny,
+        "quickstart": _quickstart,
+        "paper_en": _paper_en,
+        "paper_zh": _paper_zh,
+        "moss_en": lambda: _moss(_paper_en(), "moss_en", kl_coef=0.01),
+        "moss_zh": lambda: _moss(_paper_zh(), "moss_zh", kl_coef=0.1),
+    }
+    return common.build("ppo_max", arg, scales=scales, variants=VARIANTS, finish=_finish)

@@ -1,0 +1,241 @@
+"""What every experiment does around its loop: command line, run folder, logging, stop and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from rlhf_jax.checkpoint import Checkpointer, GracefulStop
+from rlhf_jax.metrics import MetricsWriter, NonFiniteError, check_finite
+from rlhf_jax.progress import progress
+from rlhf_jax.run_info import run_info
+
+# Wrong input: these end with one line. Everything else is a defect and shows its traceback.
+USER_ERRORS = (ValueError, FileNotFoundError, NonFiniteError, ImportError, RuntimeError)
+CACHE_FOLDER = os.environ.get("JAX_COMPILATION_CACHE_DIR", "runs/.compilation_cache")
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
+    """Runs `main(config)` with the flag `--config FILE[:VARIANTS]` and `--config.key=value`."""
+    config = config_flags.DEFINE_config_file("config", default)
+    debug = flags.DEFINE_bool("debug", False, "show the traceback of errors in the input")
+
+    def run(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected argument {argv[1]!r}: settings start with --config.")
+        enable_compilation_cache()
+        try:
+            main(config.value)
+        except Stopped as stopped:
+            print(stopped)
+            sys.exit(130)
+        except USER_ERRORS as error:
+            if debug.value:
+                raise
+            sys.exit(f"error: {str(error).strip() or type(error).__name__}")
+
+    try:
+        app.run(run, flags_parser=_parse_flags)
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        if "--debug" in sys.argv:
+            raise
+        sys.exit(f"error: {str(error).strip()}")
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Like absl's parser, with errors of the config file on one line."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs, small ones too."""
+    jax.config.update("jax_compilation_cache_dir", os.path.abspath(CACHE_FOLDER))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+class Run:
+    """One run in one folder: resumes where it stopped, logs, saves.
+
+        with Run(config, total=steps, desc="SFT", show=("loss/lm",)) as run:
+            state = run.restore(state, batches)
+            for step in run.steps():
+                state, metrics = train_step(state, next(batches))
+                run.log(step, metrics)
+                run.checkpoint(step, state, batches)
+
+    Args:
+      config: Needs `workdir`, `log`, `checkpoint`.
+      total: Number of steps.
+      desc: Title of the progress bar.
+      show: Metrics that the progress bar shows.
+    """
+
+    def __init__(self, config: ConfigDict, *, total: int, desc: str, show: tuple[str, ...]):
+        self.workdir = Path(config.workdir)
+        self.total = total
+        self.started_at = time.time()
+        self._config = config
+        self._desc, self._show = desc, show
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._next = 0
+        self._saved = -1
+
+    def __enter__(self) -> Run:
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        _check_same_config(self.workdir / "config.json", self._config)
+        self._checkpointer = Checkpointer(
+            self.workdir / "checkpoints", keep=self._config.checkpoint.keep
+        )
+        self._stop = GracefulStop()
+        self._stop.__enter__()
+        self._writer: MetricsWriter | None = None
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stop.__exit__(*error)
+        self._checkpointer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def restore(self, state: Any, *cursors: Any) -> Any:
+        """The newest saved state, with the cursors (objects with `restore`) moved there."""
+        if self._checkpointer.latest_step() is not None:
+            saved, state, position = self._checkpointer.restore(state)
+            self._next = self._saved = saved
+            for cursor, where in zip(cursors, position["cursors"], strict=True):
+                cursor.restore(where)
+            print(f"{self._desc}: resuming at step {self._next} of {self.total}")
+        return state
+
+    def steps(self) -> Iterator[int]:
+        """Step numbers that are left; raises `Stopped` after a signal, once the state is saved."""
+        log = self._config.log
+        self._writer = MetricsWriter(
+            self.workdir,
+            resume_step=self._next,
+            tensorboard=log.tensorboard,
+            wandb=log.wandb,
+            wandb_project=log.wandb_project,
+            config=self._config.to_dict(),
+        )
+        with progress(self.total, self._desc, initial=self._next) as self._bar:
+            for step in range(self._next, self.total):
+                yield step
+                self._bar.update(1)
+            self.flush()
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Hands in a step's metrics; they are fetched while the next step computes.
+
+        Raises:
+          NonFiniteError: the previous step's metrics were not finite.
+        """
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Writes what `log` holds back."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        fetched = {name: float(value) for name, value in metrics.items()}
+        assert self._writer is not None
+        self._writer.write(step, fetched)
+        check_finite(fetched, step)
+        shown = {name.split("/")[-1]: f"{fetched[name]:.4g}" for name in self._show if name in fetched}
+        self._bar.set_postfix(shown)
+
+    def checkpoint(self, step: int, state: Any, *cursors: Any) -> None:
+        """Saves every `checkpoint.every` steps, at the end, and when a signal asks to stop.
+
+        Raises:
+          Stopped: after saving, when a signal came.
+        """
+        done = step + 1
+        every = self._config.checkpoint.every
+        due = done == self.total or (every and done % every == 0)
+        if not due and not self._stop.requested:
+            return
+        self.flush()
+        position = {"cursors": [cursor.state() for cursor in cursors]}
+        self._checkpointer.save(done, state, position)
+        if self._stop.requested and done < self.total:
+            raise Stopped(f"stopped at step {done} of {self.total}; the same command resumes")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Writes `summary.json`, which marks the run as done."""
+        usage = {
+            "seconds": round(time.time() - self.started_at, 1),
+            "peak_memory_gib": round(peak_memory_gib(), 2),
+        }
+        text = json.dumps({**usage, **summary}, indent=2)
+        (self.workdir / "summary.json").write_text(text + "\n")
+
+
+def peak_memory_gib() -> float:
+    """The largest resident set of this process so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def read_summary(workdir: str | Path) -> dict[str, Any] | None:
+    """What a finished run wrote, None when it has not finished."""
+    path = Path(workdir) / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def banner(title: str, numbers: Mapping[str, Any]) -> None:
+    """Prints every derived number once, before a run starts."""
+    print(f"\n{title}")
+    width = max(len(name) for name in numbers)
+    for name, value in numbers.items():
+        print(f"  {name:<{width}}  {value}")
+
+
+def _check_same_config(path: Path, config: ConfigDict) -> None:
+    """Writes config.json, or compares with it: a folder holds one run of one config."""
+    settings = json.loads(json.dumps(config.to_dict(), default=str))
+    if path.exists():
+        before, now = (_flat(c) for c in (json.loads(path.read_text())["config"], settings))
+        changed = sorted(
+            k
+            for k in before | now
+            if before.get(k) != now.get(k) and not k.startswith(("log.", "checkpoint."))
+        )
+        if changed:
+            key = changed[0]
+            raise ValueError(
+                f"{path.parent} holds a run with other settings ({key} was {before.get(key)!r}, now "
+                f"{now.get(key)!r}; {len(changed)} differ): choose another --config.workdir or "
+                "remove the folder"
+            )
+        return
+    path.write_text(json.dumps(run_info(settings), indent=2, default=str) + "\n")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
