@@ -85,8 +85,10 @@ def draw_panels(
       The figure, not yet saved.
 
     Raises:
-      ValueError: nothing to draw.
+      ValueError: nothing to draw, or more runs than there are colours.
     """
+    if len(logs) > len(COLORS):
+        raise ValueError(f"at most {len(COLORS)} runs can be told apart, got {len(logs)}")
     shown = [panel for panel in panels if _has_data(panel, logs)]
     if not shown:
         wanted = sorted({name for panel in panels for name in panel.metrics})
@@ -120,10 +122,9 @@ def _draw_panel(axes: Axes, panel: Panel, logs: Mapping[str, Log], xlabel: str) 
         axes.axhline(panel.baseline, color="grey", linewidth=1.0, linestyle=":")
     # Several runs draw the same metrics: each label once.
     handles, labels = axes.get_legend_handles_labels()
-    once = {label: handle for handle, label in zip(handles[::-1], labels[::-1], strict=True)}
-    if once:
-        labels = list(once)[::-1]
-        axes.legend([once[label] for label in labels], labels, frameon=False, fontsize=8)
+    first = dict(zip(reversed(labels), reversed(handles), strict=True))
+    if first:
+        axes.legend(list(first.values())[::-1], list(first)[::-1], frameon=False, fontsize=8)
 
 
 def _draw_metric(axes: Axes, log: Log, name: str, label: str, color: str, style: str) -> None:

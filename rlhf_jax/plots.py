@@ -1,6 +1,6 @@
 """Pictures of a run, in the layout of the figures of Zheng et al. 2023 (arXiv 2307.04964).
 
-The `plot_*` functions write a PNG and return its path; the `draw_*` functions draw on axes of yours.
+The `plot_*` functions write a PNG and return its path; the `draw_*` functions draw on given axes.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def compare_runs(
       path: the PNG to write.
       title: above the panels.
       panels: what to draw; panels that no run has data for are left out.
-      xlabel: of the lowest panels.
+      xlabel: of every panel.
 
     Returns:
       `path`.
@@ -130,12 +130,19 @@ def draw_reward_histogram(
       rejected_scores: float [N].
       title: before the accuracy.
       bins: about how many bars; 0 is always an edge, so no bar mixes the two sides.
+
+    Raises:
+      ValueError: shapes differ, no pair, or a score is not finite.
     """
     accuracy = pair_accuracy(chosen_scores, rejected_scores)
     difference = np.asarray(chosen_scores, float) - np.asarray(rejected_scores, float)
-    width = max(float(np.ptp(difference)), 1e-6) / bins
-    first, last = np.floor(difference.min() / width), np.floor(difference.max() / width) + 1
-    edges = (width * np.arange(min(first, 0), max(last, 1) + 1)).tolist()
+    if not np.isfinite(difference).all():
+        raise ValueError("scores must be finite to be drawn")
+    low, high = min(difference.min(), 0.0), max(difference.max(), 0.0)
+    width = max(high - low, 1e-6) / bins
+    edges = (width * np.arange(np.floor(low / width), np.floor(high / width) + 2)).tolist()
+    # Rounding may put the lowest value outside of the first edge.
+    difference = np.maximum(difference, edges[0])
     sides = {
         "rejected scores higher": (difference < 0, COLORS[1]),
         "tie": (difference == 0, "grey"),
@@ -165,7 +172,8 @@ def draw_accuracy(axes: Axes, curves: Mapping[str, tuple[Any, Any]], *, title: s
       curves: label -> (steps [S], accuracies [S] in [0, 1]), NaN is left out.
       title: above the axes.
     """
-    for (label, (steps, values)), color in zip(curves.items(), COLORS, strict=False):
+    for index, (label, (steps, values)) in enumerate(curves.items()):
+        color = COLORS[index % len(COLORS)]
         draw_curve(axes, np.asarray(steps), np.asarray(values, float), label, color, "-")
     axes.axhline(0.5, color="grey", linewidth=1.0, linestyle=":")
     axes.set_xlabel("step")
