@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, Self, TextIO
 
 from rlhf_jax.metrics import as_float
@@ -28,25 +29,34 @@ class Progress:
         self._start = time.monotonic()
         self._last_print = -math.inf
         self._pending = ""
+        self._shown: dict[str, str] = {}
         self._bar = None
         if self._stream.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, desc=desc, initial=initial, file=self._stream)
 
-    def update(self, n: int = 1, **shown: Any) -> None:
-        """Moves on by `n` and shows a few numbers: `bar.update(reward=0.7, kl=2.1)`."""
+    def update(self, n: int = 1) -> None:
+        """Moves on by `n`."""
         self._done += n
-        numbers = {name: f"{as_float(name, value):.4g}" for name, value in shown.items()}
         if self._bar is not None:
-            self._bar.set_postfix(numbers, refresh=False)
             self._bar.update(n)
             return
         total = "" if self._total is None else f"/{self._total}"
-        line = [f"{self._desc}: {self._done}{total}", f"{time.monotonic() - self._start:.0f} s"]
-        self._pending = ", ".join(line + [f"{name} {text}" for name, text in numbers.items()])
+        head = [f"{self._desc}: {self._done}{total}", f"{time.monotonic() - self._start:.0f} s"]
+        shown = [f"{name} {text}" for name, text in self._shown.items()]
+        self._pending = ", ".join(head + shown)
         if time.monotonic() - self._last_print >= self._every:
             self._print_pending()
+
+    def set_postfix(self, shown: Mapping[str, Any]) -> None:
+        """Shows these numbers (or texts) from the next update on."""
+        self._shown = {
+            name: value if isinstance(value, str) else f"{as_float(name, value):.4g}"
+            for name, value in shown.items()
+        }
+        if self._bar is not None:
+            self._bar.set_postfix(self._shown, refresh=False)
 
     def write(self, text: str) -> None:
         """Prints a line without breaking the bar."""
