@@ -194,18 +194,22 @@ def shape_rewards(
       Rewards `[B, G]`, 0 on padding, and the new moments.
     """
     scores = evaluation.scores - config.missing_eos_penalty * ~rollout.ended
+    clip = config.clip or jnp.inf
     if config.transform == "scale_discounted":
-        sums = losses.rolling_discounted_sums(scores, discount=discount)
-        moments = losses.update_moments(moments, sums)
+        last = losses.last_token_mask(rollout.response_mask)
+        at_end = jnp.where(last, scores[:, None], 0.0)
+        sums = losses.rolling_discounted_sum(
+            at_end, discount=discount, where=rollout.response_mask
+        )
+        moments = losses.update_moments(moments, sums, where=last)
     else:
         moments = losses.update_moments(moments, scores)
     if config.transform == "normalize":
-        scores = losses.normalize_rewards(scores, moments, clip=config.clip or None)
+        scores = losses.normalize_rewards(scores, moments, clip=clip)
     else:
         if config.transform != "none":
             scores = losses.scale_rewards(scores, moments)
-        if config.clip:
-            scores = jnp.clip(scores, -config.clip, config.clip)
+        scores = jnp.clip(scores, -clip, clip)
     rewards = losses.kl_shaped_rewards(
         scores,
         rollout.log_probs,
@@ -260,7 +264,7 @@ def _sequence_phi(totals: jax.Array, config: AdvantageConfig) -> jax.Array:
     groups = totals.reshape(-1, config.samples_per_prompt)
     if config.method == "rloo":
         return (groups - losses.leave_one_out_baseline(groups)).reshape(-1)
-    return losses.group_normalized_advantages(groups).reshape(-1)
+    return losses.group_advantages(groups).reshape(-1)
 
 
 def take(tree: Any, rows: jax.Array) -> Any:

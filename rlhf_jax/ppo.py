@@ -134,9 +134,9 @@ def policy_loss(
 
     if config.entropy_coef:
         bonus = losses.entropy_bonus(
-            entropy, coef=config.entropy_coef, max_entropy=config.entropy_max or jnp.inf
+            entropy, weight=config.entropy_coef, max_entropy=config.entropy_max or jnp.inf
         )
-        loss += weighted_sum(bonus, batch.weights)
+        loss -= weighted_sum(bonus, batch.weights)
     if batch.ptx is not None:
         ptx_log_probs, _ = next_token_log_probs(model, batch.ptx["tokens"], batch.ptx["segments"])
         metrics["loss/ptx"] = -weighted_sum(ptx_log_probs, batch.ptx_weights)
