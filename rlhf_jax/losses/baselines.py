@@ -39,7 +39,7 @@ def leave_one_out_baseline(scores: jax.Array) -> jax.Array:
 
         b_i = 1/(K−1) Σ_{j≠i} r_j
 
-    Source: Ahmadian et al. 2024 (arXiv 2402.14740), eq 8; Kool et al. 2019.
+    Source: Ahmadian et al. 2024 (arXiv 2402.14740); Kool et al. 2019.
 
     Args:
       scores: r, [..., K] float.

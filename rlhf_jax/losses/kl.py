@@ -89,7 +89,7 @@ def adaptive_kl_coef(
         e = clip(KL/KL_target − 1, −0.2, 0.2)
         β ← β (1 + e · steps/horizon)
 
-    Source: Ziegler et al. 2019 (arXiv 1909.08593), eq 3 and §2.2, with K_β = steps/horizon as in
+    Source: Ziegler et al. 2019 (arXiv 1909.08593), §2.2, with K_β = steps/horizon as in
     its released code (target 6, horizon 10,000 episodes).
 
     Args:

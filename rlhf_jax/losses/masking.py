@@ -118,7 +118,7 @@ def masked_whiten(
         y = (x − x̄) / √(Var x + ε)    (+ x̄ if not shift_mean)
 
     Source: Ziegler et al. 2019 (arXiv 1909.08593), as catalogued in "The N implementation details
-    of RLHF with PPO", details 18 and 19: variance is biased, ε = 1e-8, rewards keep their mean.
+    of RLHF with PPO": the variance is biased, ε = 1e-8, rewards keep their mean.
 
     Args:
       x: values, [...] float.

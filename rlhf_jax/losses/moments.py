@@ -49,7 +49,7 @@ def merge_moments(a: RunningMoments, b: RunningMoments) -> RunningMoments:
         n = n_a + n_b,  d = μ_b − μ_a
         μ = μ_a + d n_b/n,  M2 = M2_a + M2_b + d² n_a n_b/n
 
-    Source: Chan, Golub and LeVeque 1979, eq 2.1.
+    Source: Chan, Golub and LeVeque 1979, pairwise updating.
 
     Args:
       a: scalars.
@@ -81,7 +81,7 @@ def update_moments(
 
         moments ← merge(moments, (n, x̄, Σ (x − x̄)²) of the batch)
 
-    Source: Chan, Golub and LeVeque 1979, eq 2.1.
+    Source: Chan, Golub and LeVeque 1979, pairwise updating.
 
     Args:
       moments: of all values before.

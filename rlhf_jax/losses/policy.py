@@ -177,8 +177,9 @@ def entropy_bonus(entropies: jax.Array, *, weight: Scalar, max_entropy: Scalar) 
 
     Subtract it from the loss. Without the limit the entropy runs away: δ stops that.
 
-    Source: slide "Entropy Bonus"; arXiv 2307.04964, §5.3.2 and fig 16 (w = 0.01, δ = 30). The
-    released code takes |H − δ| of the per-token mean, which never reaches δ. [our reading]
+    Source: slide "Entropy Bonus"; arXiv 2307.04964, §5.3.2 and fig 16 (w = 0.01, δ = 30), which
+    give no formula for the limit: this is one reading. The released code takes w |H − δ| of the
+    mean over tokens, where H ≤ log V ≈ 10.4 never reaches δ, so that it is a plain bonus.
 
     Args:
       entropies: H, [...] float, differentiated; per token, or of whatever δ is meant for.

@@ -146,7 +146,7 @@ def soft_preference_loss(
 
     p = 1 is the Bradley-Terry loss.
 
-    Source: Lee et al. 2023 (arXiv 2309.00267), §2.2; Bai et al. 2022 (arXiv 2212.08073), §4.1.
+    Source: Lee et al. 2023 (arXiv 2309.00267), §2; Bai et al. 2022 (arXiv 2212.08073), §4.1.
 
     Args:
       rewards_a: r_a, [...] float, differentiated.

@@ -14,7 +14,7 @@ def value_loss(values: jax.Array, returns: jax.Array) -> jax.Array:
 
         L_t = ½ (V_φ(s_t) − R̂_t)²
 
-    Source: slide "Value Function Estimation" (printed without the ½); arXiv 2307.04964, eq 13.
+    Source: slide "Value Function Estimation" (printed without the ½).
 
     Args:
       values: V_φ, [..., T] float, differentiated.

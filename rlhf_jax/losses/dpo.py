@@ -1,0 +1,257 @@
+"""Direct preference optimisation and its variants, on log-probabilities of whole responses.
+
+Inputs are sums over response tokens (`sequence_log_prob`). The deck calls the reference π_θold: it
+is the frozen SFT policy, not the old policy of PPO.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.losses._checks import require
+from rlhf_jax.losses.masking import masked_mean
+from rlhf_jax.losses.reward import preference_accuracy
+
+Scalar = float | jax.Array
+
+
+def dpo_loss(
+    chosen_log_probs: jax.Array,
+    rejected_log_probs: jax.Array,
+    ref_chosen_log_probs: jax.Array,
+    ref_rejected_log_probs: jax.Array,
+    *,
+    beta: Scalar,
+    label_smoothing: Scalar = 0.0,
+) -> jax.Array:
+    """Preference loss whose reward is the policy itself.
+
+        u = β log(π_θ(y⁺|x)/π_ref(y⁺|x)) − β log(π_θ(y⁻|x)/π_ref(y⁻|x))
+        L = −(1 − ε) log σ(u) − ε log σ(−u)
+
+    At the reference u = 0 and L = log 2. With ε = 0 the gradient is
+    −β σ(−u) (∇log π_θ(y⁺|x) − ∇log π_θ(y⁻|x)).
+
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), eq 7; slide "DPO". Label smoothing: Mitchell
+    2023, conservative DPO.
+
+    Args:
+      chosen_log_probs: log π_θ(y⁺|x), [...] float, differentiated.
+      rejected_log_probs: log π_θ(y⁻|x), same shape, differentiated.
+      ref_chosen_log_probs: log π_ref(y⁺|x), same shape, constant.
+      ref_rejected_log_probs: log π_ref(y⁻|x), same shape, constant.
+      beta: β, strength of the pull to the reference.
+      label_smoothing: ε, the share of labels that are thought to be flipped, below ½.
+
+    Returns:
+      [...], unreduced.
+
+    Raises:
+      AssertionError: shapes differ, or a type is not float.
+      ValueError: label_smoothing is outside [0, ½).
+
+    >>> at_reference = jnp.array([-5.0]), jnp.array([-7.0]), jnp.array([-5.0]), jnp.array([-7.0])
+    >>> print(dpo_loss(*at_reference, beta=0.1).round(3))
+    [0.693]
+    """
+    require(label_smoothing >= 0, f"label_smoothing={label_smoothing} must not be negative")
+    require(label_smoothing < 0.5, f"label_smoothing={label_smoothing} must be below 0.5")
+    u = beta * _log_ratio_margin(
+        chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs
+    )
+    return (1 - label_smoothing) * jax.nn.softplus(-u) + label_smoothing * jax.nn.softplus(u)
+
+
+def ipo_loss(
+    chosen_log_probs: jax.Array,
+    rejected_log_probs: jax.Array,
+    ref_chosen_log_probs: jax.Array,
+    ref_rejected_log_probs: jax.Array,
+    *,
+    beta: Scalar,
+) -> jax.Array:
+    """Regression of the log-ratio margin to a fixed target: it does not run away on sure pairs.
+
+        h = log(π_θ(y⁺|x)/π_ref(y⁺|x)) − log(π_θ(y⁻|x)/π_ref(y⁻|x))
+        L = (h − 1/(2β))²
+
+    Source: Azar et al. 2023 (arXiv 2310.12036), eq 17, whose τ is β here. Some implementations
+    average over tokens first: `sequence_log_prob(..., normalize=True)`.
+
+    Args:
+      chosen_log_probs: log π_θ(y⁺|x), [...] float, differentiated.
+      rejected_log_probs: log π_θ(y⁻|x), same shape, differentiated.
+      ref_chosen_log_probs: log π_ref(y⁺|x), same shape, constant.
+      ref_rejected_log_probs: log π_ref(y⁻|x), same shape, constant.
+      beta: β, positive.
+
+    Returns:
+      [...], unreduced.
+
+    Raises:
+      AssertionError: shapes differ, or a type is not float.
+      ValueError: beta is not positive.
+
+    >>> at_reference = jnp.array([-5.0]), jnp.array([-7.0]), jnp.array([-5.0]), jnp.array([-7.0])
+    >>> print(ipo_loss(*at_reference, beta=0.5))
+    [1.]
+    """
+    require(beta > 0, f"beta={beta} must be positive")
+    margin = _log_ratio_margin(
+        chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs
+    )
+    return jnp.square(margin - 1 / (2 * beta))
+
+
+def dpo_hinge_loss(
+    chosen_log_probs: jax.Array,
+    rejected_log_probs: jax.Array,
+    ref_chosen_log_probs: jax.Array,
+    ref_rejected_log_probs: jax.Array,
+    *,
+    beta: Scalar,
+) -> jax.Array:
+    """Hinge on the same margin: pairs that are right by 1 are left alone.
+
+        L = max(0, 1 − u),  u as in `dpo_loss`
+
+    Source: Liu et al. 2023 (RSO, arXiv 2309.06657), hinge-norm: SLiC-HF normalised by the reference.
+
+    Args:
+      chosen_log_probs: log π_θ(y⁺|x), [...] float, differentiated.
+      rejected_log_probs: log π_θ(y⁻|x), same shape, differentiated.
+      ref_chosen_log_probs: log π_ref(y⁺|x), same shape, constant.
+      ref_rejected_log_probs: log π_ref(y⁻|x), same shape, constant.
+      beta: β.
+
+    Returns:
+      [...], unreduced.
+
+    Raises:
+      AssertionError: shapes differ, or a type is not float.
+
+    >>> at_reference = jnp.array([-5.0]), jnp.array([-7.0]), jnp.array([-5.0]), jnp.array([-7.0])
+    >>> print(dpo_hinge_loss(*at_reference, beta=0.1))
+    [1.]
+    """
+    margin = _log_ratio_margin(
+        chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs
+    )
+    return jax.nn.relu(1 - beta * margin)
+
+
+def implicit_rewards(log_probs: jax.Array, ref_log_probs: jax.Array, *, beta: Scalar) -> jax.Array:
+    """The reward that a policy stands for, up to a term of the prompt alone.
+
+        r̂(x, y) = β log(π_θ(y|x) / π_ref(y|x))
+
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), §4 after eq 7; the deck once prints y⁻ on the
+    right for any y.
+
+    Args:
+      log_probs: log π_θ(y|x), [...] float.
+      ref_log_probs: log π_ref(y|x), same shape.
+      beta: β.
+
+    Returns:
+      [...], unreduced, constant: a diagnostic.
+
+    Raises:
+      AssertionError: shapes differ, or a type is not float.
+
+    >>> print(implicit_rewards(jnp.array([-3.0]), jnp.array([-5.0]), beta=0.5))
+    [1.]
+    """
+    chex.assert_equal_shape([log_probs, ref_log_probs])
+    chex.assert_type([log_probs, ref_log_probs], float)
+    return jax.lax.stop_gradient(beta * (log_probs - ref_log_probs))
+
+
+def dpo_gradient_coefficient(
+    chosen_log_probs: jax.Array,
+    rejected_log_probs: jax.Array,
+    ref_chosen_log_probs: jax.Array,
+    ref_rejected_log_probs: jax.Array,
+    *,
+    beta: Scalar,
+) -> jax.Array:
+    """How hard DPO pulls on a pair: near 1 where it is ranked wrongly, near 0 where rightly.
+
+        c = σ(r̂(x, y⁻) − r̂(x, y⁺)) = σ(−u),   ∇L = −β c (∇log π_θ(y⁺|x) − ∇log π_θ(y⁻|x))
+
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), §4 "What does the DPO update do?". The deck's
+    text has the two rewards the other way round; its formula is right.
+
+    Args:
+      chosen_log_probs: log π_θ(y⁺|x), [...] float.
+      rejected_log_probs: log π_θ(y⁻|x), same shape.
+      ref_chosen_log_probs: log π_ref(y⁺|x), same shape.
+      ref_rejected_log_probs: log π_ref(y⁻|x), same shape.
+      beta: β.
+
+    Returns:
+      [...] between 0 and 1, unreduced, constant: a diagnostic.
+
+    Raises:
+      AssertionError: shapes differ, or a type is not float.
+
+    >>> at_reference = jnp.array([-5.0]), jnp.array([-7.0]), jnp.array([-5.0]), jnp.array([-7.0])
+    >>> print(dpo_gradient_coefficient(*at_reference, beta=0.1))
+    [0.5]
+    """
+    margin = _log_ratio_margin(
+        chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs
+    )
+    return jax.lax.stop_gradient(jax.nn.sigmoid(-beta * margin))
+
+
+def dpo_diagnostics(
+    chosen_log_probs: jax.Array,
+    rejected_log_probs: jax.Array,
+    ref_chosen_log_probs: jax.Array,
+    ref_rejected_log_probs: jax.Array,
+    *,
+    beta: Scalar,
+    where: jax.Array,
+) -> dict[str, jax.Array]:
+    """Implicit rewards of both sides, how often they rank the pair rightly, and the pull left.
+
+    Args:
+      chosen_log_probs: log π_θ(y⁺|x), [...] float.
+      rejected_log_probs: log π_θ(y⁻|x), same shape.
+      ref_chosen_log_probs: log π_ref(y⁺|x), same shape.
+      ref_rejected_log_probs: log π_ref(y⁻|x), same shape.
+      beta: β.
+      where: True on the pairs that count, same shape, bool.
+
+    Returns:
+      scalars, constant: reward/chosen, reward/rejected, reward/margin, reward/accuracy (ties
+      count one half), dpo/gradient_coefficient. No pairs: 0.
+
+    Raises:
+      AssertionError: shapes differ, or a type is wrong.
+
+    >>> log_probs = jnp.array([-5.0]), jnp.array([-7.0]), jnp.array([-6.0]), jnp.array([-6.0])
+    >>> print(dpo_diagnostics(*log_probs, beta=0.1, where=jnp.array([True]))["reward/margin"])
+    0.2
+    """
+    chosen = implicit_rewards(chosen_log_probs, ref_chosen_log_probs, beta=beta)
+    rejected = implicit_rewards(rejected_log_probs, ref_rejected_log_probs, beta=beta)
+    numbers = {
+        "reward/chosen": chosen,
+        "reward/rejected": rejected,
+        "reward/margin": chosen - rejected,
+        "reward/accuracy": preference_accuracy(chosen, rejected),
+        "dpo/gradient_coefficient": jax.nn.sigmoid(rejected - chosen),
+    }
+    return {name: masked_mean(number, where=where) for name, number in numbers.items()}
+
+
+def _log_ratio_margin(
+    chosen: jax.Array, rejected: jax.Array, ref_chosen: jax.Array, ref_rejected: jax.Array
+) -> jax.Array:
+    """h = log(π_θ(y⁺)/π_ref(y⁺)) − log(π_θ(y⁻)/π_ref(y⁻)); the reference is constant."""
+    chex.assert_equal_shape([chosen, rejected, ref_chosen, ref_rejected])
+    chex.assert_type([chosen, rejected, ref_chosen, ref_rejected], float)
+    ref_chosen, ref_rejected = jax.lax.stop_gradient((ref_chosen, ref_rejected))
+    return (chosen - ref_chosen) - (rejected - ref_rejected)
