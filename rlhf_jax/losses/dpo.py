@@ -115,7 +115,8 @@ def dpo_hinge_loss(
 
         L = max(0, 1 − u),  u as in `dpo_loss`
 
-    Source: Liu et al. 2023 (RSO, arXiv 2309.06657), hinge-norm: SLiC-HF normalised by the reference.
+    Source: Liu et al. 2023 (RSO, arXiv 2309.06657), "hinge-norm": SLiC-HF with a
+    reference.
 
     Args:
       chosen_log_probs: log π_θ(y⁺|x), [...] float, differentiated.

@@ -27,7 +27,7 @@ def rrhf_loss(
         p_i = 1/|y_i|^a Σ_t log π(y_{i,t} | x, y_{i,<t})
         L = w Σ_{r_i < r_j} max(0, p_i − p_j) − Σ_t log π(y_{best,t} | x, y_{best,<t})
 
-    Source: Yuan et al. 2023 (RRHF, arXiv 2304.05302), §3, with w = 1; the released code has w = 100.
+    Source: Yuan et al. 2023 (RRHF, arXiv 2304.05302), §3 (w = 1; in the code 100).
 
     Args:
       log_probs: log π, [..., K, T] float, differentiated.
