@@ -145,7 +145,7 @@ def ensure_pad(tokenizer: Any, *, vocab_size: int | None = None) -> str:
 
 
 def ensure_template(tokenizer: Any) -> str:
-    """Gives a tokenizer without a chat template the plain one; returns in one line what was done."""
+    """Gives a tokenizer without a chat template the plain one; says in one line what was done."""
     if getattr(tokenizer, "chat_template", None):
         return "has a chat template"
     tokenizer.chat_template = PLAIN_TEMPLATE
@@ -165,20 +165,25 @@ def encode_piece(tokenizer: Any, text: str, *, first: bool) -> list[int]:
         first: whether nothing but BOS stands before it.
     """
     if first or not text or not _adds_space(tokenizer):
+        return _ids(tokenizer, text)
+    head = _ids(tokenizer, "\n")
+    ids = _ids(tokenizer, "\n" + text)
+    return ids[len(head) :] if ids[: len(head)] == head else _ids(tokenizer, text)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Encodes without special tokens; twice as fast as through transformers where it is safe."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.truncation or backend.padding:
         return tokenizer.encode(text, add_special_tokens=False)
-    head = tokenizer.encode("\n", add_special_tokens=False)
-    ids = tokenizer.encode("\n" + text, add_special_tokens=False)
-    if ids[: len(head)] != head:
-        return tokenizer.encode(text, add_special_tokens=False)
-    return ids[len(head) :]
+    return backend.encode(text, add_special_tokens=False).ids
 
 
 def _adds_space(tokenizer: Any) -> bool:
     """Whether 'a' alone differs from 'a' behind a line break; found once for each tokenizer."""
     known = getattr(tokenizer, "_rlhf_jax_adds_space", None)
     if known is None:
-        alone = tokenizer.encode("a", add_special_tokens=False)
-        behind = tokenizer.encode("\na", add_special_tokens=False)
+        alone, behind = _ids(tokenizer, "a"), _ids(tokenizer, "\na")
         known = behind[-len(alone) :] != alone
         tokenizer._rlhf_jax_adds_space = known
     return known
@@ -186,11 +191,11 @@ def _adds_space(tokenizer: Any) -> bool:
 
 def _spare_token(tokenizer: Any, vocab: dict[str, int], limit: int) -> str | None:
     """Returns a token of the vocabulary that can serve as pad, or None."""
-    template = getattr(tokenizer, "chat_template", None) or ""
+    template = str(getattr(tokenizer, "chat_template", None) or "")
     taken = {tokenizer.eos_token, tokenizer.bos_token}
     others = sorted(tokenizer.all_special_tokens, key=lambda token: vocab.get(token, limit))
     for token in (*_SPARE_TOKENS, *others):
-        if token in vocab and vocab[token] < limit and token not in taken:
-            if str(token) not in str(template):
-                return token
+        is_free = token not in taken and token not in template
+        if is_free and vocab.get(token, limit) < limit:
+            return token
     return None
