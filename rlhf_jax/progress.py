@@ -28,7 +28,7 @@ class Progress:
         self._every = every_seconds
         self._start = time.monotonic()
         self._last_print = -math.inf
-        self._pending = ""
+        self._unprinted = False
         self._shown: dict[str, str] = {}
         self._bar = None
         if self._stream.isatty():
@@ -42,12 +42,9 @@ class Progress:
         if self._bar is not None:
             self._bar.update(n)
             return
-        total = "" if self._total is None else f"/{self._total}"
-        head = [f"{self._desc}: {self._done}{total}", f"{time.monotonic() - self._start:.0f} s"]
-        shown = [f"{name} {text}" for name, text in self._shown.items()]
-        self._pending = ", ".join(head + shown)
+        self._unprinted = True
         if time.monotonic() - self._last_print >= self._every:
-            self._print_pending()
+            self._print_line()
 
     def set_postfix(self, shown: Mapping[str, Any]) -> None:
         """Shows these numbers (or texts) from the next update on."""
@@ -55,6 +52,7 @@ class Progress:
             name: value if isinstance(value, str) else f"{as_float(name, value):.4g}"
             for name, value in shown.items()
         }
+        self._unprinted = True
         if self._bar is not None:
             self._bar.set_postfix(self._shown, refresh=False)
 
@@ -65,17 +63,20 @@ class Progress:
         else:
             print(text, file=self._stream, flush=True)
 
-    def _print_pending(self) -> None:
-        if self._pending:
-            print(self._pending, file=self._stream, flush=True)
-        self._pending = ""
-        self._last_print = time.monotonic()
-
     def close(self) -> None:
+        """Shows the last state and ends the bar."""
         if self._bar is not None:
             self._bar.close()
-        else:
-            self._print_pending()
+        elif self._unprinted:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        total = "" if self._total is None else f"/{self._total}"
+        head = [f"{self._desc}: {self._done}{total}", f"{time.monotonic() - self._start:.0f} s"]
+        shown = [f"{name} {text}" for name, text in self._shown.items()]
+        print(", ".join(head + shown), file=self._stream, flush=True)
+        self._unprinted = False
+        self._last_print = time.monotonic()
 
     def __enter__(self) -> Self:
         return self

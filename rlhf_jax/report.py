@@ -19,7 +19,7 @@ SummaryTable = Mapping[str, Mapping[str, Any]]
 Sample = Mapping[str, str]
 
 _MISSING = "–"
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-!|~$])")
 
 
