@@ -13,11 +13,16 @@ import jax.numpy as jnp
 from rlhf_jax.models.config import ModelConfig, RopeScaling
 
 
+def along_last(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """`weight [H]` with the rank of `x [..., H]`: broadcasting is written out, never implied."""
+    return weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis, computed in float32 (Zhang & Sennrich 2019)."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+    return (x32 * along_last(scale.astype(jnp.float32), x32)).astype(x.dtype)
 
 
 def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -30,7 +35,7 @@ def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def positions_in_segment(segments_BT: jax.Array) -> jax.Array:
     """Index of each token within its run of equal segment ids: works for left or right padding."""
-    index = jnp.arange(segments_BT.shape[-1])
+    index = jax.lax.broadcasted_iota(jnp.int32, segments_BT.shape, segments_BT.ndim - 1)
     previous = jnp.concatenate([segments_BT[..., :1] - 1, segments_BT[..., :-1]], axis=-1)
     starts = jnp.where(segments_BT != previous, index, 0)
     return index - jax.lax.cummax(starts, axis=segments_BT.ndim - 1)
@@ -41,7 +46,7 @@ def segment_mask(segments_BT: jax.Array) -> jax.Array:
 
     Padding (segment 0) sees padding, so no row of the softmax is empty and none gives NaN.
     """
-    causal = jnp.tril(jnp.ones((segments_BT.shape[-1],) * 2, bool))
+    causal = jnp.tril(jnp.ones((1, *(segments_BT.shape[-1],) * 2), bool))
     same = segments_BT[:, :, None] == segments_BT[:, None, :]
     return (causal & same)[:, None]
 
@@ -63,12 +68,13 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 def rope_tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine `[..., H / 2]` in float32 for integer positions `[...]`."""
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    positions = positions[..., None].astype(jnp.float32)
+    angles = positions * along_last(frequencies, positions)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates `x [..., heads, H]` by tables `[..., H / 2]`; halves are paired as in Llama's files."""
+    """Rotates `x [..., heads, H]` by tables `[..., H / 2]`; halves are paired as in Llama files."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -76,10 +82,12 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def project_qkv(x: jax.Array, w, cos: jax.Array, sin: jax.Array, config: ModelConfig):
-    """Queries `[..., N, H]`, keys and values `[..., K, H]`, with bias, norm and rotation applied."""
+    """Queries `[..., N, H]`, keys and values `[..., K, H]`, after bias, norm and rotation."""
     q, k, v = dense(x, w.q), dense(x, w.k), dense(x, w.v)
     if config.qkv_bias:
-        q, k, v = q + w.q_bias, k + w.k_bias, v + w.v_bias
+        q = q + along_last(w.q_bias[...], q)
+        k = k + along_last(w.k_bias[...], k)
+        v = v + along_last(w.v_bias[...], v)
     lead = x.shape[:-1]
     q = q.reshape(*lead, config.num_heads, config.head_dim)
     k = k.reshape(*lead, config.num_kv_heads, config.head_dim)
