@@ -40,7 +40,7 @@ def _quickstart() -> ConfigDict:
     config.inputs.policy_variant = ""
     config.model = ConfigDict({"dtype": "float32", "remat": "none", "attention": "xla"})
     config.data = ConfigDict(
-        {"source": "reviews", "domains": ("movie", "amazon"), "limit": 0, "prompt_length": 12}
+        {"source": "reviews", "domains": ("movie", "amazon"), "limit": 0, "prompt_buckets": (12,)}
     )
     config.data.ptx_length = 64
     # The batch vocabulary, all global: an iteration samples prompts x samples responses and makes
@@ -111,7 +111,7 @@ def _paper_en() -> ConfigDict:
     config = _quickstart()
     config.inputs.update(build=False, variant="paper_en")
     config.model = ConfigDict({"dtype": "bfloat16", "remat": "full", "attention": "cudnn"})
-    config.data.update(source="hh", domains=(), prompt_length=512, ptx_length=1024)
+    config.data.update(source="hh", domains=(), prompt_buckets=(128, 256, 512), ptx_length=1024)
     # 250 buffers of 128 in minibatches of 32 are the deck's 1000 updates.
     config.train.update(iterations=250, prompts_per_iteration=128, minibatch=32, microbatch=32)
     config.train.critic_pretrain_iterations = 25

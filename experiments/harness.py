@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from rlhf_jax.checkpoint import Checkpointer, GracefulStop
 from rlhf_jax.metrics import MetricsWriter, NonFiniteError, check_finite
 from rlhf_jax.progress import progress
 from rlhf_jax.run_info import run_info
+
+# transformers advises to install PyTorch at import; nothing here needs it.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 # Wrong input: these end with one line. Everything else is a defect and shows its traceback.
 USER_ERRORS = (ValueError, FileNotFoundError, NonFiniteError, ImportError, RuntimeError)
@@ -38,6 +41,8 @@ def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}: settings start with --config.")
         enable_compilation_cache()
+        # Orbax tells of every file that it writes.
+        logging.set_verbosity(logging.DEBUG if debug.value else logging.WARNING)
         try:
             main(config.value)
         except Stopped as stopped:
@@ -95,8 +100,8 @@ class Run:
         self._config = config
         self._desc, self._show = desc, show
         self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._shown: dict[str, float] = {}
         self._next = 0
-        self._saved = -1
 
     def __enter__(self) -> Run:
         self.workdir.mkdir(parents=True, exist_ok=True)
@@ -119,7 +124,7 @@ class Run:
         """The newest saved state, with the cursors (objects with `restore`) moved there."""
         if self._checkpointer.latest_step() is not None:
             saved, state, position = self._checkpointer.restore(state)
-            self._next = self._saved = saved
+            self._next = saved
             for cursor, where in zip(cursors, position["cursors"], strict=True):
                 cursor.restore(where)
             print(f"{self._desc}: resuming at step {self._next} of {self.total}")
@@ -139,6 +144,7 @@ class Run:
         with progress(self.total, self._desc, initial=self._next) as self._bar:
             for step in range(self._next, self.total):
                 yield step
+                self._bar.set_postfix(self._shown)
                 self._bar.update(1)
             self.flush()
 
@@ -161,8 +167,7 @@ class Run:
         assert self._writer is not None
         self._writer.write(step, fetched)
         check_finite(fetched, step)
-        shown = {name.split("/")[-1]: f"{fetched[name]:.4g}" for name in self._show if name in fetched}
-        self._bar.set_postfix(shown)
+        self._shown |= {n.split("/")[-1]: fetched[n] for n in self._show if n in fetched}
 
     def checkpoint(self, step: int, state: Any, *cursors: Any) -> None:
         """Saves every `checkpoint.every` steps, at the end, and when a signal asks to stop.
@@ -181,10 +186,19 @@ class Run:
         if self._stop.requested and done < self.total:
             raise Stopped(f"stopped at step {done} of {self.total}; the same command resumes")
 
+    @property
+    def seconds(self) -> float:
+        """Wall time since the run was opened."""
+        return time.time() - self.started_at
+
+    def command(self) -> str:
+        """The command that makes this run."""
+        return json.loads((self.workdir / "config.json").read_text())["command"]
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`, which marks the run as done."""
         usage = {
-            "seconds": round(time.time() - self.started_at, 1),
+            "seconds": round(self.seconds, 1),
             "peak_memory_gib": round(peak_memory_gib(), 2),
         }
         text = json.dumps({**usage, **summary}, indent=2)
@@ -200,6 +214,22 @@ def read_summary(workdir: str | Path) -> dict[str, Any] | None:
     """What a finished run wrote, None when it has not finished."""
     path = Path(workdir) / "summary.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def divide(name: str, whole: int, part: int) -> int:
+    """How many parts make the whole.
+
+    Raises:
+      ValueError: there would be a rest.
+    """
+    if part < 1 or whole % part:
+        raise ValueError(f"{name}={whole} must be divisible by {part}")
+    return whole // part
+
+
+def count_parameters(model: Any) -> int:
+    """Numbers in all leaves of a model."""
+    return sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
 def banner(title: str, numbers: Mapping[str, Any]) -> None:

@@ -196,3 +196,18 @@ def critic_loss(
         ),
     }
     return loss, metrics
+
+
+def experience_metrics(experience: Experience) -> dict[str, jax.Array]:
+    """Means over the real tokens of a buffer, before any update."""
+    where = experience.rollout.response_mask
+    values = experience.evaluation.values
+    return {
+        "reward/std": experience.evaluation.scores.std(),
+        "reward/shaped": losses.masked_sum(experience.rewards, where=where, axis=-1).mean(),
+        "critic/return": losses.masked_mean(experience.returns, where=where),
+        "critic/advantage": losses.masked_mean(experience.advantages, where=where),
+        "critic/explained_variance": losses.explained_variance(
+            values, experience.returns, where=where
+        ),
+    }

@@ -39,8 +39,26 @@ def next_token_log_probs(
     Returns:
       Log-probabilities `[B, T - start]` float32, and the entropies of the same shape or None.
     """
-    hidden = model(tokens, segments)[:, start - 1 : -1]
-    targets = tokens[:, start:]
+    return log_probs_of(
+        model,
+        model(tokens, segments)[:, start - 1 : -1],
+        tokens[:, start:],
+        temperature=temperature,
+        with_entropy=with_entropy,
+        chunk=chunk,
+    )
+
+
+def log_probs_of(
+    model: Transformer,
+    hidden: jax.Array,
+    targets: jax.Array,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    chunk: int = 128,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The same from hidden states `[B, W, D]` that predict `targets [B, W]`: nothing is shifted."""
 
     @jax.checkpoint
     def head(hidden, targets):

@@ -1,0 +1,185 @@
+"""From a config to batches: rows of a source, encoded, what was dropped told, batched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from rlhf_jax.data import chat, reviews
+from rlhf_jax.data.batching import PackedBatches, PairBatches, PromptBatches, pad_prompts
+from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair
+from rlhf_jax.judges import VaderJudge
+
+
+def _reviews(config: ConfigDict, split: str) -> list[reviews.Review]:
+    loaded = reviews.load_reviews(split, domains=tuple(config.data.domains))
+    return loaded[: config.data.limit or None]
+
+
+def _rows(config: ConfigDict, kind: str, split: str, limit: int) -> list[dict]:
+    """Rows of any other source; `datasets` is imported when it is needed."""
+    from rlhf_jax.data import sources
+
+    return sources.load_rows(kind, config.data.source, split, limit=limit)
+
+
+def _told(what: str, split: str, drops: DropCounts) -> None:
+    print(f"{what} ({split}): {drops.summary()}")
+
+
+def tokenizer_texts(config: ConfigDict) -> list[str]:
+    """Text for the tokenizer of a model from scratch: the training reviews of all domains.
+
+    All domains, so that models of every variant share one vocabulary.
+    """
+    if config.inputs.model:
+        return []
+    everything = reviews.load_reviews("train", domains=tuple(reviews.DOMAINS))
+    return [review.text for review in everything]
+
+
+def sft_documents(config: ConfigDict, tokenizer: Any, split: str) -> list[Encoded]:
+    """Documents with loss masks."""
+    data, drops = config.data, DropCounts()
+    if data.source == "reviews":
+        rows = reviews.sft_rows(_reviews(config, split))
+    else:
+        rows = _rows(config, "sft", split, data.limit)
+    documents = chat.encode_sft(rows, tokenizer, max_length=data.max_length, drops=drops)
+    _told("SFT documents", split, drops)
+    return documents
+
+
+def evaluation_batches(documents: list[Encoded], tokenizer: Any, train: ConfigDict) -> list[dict]:
+    """All documents once, packed like the training batches."""
+    batches = PackedBatches(
+        documents,
+        batch_size=train.minibatch,
+        length=train.row_length,
+        seed=0,
+        pad_id=tokenizer.pad_token_id,
+    )
+    return list(batches.once())
+
+
+def preference_pairs(
+    config: ConfigDict, tokenizer: Any, split: str, count: int
+) -> list[EncodedPair]:
+    """Pairs of responses, the better one first."""
+    data, drops = config.data, DropCounts()
+    if data.source == "reviews":
+        rows = reviews.preference_rows(
+            _reviews(config, split), min_gap=data.min_gap, num_pairs=count, seed=config.seed
+        )
+    else:
+        rows = _rows(config, "preference", split, count)
+    pairs = chat.encode_pairs(rows, tokenizer, max_length=data.max_length, drops=drops)
+    _told("pairs", split, drops)
+    return pairs
+
+
+def pair_batches(
+    pairs: list[EncodedPair], tokenizer: Any, train: ConfigDict, seed: int, devices: int
+) -> PairBatches:
+    """Endless token-balanced batches."""
+    return PairBatches(
+        pairs,
+        max_tokens=train.max_tokens,
+        min_pairs=train.min_pairs,
+        max_pairs=train.max_pairs,
+        seed=seed,
+        pad_id=tokenizer.pad_token_id,
+        num_buckets=3,
+        multiple_of=devices * train.microbatches,
+    )
+
+
+def all_pairs(
+    pairs: list[EncodedPair], tokenizer: Any, train: ConfigDict, devices: int
+) -> list[dict]:
+    """All pairs once."""
+    return list(pair_batches(pairs, tokenizer, train, 0, devices).once())
+
+
+def judge_pairs(pairs: list[EncodedPair], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The VADER rule's scores of the chosen and the rejected texts of the same pairs."""
+    judge = VaderJudge()
+
+    def scores(side: str) -> np.ndarray:
+        tokens = [getattr(pair, side).tokens for pair in pairs]
+        return judge(tokenizer.batch_decode(tokens, skip_special_tokens=True))
+
+    return scores("chosen"), scores("rejected")
+
+
+def reference_documents(config: ConfigDict, tokenizer: Any) -> list[Encoded]:
+    """Responses whose scores get mean 0 and standard deviation 1: training texts.
+
+    For reviews the texts themselves; else the chosen responses.
+    """
+    count = config.data.reference_texts
+    if config.data.source == "reviews":
+        rows = reviews.sft_rows(_reviews(config, "train"))[:count]
+        return chat.encode_sft(rows, tokenizer, max_length=config.data.max_length)
+    return [pair.chosen for pair in preference_pairs(config, tokenizer, "train", count)]
+
+
+def prompt_batches(config: ConfigDict, tokenizer: Any, split: str) -> PromptBatches:
+    """Endless batches of prompts, left padded to one of few lengths."""
+    return PromptBatches(
+        _prompts(config, tokenizer, split),
+        batch_size=config.train.prompts_per_iteration,
+        seed=config.seed,
+        pad_id=tokenizer.pad_token_id,
+        buckets=tuple(config.data.prompt_buckets),
+    )
+
+
+def fixed_prompts(config: ConfigDict, tokenizer: Any, split: str, batch_size: int) -> list[dict]:
+    """All prompts of a split in whole batches of one length, always the same."""
+    prompts = _prompts(config, tokenizer, split)
+    length = max(config.data.prompt_buckets)
+    whole = len(prompts) - len(prompts) % batch_size
+    if not whole:
+        raise ValueError(
+            f"{split} has {len(prompts)} prompts, fewer than one batch of {batch_size}: lower "
+            "train.prompts_per_iteration"
+        )
+    return [
+        pad_prompts(prompts[i : i + batch_size], length, pad_id=tokenizer.pad_token_id)
+        for i in range(0, whole, batch_size)
+    ]
+
+
+def _prompts(config: ConfigDict, tokenizer: Any, split: str) -> list[np.ndarray]:
+    data, drops = config.data, DropCounts()
+    if data.source == "reviews":
+        rows = reviews.prompt_rows(_reviews(config, split), seed=config.seed, drops=drops)
+    else:
+        rows = _rows(config, "prompt", split, data.limit)
+    prompts = chat.encode_prompts(
+        rows, tokenizer, max_length=max(data.prompt_buckets), drops=drops
+    )
+    _told("prompts", split, drops)
+    return prompts
+
+
+def ptx_batches(config: ConfigDict, tokenizer: Any) -> PackedBatches:
+    """Endless batches of SFT text for the ptx loss: as many rows as a minibatch has responses."""
+    length = config.data.ptx_length
+    drops = DropCounts()
+    if config.data.source == "reviews":
+        rows = reviews.sft_rows(_reviews(config, "train"))
+    else:
+        rows = _rows(config, "sft", "train", config.data.limit)
+    return PackedBatches(
+        chat.encode_sft(rows, tokenizer, max_length=length, drops=drops),
+        batch_size=config.train.minibatch,
+        length=length,
+        seed=config.seed,
+        pad_id=tokenizer.pad_token_id,
+        # One document a row: as many ptx documents as responses, as the released code draws them.
+        packed=False,
+    )

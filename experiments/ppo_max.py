@@ -1,0 +1,211 @@
+"""PPO-max and every ablation of the deck: Algorithm 1 on language.
+
+  python -m experiments.ppo_max --config configs/ppo_max.py:quickstart
+
+Ablations are variants of the config (see configs/ppo_max.py). Writes `model/`, report.md with
+figures, metrics.jsonl, config.json and summary.json to the run folder.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import data, harness, ppo_setup, reporting, stages
+from experiments.ppo_setup import rollout_batch
+from experiments.responses import Respondent, make_generate, rollout_statistics
+from rlhf_jax import losses, ppo
+from rlhf_jax.data.tokenizer import load_tokenizer
+from rlhf_jax.comparison import win_tie_lose
+from rlhf_jax.experience import AdvantageConfig, take
+from rlhf_jax.judges import VaderJudge
+from rlhf_jax.models import hf_weights
+from rlhf_jax.train import TrainState, create_state
+
+
+experience_metrics = jax.jit(ppo.experience_metrics)
+
+
+@flax.struct.dataclass
+class PPOState:
+    """Everything that a run changes, and so everything that a resumed run needs.
+
+    Attributes:
+      policy: π_θ and its optimizer.
+      critic: V_φ and its optimizer; None for a Φ_t without critic.
+      moments: Running moments of the reward.
+      kl_coef: η of the token-level KL penalty.
+      penalty_coef: β of PPO-penalty.
+    """
+
+    policy: TrainState
+    critic: TrainState | None
+    moments: losses.RunningMoments
+    kl_coef: jax.Array
+    penalty_coef: jax.Array
+
+
+def adapt(state: PPOState, config: ConfigDict, statistics: dict, approx_kl: Any) -> PPOState:
+    """Adaptive coefficients, where a target is set."""
+    if config.kl.target:
+        coef = losses.adaptive_kl_coef(
+            state.kl_coef,
+            jnp.float32(statistics["policy/kl_ref_sequence"]),
+            target=config.kl.target,
+            horizon=config.kl.horizon,
+            steps=rollout_batch(config),
+        )
+        state = state.replace(kl_coef=coef)
+    if config.penalty.target:
+        coef = losses.adaptive_penalty_coef(
+            state.penalty_coef, approx_kl, target=config.penalty.target
+        )
+        state = state.replace(penalty_coef=coef)
+    return state
+
+
+def minibatches(config: ConfigDict, iteration: int):
+    """Row indices of each minibatch of an iteration: every epoch visits every row once."""
+    rng = np.random.default_rng((config.seed, iteration))
+    for _ in range(config.train.epochs):
+        order = rng.permutation(rollout_batch(config))
+        yield from order.reshape(-1, config.train.minibatch)
+
+
+def update(state, experience, config, iteration, steps, ptx_batches, sharding):
+    """Lines 5 and 6 of Algorithm 1: minibatch steps of critic and policy.
+
+    Returns:
+      The new state, and metrics of the last minibatch plus approx_kl of the first, which is 0
+      when sampler and trainer agree.
+    """
+    policy_step, critic_step = steps
+    metrics: dict[str, Any] = {}
+    pretraining = iteration < config.train.critic_pretrain_iterations
+    for number, rows in enumerate(minibatches(config, iteration)):
+        minibatch = take(experience, jnp.asarray(rows))
+        if state.critic is not None:
+            critic, critic_metrics = critic_step(state.critic, (minibatch, None))
+            state = state.replace(critic=critic)
+            metrics |= {
+                name.replace("optim/", "critic/"): value for name, value in critic_metrics.items()
+            }
+        if pretraining:
+            continue
+        ptx = sharding.put_batch(next(ptx_batches)) if config.ppo.ptx_coef else None
+        policy, policy_metrics = policy_step(state.policy, (minibatch, ptx), state.penalty_coef)
+        state = state.replace(policy=policy)
+        metrics |= policy_metrics
+        if number == 0:
+            metrics["policy/approx_kl_first"] = policy_metrics["policy/approx_kl"]
+    return state, metrics
+
+
+def main(config: ConfigDict) -> None:
+    """Trains, compares with SFT and reports; resumes where an earlier run stopped."""
+    if stages.skip_if_finished(config, "PPO"):
+        return
+    train, inputs, sharding = config.train, config.inputs, stages.make_sharding(config)
+    advantage = AdvantageConfig(samples_per_prompt=train.samples_per_prompt, **config.advantage)
+    ppo_setup.check(config, advantage, sharding.mesh.size)
+
+    # 1. What the stages before left: reference and policy from SFT, reward model.
+    ppo_setup.require_inputs(config)
+    tokenizer = load_tokenizer(inputs.reference)
+    reference = stages.load_policy(inputs.reference, config, sharding, frozen=True)
+    reward_model = stages.load_scalar(inputs.reward_model, config, sharding, frozen=True)
+    policy = stages.load_policy(inputs.policy, config, sharding)
+    critic = ppo_setup.create_critic(config, policy, sharding)
+
+    # 2. Prompts to train on, SFT text for the ptx loss, and prompts that no stage has seen.
+    prompts = data.prompt_batches(config, tokenizer, "train")
+    ptx_batches = data.ptx_batches(config, tokenizer)
+    judge, generate = VaderJudge(), make_generate(tokenizer, config)
+    respond = {
+        split: Respondent(
+            generate,
+            batches=data.fixed_prompts(config, tokenizer, split, rollout_batch(config)),
+            tokenizer=tokenizer,
+            judge=judge,
+            reference=reference,
+            reward_model=reward_model,
+            sharding=sharding,
+            temperature=config.sampling.temperature or 1.0,
+        )
+        for split in ("validation", "test")
+    }
+
+    # 3. Compiled functions and the state.
+    per_iteration = train.epochs * rollout_batch(config) // train.minibatch
+    score = ppo_setup.make_score(config, advantage)
+    policy_step, policy_optimizer, critic_step, critic_optimizer, schedule = ppo_setup.make_updates(
+        config, sharding, train.iterations * per_iteration
+    )
+    state = PPOState(
+        policy=create_state(policy, policy_optimizer, sharding),
+        critic=None if critic is None else create_state(critic, critic_optimizer, sharding),
+        moments=losses.RunningMoments.zeros(),
+        kl_coef=jnp.float32(config.kl.coef),
+        penalty_coef=jnp.float32(config.penalty.coef),
+    )
+    harness.banner("PPO", ppo_setup.derived_numbers(config, policy, sharding, prompts))
+    sample_key, eval_key = jax.random.split(jax.random.key(config.seed))
+    sft_valid = respond["validation"](reference, eval_key, config.eval.prompts)
+
+    # 4. Algorithm 1.
+    show = ("reward/mean", "judge/win_rate", "policy/kl_ref_sequence")
+    with harness.Run(config, total=train.iterations, desc="PPO", show=show) as run:
+        state = run.restore(state, prompts, ptx_batches)
+        for iteration in run.steps():
+            batch = sharding.put_batch(next(prompts))
+            rollout = generate(
+                state.policy.model,
+                batch["tokens"],
+                batch["mask"],
+                jax.random.fold_in(sample_key, iteration),
+            )
+            critic_model = None if state.critic is None else state.critic.model
+            experience, moments = score(
+                rollout, reference, reward_model, critic_model, state.moments, state.kl_coef
+            )
+            state = state.replace(moments=moments)
+            statistics = rollout_statistics(*jax.device_get((rollout, experience.evaluation)))
+            state, metrics = update(
+                state,
+                experience,
+                config,
+                iteration,
+                (policy_step, critic_step),
+                ptx_batches,
+                sharding,
+            )
+            state = adapt(state, config, statistics, metrics.get("policy/approx_kl"))
+            metrics |= statistics | experience_metrics(experience)
+            metrics["optim/learning_rate"] = schedule(state.policy.step)
+            metrics["policy/kl_coef"] = state.kl_coef
+            if (iteration + 1) % config.eval.every == 0:
+                answers = respond["validation"](state.policy.model, eval_key, config.eval.prompts)
+                wins = win_tie_lose(answers.judged, sft_valid.judged)
+                metrics |= {f"eval/{k}": v for k, v in answers.statistics.items()}
+                metrics["judge/win_rate"] = wins.win_rate
+                metrics["judge/mean"] = answers.statistics["judge/mean"]
+            run.log(iteration, metrics)
+            run.checkpoint(iteration, state, prompts, ptx_batches)
+
+    # 5. Save, compare with SFT on prompts that no stage has seen, report.
+    hf_weights.save_model(state.policy.model, run.workdir / "model", tokenizer)
+    answers = {
+        "SFT": respond["test"](reference, eval_key, config.eval.final_prompts),
+        "PPO": respond["test"](state.policy.model, eval_key, config.eval.final_prompts),
+    }
+    reporting.write(config, run, answers, title="PPO against SFT")
+
+
+if __name__ == "__main__":
+    harness.cli(main, default="configs/ppo_max.py:quickstart")

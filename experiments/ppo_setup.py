@@ -1,0 +1,151 @@
+"""What `ppo_max` needs before its loop: checks, inputs, the compiled functions."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from ml_collections import ConfigDict
+
+from experiments import harness, stages
+from rlhf_jax import ppo
+from rlhf_jax.experience import (
+    AdvantageConfig,
+    Experience,
+    RewardConfig,
+    advantages,
+    evaluate,
+    shape_rewards,
+)
+from rlhf_jax.models.heads import ScalarModel
+from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
+from rlhf_jax.train import make_train_step
+
+
+def check(config: ConfigDict, advantage: AdvantageConfig, devices: int) -> None:
+    """Checks batch sizes and the critic before anything is loaded.
+
+    Raises:
+      ValueError: sizes that do not divide, or a Φ_t whose critic is missing.
+    """
+    train = config.train
+    harness.divide("prompts x samples per prompt", rollout_batch(config), train.minibatch)
+    harness.divide("train.minibatch", train.minibatch, train.microbatch)
+    harness.divide("train.microbatch (over devices)", train.microbatch, devices)
+    harness.divide("train.prompts_per_iteration (over devices)", train.prompts_per_iteration, devices)
+    if advantage.needs_critic and train.critic_init == "none":
+        raise ValueError(
+            f"advantage.method={advantage.method!r} needs a critic: set train.critic_init to "
+            "'reward_model' or 'policy'"
+        )
+
+
+def require_inputs(config: ConfigDict) -> None:
+    """Makes sure of the stages before: SFT (and its `policy_variant`), reward model."""
+    inputs = config.inputs
+    policy_variant = inputs.variant
+    if inputs.policy_variant:
+        policy_variant = f"{config.scale},{inputs.policy_variant}"
+        policy_variant += f",seed={config.seed}" if config.seed else ""
+    for folder, stage, variant in (
+        (inputs.reference, "sft", inputs.variant),
+        (inputs.policy, "sft", policy_variant),
+        (inputs.reward_model, "reward_model", inputs.variant),
+    ):
+        stages.require(folder, stage=stage, variant=variant, build=inputs.build)
+
+
+def derived_numbers(config: ConfigDict, policy, sharding, prompts) -> dict[str, str]:
+    """The banner: every number that follows from the config."""
+    train, batch = config.train, rollout_batch(config)
+    per_iteration = train.epochs * batch // train.minibatch
+    size = prompts.steps_per_epoch * train.prompts_per_iteration
+    return {
+        "policy": f"{harness.count_parameters(policy):,} parameters from {config.inputs.policy}",
+        "reward model": config.inputs.reward_model,
+        "prompts": f"about {size:,}, {train.prompts_per_iteration} per iteration, "
+        f"buckets of {', '.join(str(shape.length) for shape in prompts.shapes)} tokens",
+        "responses per iteration": f"{batch} of at most {config.sampling.max_new_tokens} tokens "
+        f"({train.samples_per_prompt} per prompt)",
+        "updates per iteration": f"{per_iteration} of {train.minibatch} responses "
+        f"in microbatches of {train.microbatch}",
+        "iterations": f"{train.iterations} ({train.critic_pretrain_iterations} of the critic alone), "
+        f"{train.iterations * train.prompts_per_iteration / size:.2f} epochs of prompts",
+        "devices": f"{sharding.mesh.size}, {sharding.mode}",
+        "run folder": config.workdir,
+    }
+
+
+def make_score(config: ConfigDict, advantage: AdvantageConfig):
+    """Jits: rollout -> Experience (lines 3 and 4 of Algorithm 1) and the new reward moments."""
+    reward = RewardConfig(**config.reward)
+    microbatches = harness.divide(
+        "rollout batch", rollout_batch(config), min(rollout_batch(config), config.train.microbatch)
+    )
+
+    @jax.jit
+    def score(rollout, reference, reward_model, critic, moments, kl_coef):
+        evaluation = evaluate(
+            rollout,
+            reference,
+            reward_model,
+            critic,
+            temperature=config.sampling.temperature or 1.0,
+            microbatches=microbatches,
+        )
+        rewards, moments = shape_rewards(
+            rollout,
+            evaluation,
+            moments,
+            config=reward,
+            discount=advantage.discount,
+            kl_coef=kl_coef,
+        )
+        phi, returns = advantages(
+            rewards, evaluation.values, rollout.response_mask, config=advantage
+        )
+        return Experience(rollout, evaluation, rewards, phi, returns), moments
+
+    return score
+
+
+def rollout_batch(config: ConfigDict) -> int:
+    """Responses per iteration: the size of the experience buffer."""
+    return config.train.prompts_per_iteration * config.train.samples_per_prompt
+
+
+def make_updates(config: ConfigDict, sharding, updates: int):
+    """The compiled policy and critic steps, with their optimizers and schedules."""
+    ppo_config = ppo.PPOConfig(**config.ppo)
+    settings = {
+        "sharding": sharding,
+        "microbatches": harness.divide(
+            "train.minibatch", config.train.minibatch, config.train.microbatch
+        ),
+        "prepare": functools.partial(ppo.prepare, config=ppo_config),
+    }
+    policy_optimizer, schedule = make_optimizer(OptimizerConfig(**config.optimizer), updates)
+    critic_optimizer, _ = make_optimizer(OptimizerConfig(**config.critic_optimizer), updates)
+    policy_step = make_train_step(
+        functools.partial(
+            ppo.policy_loss, config=ppo_config, temperature=config.sampling.temperature or 1.0
+        ),
+        policy_optimizer,
+        **settings,
+    )
+    critic_step = make_train_step(
+        functools.partial(ppo.critic_loss, config=ppo_config), critic_optimizer, **settings
+    )
+    return policy_step, policy_optimizer, critic_step, critic_optimizer, schedule
+
+
+def create_critic(config: ConfigDict, policy, sharding) -> ScalarModel | None:
+    """The critic's start: the reward model (PPO-max), the policy with a zero head, or none."""
+    init = config.train.critic_init
+    if init == "reward_model":
+        return stages.load_scalar(config.inputs.reward_model, config, sharding)
+    if init == "policy":
+        return ScalarModel(policy)
+    if init == "none":
+        return None
+    raise ValueError(f"train.critic_init={init!r} must be 'reward_model', 'policy' or 'none'")

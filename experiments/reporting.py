@@ -1,0 +1,149 @@
+"""The report at the end of a run: policies side by side on held-out prompts."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from experiments import harness
+from experiments.responses import Responses
+from rlhf_jax import plots, report
+from rlhf_jax.comparison import WinRate, win_tie_lose
+from rlhf_jax.report import Target
+
+# Rows of the table: metric -> how it reads.
+ROWS = {
+    "reward/mean": "reward (reward model)",
+    "judge/mean": "judge score (VADER, -1 to 1)",
+    "policy/kl_ref": "KL to SFT per token (nats)",
+    "policy/kl_ref_sequence": "KL to SFT per sequence (nats)",
+    "policy/perplexity": "response perplexity",
+    "policy/perplexity_reference": "perplexity under SFT",
+    "policy/entropy": "entropy (nats per token)",
+    "response/length": "response length (tokens)",
+    "response/eos_rate": "share that ends by itself",
+    "response/distinct_2": "distinct-2",
+    "response/repetition_4": "repeated 4-grams",
+}
+
+
+def hardware() -> str:
+    """Devices, cores and memory of this machine in one line."""
+    device = jax.devices()[0]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (
+        f"{jax.device_count()} x {device.device_kind}, {cores} CPU cores, {memory:.0f} GiB memory, "
+        f"{platform.system()}"
+    )
+
+
+def summary_table(answers: Mapping[str, Responses]) -> dict[str, dict[str, Any]]:
+    """Policy -> row -> number."""
+    return {
+        name: {
+            label: answer.statistics[metric]
+            for metric, label in ROWS.items()
+            if metric in answer.statistics
+        }
+        for name, answer in answers.items()
+    }
+
+
+def side_by_side(answers: Mapping[str, Responses], count: int) -> list[dict[str, str]]:
+    """The first `count` prompts with each policy's response; nothing is picked by hand."""
+    first = next(iter(answers.values()))
+    return [
+        {
+            "prompt": first.prompts[i],
+            **{name: answer.responses[i] for name, answer in answers.items()},
+        }
+        for i in range(min(count, len(first.prompts)))
+    ]
+
+
+def quickstart_targets(policy: Responses, baseline: Responses, wins: WinRate) -> list[Target]:
+    """What the quickstart aims at, and whether it got there."""
+    kl = policy.statistics["policy/kl_ref_sequence"]
+    share = policy.statistics["response/distinct_2"] / baseline.statistics["response/distinct_2"]
+    return [
+        Target(
+            "win rate by the judge",
+            "> 60%, interval excludes 50%",
+            f"{wins.win_rate:.1%} [{wins.low:.1%}, {wins.high:.1%}]",
+            wins.win_rate > 0.6 and wins.low > 0.5,
+        ),
+        Target("KL to SFT per sequence", "< 15 nats", f"{kl:.2f}", kl < 15),
+        Target("distinct-2 against SFT's", ">= 70%", f"{share:.0%}", share >= 0.7),
+    ]
+
+
+def write(
+    config: ConfigDict, run: harness.Run, answers: Mapping[str, Responses], *, title: str,
+    plot: Any = plots.plot_ppo, notes: tuple[str, ...] = (),
+) -> None:
+    """Writes report.md, figures and summary.json, and prints the summary.
+
+    Args:
+      config: Of the run.
+      run: Its folder.
+      answers: The baseline first, then the policy of the run, then others.
+      title: Heading.
+      plot: Draws the training curves.
+      notes: More lines for the report.
+    """
+    names = list(answers)
+    baseline, policy = answers[names[0]], answers[names[1]]
+    wins = {
+        f"{name} against {names[0]}": win_tie_lose(answers[name].judged, baseline.judged)
+        for name in names[1:]
+    }
+    first_wins = next(iter(wins.values()))
+    targets = quickstart_targets(policy, baseline, first_wins) if config.scale == "quickstart" else []
+    table = summary_table(answers)
+    figure = plot(run.workdir, run.workdir / "training.png", title=config.workdir)
+    seconds = stage_seconds(config) | {"this run": run.seconds}
+    report.write_report(
+        run.workdir,
+        title=title,
+        command=run.command(),
+        hardware=hardware(),
+        summary_table=table,
+        win_rates=wins,
+        samples=side_by_side(answers, config.eval.samples),
+        figures={"Training curves; dots are held-out prompts": Path(figure).name},
+        targets=targets,
+        notes=(
+            f"{len(policy.prompts)} held-out prompts, sampled at temperature "
+            f"{config.sampling.temperature}; the samples below are the first prompts, not chosen.",
+            "The judge is a rule for sentiment: it does not see grammar, truth or relevance.",
+            *notes,
+        ),
+        seeds=(config.seed,),
+        wall_seconds=seconds,
+    )
+    report.print_summary(table, wins, title=title, targets=targets)
+    run.finish(
+        {
+            "win_rate": first_wins._asdict(),
+            "statistics": {name: answer.statistics for name, answer in answers.items()},
+        }
+    )
+    print(f"report: {run.workdir / 'report.md'}")
+
+
+def stage_seconds(config: ConfigDict) -> dict[str, float]:
+    """Wall time of the stages before, from their summaries."""
+    seconds = {}
+    for stage, key in (("SFT", "reference"), ("reward model", "reward_model")):
+        if key in config.inputs:
+            summary = harness.read_summary(Path(config.inputs[key]).parent)
+            if summary:
+                seconds[stage] = summary["seconds"]
+    return seconds

@@ -1,0 +1,132 @@
+"""Sampling from a policy on held-out prompts, and what is measured there: shared by PPO and DPO."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rlhf_jax import evaluation, experience, rollout
+from rlhf_jax.data.chat import stop_tokens
+from rlhf_jax.judges import Judge
+from rlhf_jax.rollout import Rollout, SamplingConfig
+from rlhf_jax.sharding import Sharding
+
+
+class Responses(NamedTuple):
+    """What a policy wrote on N prompts.
+
+    Attributes:
+      prompts: N texts.
+      responses: N texts, without the prompt.
+      judged: `[N]` scores of the judge for prompt and response together.
+      statistics: Means over all responses, by metric name.
+    """
+
+    prompts: list[str]
+    responses: list[str]
+    judged: np.ndarray
+    statistics: dict[str, float]
+
+
+def make_generate(tokenizer: Any, config: ConfigDict) -> Callable[..., Rollout]:
+    """`rollout.generate` jitted for a tokenizer and `config.sampling`: one program per shape."""
+    return jax.jit(
+        functools.partial(
+            rollout.generate,
+            config=SamplingConfig(**config.sampling),
+            eos_ids=tuple(stop_tokens(tokenizer)),
+            pad_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+class Respondent:
+    """Lets policies answer a fixed list of prompts.
+
+    Args:
+      generate: From `make_generate`.
+      batches: Prompt batches `{"tokens", "mask"}`, all of one shape.
+      tokenizer: Turns tokens into text.
+      judge: Scores texts.
+      reference: Frozen model for the KL.
+      reward_model: None where there is none.
+      sharding: Where batches go.
+      temperature: Of the policy.
+    """
+
+    def __init__(
+        self,
+        generate: Callable[..., Rollout],
+        *,
+        batches: Sequence[dict],
+        tokenizer: Any,
+        judge: Judge,
+        reference: Any,
+        reward_model: Any,
+        sharding: Sharding,
+        temperature: float,
+    ):
+        self._generate, self._batches = generate, batches
+        self._tokenizer, self._judge = tokenizer, judge
+        self._reference, self._reward_model = reference, reward_model
+        self._sharding = sharding
+        self._evaluate = jax.jit(
+            functools.partial(experience.evaluate, critic=None, temperature=temperature)
+        )
+
+    def __call__(self, policy: Any, key: jax.Array, count: int) -> Responses:
+        """Samples one response for each of the first `count` prompts (whole batches)."""
+        rollouts, evaluations = [], []
+        size = self._batches[0]["tokens"].shape[0]
+        for index, batch in enumerate(self._batches[: -(-count // size)]):
+            placed = self._sharding.put_batch(batch)
+            sampled = self._generate(
+                policy, placed["tokens"], placed["mask"], jax.random.fold_in(key, index)
+            )
+            evaluations.append(
+                jax.device_get(self._evaluate(sampled, self._reference, self._reward_model))
+            )
+            rollouts.append(jax.device_get(sampled))
+        return self._measure(_stack(rollouts), _stack(evaluations))
+
+    def _measure(self, sampled: Rollout, evaluated: experience.Evaluation) -> Responses:
+        split = sampled.prompt_length
+        prompts = self._decode(sampled.tokens[:, :split], sampled.mask[:, :split])
+        full = self._decode(sampled.tokens, sampled.mask)
+        responses = [text[len(prompt) :] for text, prompt in zip(full, prompts, strict=True)]
+        judged = self._judge(full)
+        statistics = rollout_statistics(sampled, evaluated) | {"judge/mean": float(judged.mean())}
+        if self._reward_model is None:
+            statistics.pop("reward/mean")
+        return Responses(prompts, responses, judged, statistics)
+
+    def _decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+        rows = [row[keep] for row, keep in zip(tokens, mask, strict=True)]
+        return self._tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def rollout_statistics(sampled: Rollout, evaluated: experience.Evaluation) -> dict[str, float]:
+    """Reward, KL to the reference, perplexity, entropy, length and variety of sampled responses."""
+    where = np.asarray(sampled.response_mask)
+    log_probs = np.asarray(sampled.log_probs)
+    ref_log_probs = np.asarray(evaluated.ref_log_probs)
+    return {
+        "reward/mean": float(np.mean(evaluated.scores)),
+        "policy/perplexity": evaluation.response_perplexity(log_probs, where=where),
+        "policy/perplexity_moss": evaluation.moss_perplexity(log_probs, where=where),
+        "policy/perplexity_reference": evaluation.response_perplexity(ref_log_probs, where=where),
+        "policy/entropy": float(np.asarray(sampled.entropies)[where].mean()),
+        **evaluation.kl_statistics(log_probs, ref_log_probs, where=where),
+        **evaluation.response_statistics(
+            sampled.responses, where=where, ended=np.asarray(sampled.ended)
+        ),
+    }
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *trees)

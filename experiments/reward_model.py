@@ -1,0 +1,190 @@
+"""Reward modelling: Bradley-Terry on pairs plus an LM loss on the chosen response, one trunk.
+
+  python -m experiments.reward_model --config configs/reward_model.py:quickstart
+
+Writes `model/`, figures of the score differences and of accuracy (deck: Figures 2 and 3),
+metrics.jsonl, config.json and summary.json to the run folder.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import data, harness, stages
+from rlhf_jax import plots
+from rlhf_jax.data.tokenizer import load_tokenizer
+from rlhf_jax.data.types import EncodedPair
+from rlhf_jax.comparison import bootstrap_interval, paired_outcomes
+from rlhf_jax.losses import bradley_terry_loss, preference_accuracy
+from rlhf_jax.metrics import read_metrics
+from rlhf_jax.models import hf_weights
+from rlhf_jax.models.heads import ScalarModel, hidden_at, last_real_index, log_probs_of
+from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
+from rlhf_jax.reductions import reduction_weights, weighted_sum
+from rlhf_jax.train import create_state, make_train_step
+
+
+def loss_fn(model: ScalarModel, batch: dict, *, lm_coef: float) -> tuple[jax.Array, dict]:
+    """L = -log σ(r(x, y_w) - r(x, y_l)) - β log p_LM(y_w | x) (PAPER: eq 2, with its sign mended).
+
+    Args:
+      model: Trunk with a scalar head and an LM head.
+      batch: Tokens and segments `[B, 2, T]`, chosen first, and weights from `weigh`.
+      lm_coef: β_rm.
+    """
+    pairs, _, width = batch["tokens"].shape
+    tokens, segments = (batch[k].reshape(-1, width) for k in ("tokens", "segments"))
+    hidden = model.trunk(tokens, segments)
+    scores = model.read(hidden_at(hidden, last_real_index(segments > 0))).reshape(pairs, 2)
+    chosen, rejected = scores[:, 0], scores[:, 1]
+    ranking = weighted_sum(bradley_terry_loss(chosen, rejected), batch["pair_weights"])
+    metrics = {
+        "loss/bradley_terry": ranking,
+        "reward/accuracy": weighted_sum(
+            preference_accuracy(chosen, rejected), batch["pair_weights"]
+        ),
+        "reward/margin": weighted_sum(chosen - rejected, batch["pair_weights"]),
+    }
+    if not lm_coef:
+        return ranking, metrics
+    chosen_hidden = hidden.reshape(pairs, 2, width, -1)[:, 0, :-1]
+    log_probs, _ = log_probs_of(model.trunk, chosen_hidden, batch["tokens"][:, 0, 1:])
+    metrics["loss/lm"] = -weighted_sum(log_probs, batch["lm_weights"])
+    return ranking + lm_coef * metrics["loss/lm"], metrics
+
+
+def weigh(batch: dict) -> dict:
+    """Adds the weights of each pair and of each chosen token in the means over the whole batch."""
+    valid = batch["valid"]
+    trained = batch["loss_mask"][:, 0, 1:] & valid[:, None]
+    return {
+        **batch,
+        "pair_weights": valid / jnp.maximum(valid.sum(), 1),
+        "lm_weights": reduction_weights("token_mean", trained),
+    }
+
+
+@jax.jit
+def score(model: ScalarModel, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    """Scores `[B]` of sequences `[B, T]`."""
+    return model.scores(tokens, segments)
+
+
+def score_pairs(model: ScalarModel, batches: list[dict], sharding) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of all chosen and all rejected responses."""
+    chosen, rejected = [], []
+    for batch in batches:
+        placed = sharding.put_batch({k: batch[k] for k in ("tokens", "segments")})
+        for side, scores in enumerate((chosen, rejected)):
+            values = score(model, placed["tokens"][:, side], placed["segments"][:, side])
+            scores.append(np.asarray(values)[batch["valid"]])
+    return np.concatenate(chosen), np.concatenate(rejected)
+
+
+def accuracy(chosen: np.ndarray, rejected: np.ndarray) -> float:
+    """Share of pairs that are ordered right, ties one half."""
+    return float(paired_outcomes(chosen, rejected).mean())
+
+
+def draw_figures(workdir, chosen: np.ndarray, rejected: np.ndarray) -> None:
+    """The histogram of score differences and the accuracy curves."""
+    plots.plot_reward_histogram(chosen, rejected, workdir / "reward_histogram.png")
+    log = read_metrics(workdir)
+    curves = {
+        label: (log["step"][~np.isnan(log[name])], log[name][~np.isnan(log[name])])
+        for label, name in (("train", "reward/accuracy"), ("held out", "eval/accuracy"))
+    }
+    plots.plot_accuracy(curves, workdir / "accuracy.png")
+
+
+def main(config: ConfigDict) -> None:
+    """Trains, normalises, evaluates and saves; resumes where an earlier run stopped."""
+    if stages.skip_if_finished(config, "reward model"):
+        return
+    train, sharding = config.train, stages.make_sharding(config)
+
+    # 1. The SFT model with a new scalar head, and pairs that people have ranked.
+    inputs = config.inputs
+    folder = stages.require(
+        inputs.model, stage="sft", variant=inputs.variant, build=inputs.build
+    )
+    tokenizer = load_tokenizer(folder)
+    model = stages.load_scalar(folder, config, sharding, key=jax.random.key(config.seed))
+    pairs = data.preference_pairs(config, tokenizer, "train", config.data.pairs)
+    held_out = data.preference_pairs(config, tokenizer, "test", config.data.eval_pairs)
+    batches = data.pair_batches(pairs, tokenizer, train, config.seed, sharding.mesh.size)
+    eval_batches = data.all_pairs(held_out, tokenizer, train, sharding.mesh.size)
+
+    # 2. Optimizer and the compiled step.
+    optimizer, schedule = make_optimizer(OptimizerConfig(**config.optimizer), train.steps)
+    train_step = make_train_step(
+        functools.partial(loss_fn, lm_coef=config.loss.lm_coef),
+        optimizer,
+        sharding,
+        microbatches=train.microbatches,
+        prepare=weigh,
+    )
+    state = create_state(model, optimizer, sharding)
+    harness.banner(
+        "Reward model",
+        {
+            "model": f"{harness.count_parameters(model):,} parameters from {folder}",
+            "pairs": f"{len(pairs):,} ({len(held_out):,} held out)",
+            "pairs per update": f"{train.min_pairs} to {train.max_pairs}, "
+            f"at most {train.max_tokens:,} tokens",
+            "batches": batches.describe(),
+            "updates": f"{train.steps:,}, {train.steps / batches.steps_per_epoch:.2f} epochs",
+            "devices": f"{sharding.mesh.size}, {sharding.mode}",
+            "run folder": config.workdir,
+        },
+    )
+
+    # 3. Train.
+    show = ("loss/bradley_terry", "reward/accuracy", "eval/accuracy")
+    with harness.Run(config, total=train.steps, desc="reward model", show=show) as run:
+        state = run.restore(state, batches)
+        for step in run.steps():
+            state, metrics = train_step(state, sharding.put_batch(next(batches)))
+            metrics["optim/learning_rate"] = schedule(step)
+            if (step + 1) % train.eval_every == 0 or step + 1 == train.steps:
+                metrics["eval/accuracy"] = accuracy(
+                    *score_pairs(state.model, eval_batches, sharding)
+                )
+            run.log(step, metrics)
+            run.checkpoint(step, state, batches)
+
+    # 4. Normalise to mean 0 and std 1 on reference responses, and compare with the judge.
+    references = [
+        EncodedPair(document, document, 0.0)
+        for document in data.reference_documents(config, tokenizer)
+    ]
+    reference_batches = data.all_pairs(references, tokenizer, train, sharding.mesh.size)
+    scores, _ = score_pairs(state.model, reference_batches, sharding)
+    model = state.model.normalized(scores.mean(), scores.std())
+    chosen, rejected = score_pairs(model, eval_batches, sharding)
+    judged = data.judge_pairs(held_out, tokenizer)
+    summary = {
+        "accuracy": accuracy(chosen, rejected),
+        "accuracy_interval": bootstrap_interval(paired_outcomes(chosen, rejected))[1:],
+        "vader_accuracy": accuracy(*judged),
+        "held_out_pairs": len(held_out),
+    }
+
+    # 5. Save.
+    hf_weights.save_model(model, run.workdir / "model", tokenizer)
+    draw_figures(run.workdir, chosen, rejected)
+    run.finish(summary)
+    gap = summary["accuracy"] - summary["vader_accuracy"]
+    print(
+        f"reward model: held-out pair accuracy {summary['accuracy']:.3f}, the VADER rule "
+        f"{summary['vader_accuracy']:.3f} on the same pairs ({gap:+.3f})"
+    )
+
+
+if __name__ == "__main__":
+    harness.cli(main, default="configs/reward_model.py:quickstart")

@@ -1,0 +1,64 @@
+"""How one stage finds what the stage before it left, and what both share."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import harness
+from rlhf_jax.models import hf_weights
+from rlhf_jax.sharding import Sharding, make_mesh
+
+
+def require(folder: str, *, stage: str, variant: str, build: bool) -> str:
+    """Returns `folder` once it holds a model.
+
+    Args:
+      folder: Folder of a Hugging Face model, or a hub name (never built here).
+      stage: Experiment that makes it.
+      variant: Argument of that experiment's config file.
+      build: Whether to run the stage here when the folder is missing.
+
+    Raises:
+      FileNotFoundError: the folder is missing and is not to be built; names the command to run.
+    """
+    if (Path(folder) / "config.json").exists() or not folder.startswith("runs/"):
+        return folder
+    command = f"python -m experiments.{stage} --config configs/{stage}.py:{variant}"
+    if not build:
+        raise FileNotFoundError(f"{folder} is missing: run `{command}` first")
+    print(f"\n{folder} is missing: running `{command}`", flush=True)
+    get_config = importlib.import_module(f"configs.{stage}").get_config
+    importlib.import_module(f"experiments.{stage}").main(get_config(variant))
+    return folder
+
+
+def make_sharding(config: ConfigDict) -> Sharding:
+    """Mesh and mode from `config.sharding`."""
+    return Sharding(make_mesh(config.sharding.devices or None), config.sharding.mode)
+
+
+def load_policy(folder: str, config: ConfigDict, sharding: Sharding, *, frozen: bool = False):
+    """A language model in the type and with the memory settings of `config.model`."""
+    shardings = sharding.frozen if frozen else sharding.params
+    return hf_weights.load_model(folder, shardings=shardings, **config.model)
+
+
+def load_scalar(
+    folder: str, config: ConfigDict, sharding: Sharding, *, key: Any = None, frozen: bool = False
+):
+    """A reward model or critic; `key` draws a new head for a language model."""
+    shardings = sharding.frozen if frozen else sharding.params
+    return hf_weights.load_scalar_model(folder, key=key, shardings=shardings, **config.model)
+
+
+def skip_if_finished(config: ConfigDict, title: str) -> bool:
+    """Whether the run folder holds a finished run; says so."""
+    summary = harness.read_summary(config.workdir)
+    if summary is None:
+        return False
+    print(f"{title}: {config.workdir} has finished already (remove the folder to run it again)")
+    return True
