@@ -54,6 +54,7 @@ def build(
         variants[name](config)
     for assignment in assignments:
         assign(config, assignment)
+    config.label = ", ".join(changes) or config.label
     config.workdir = f"runs/{experiment}/" + "-".join([scale, *changes, *assignments])
     finish(config)
     return config
@@ -89,6 +90,8 @@ def shared() -> ConfigDict:
     config.seed = 0
     config.workdir = ""
     config.scale = ""
+    # How reports and plots call the result; the names of the variants, if there are any.
+    config.label = ""
     config.sharding = ConfigDict({"devices": 0, "mode": "zero2"})
     config.log = ConfigDict({"tensorboard": True, "wandb": False, "wandb_project": "rlhf_jax"})
     config.checkpoint = ConfigDict({"every": 100, "keep": 1})

@@ -33,6 +33,7 @@ from configs import common
 
 def _quickstart() -> ConfigDict:
     config = common.shared()
+    config.label = "PPO-max"
     # Folders of the stages before; `build` runs the stages of `variant` when they are missing.
     config.inputs = ConfigDict(
         {"policy": "", "reference": "", "reward_model": "", "build": True, "variant": "quickstart"}
@@ -40,7 +41,7 @@ def _quickstart() -> ConfigDict:
     config.inputs.policy_variant = ""
     config.model = ConfigDict({"dtype": "float32", "remat": "none", "attention": "xla"})
     config.data = ConfigDict(
-        {"source": "reviews", "domains": ("movie", "amazon"), "limit": 0, "prompt_buckets": (12,)}
+        {"source": "reviews", "domains": ("movie", "amazon"), "limit": 0, "prompt_buckets": (16,)}
     )
     config.data.ptx_length = 64
     # The batch vocabulary, all global: an iteration samples prompts x samples responses and makes

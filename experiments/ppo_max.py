@@ -202,9 +202,9 @@ def main(config: ConfigDict) -> None:
     hf_weights.save_model(state.policy.model, run.workdir / "model", tokenizer)
     answers = {
         "SFT": respond["test"](reference, eval_key, config.eval.final_prompts),
-        "PPO": respond["test"](state.policy.model, eval_key, config.eval.final_prompts),
+        config.label: respond["test"](state.policy.model, eval_key, config.eval.final_prompts),
     }
-    reporting.write(config, run, answers, title="PPO against SFT")
+    reporting.write(config, run, answers)
 
 
 if __name__ == "__main__":

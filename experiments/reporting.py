@@ -85,8 +85,12 @@ def quickstart_targets(policy: Responses, baseline: Responses, wins: WinRate) ->
 
 
 def write(
-    config: ConfigDict, run: harness.Run, answers: Mapping[str, Responses], *, title: str,
-    plot: Any = plots.plot_ppo, notes: tuple[str, ...] = (),
+    config: ConfigDict,
+    run: harness.Run,
+    answers: Mapping[str, Responses],
+    *,
+    plot: Any = plots.plot_ppo,
+    notes: tuple[str, ...] = (),
 ) -> None:
     """Writes report.md, figures and summary.json, and prints the summary.
 
@@ -94,11 +98,11 @@ def write(
       config: Of the run.
       run: Its folder.
       answers: The baseline first, then the policy of the run, then others.
-      title: Heading.
       plot: Draws the training curves.
       notes: More lines for the report.
     """
     names = list(answers)
+    title = f"{names[1]} against {names[0]} ({config.scale}, seed {config.seed})"
     baseline, policy = answers[names[0]], answers[names[1]]
     wins = {
         f"{name} against {names[0]}": win_tie_lose(answers[name].judged, baseline.judged)
@@ -117,7 +121,7 @@ def write(
         summary_table=table,
         win_rates=wins,
         samples=side_by_side(answers, config.eval.samples),
-        figures={"Training curves; dots are held-out prompts": Path(figure).name},
+        figures={"Training curves; dots are held-out prompts": figure},
         targets=targets,
         notes=(
             f"{len(policy.prompts)} held-out prompts, sampled at temperature "

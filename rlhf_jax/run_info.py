@@ -39,7 +39,7 @@ def run_info(config: Mapping[str, Any]) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.orig_argv),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "platform": platform.platform(),
         "versions": versions,
         "devices": {
