@@ -80,7 +80,10 @@ class PairBatches(Batches):
     """Token-balanced batches for reward models and DPO: short pairs come in larger batches.
 
     Each batch is {"tokens" [B, 2, T] int32, "segments" [B, 2, T] int32, "loss_mask" [B, 2, T] bool,
-    "margin" [B] float32, "valid" [B] bool}, padded on the right; index 0 is chosen, 1 is rejected.
+    "margin" [B] float32, "valid" [B] bool, "index" [B] int32}, padded on the right; side 0 is
+    chosen, 1 is rejected. "index" says which of `pairs` a row is, so that whatever is known of each
+    pair (log-probabilities under a reference) can be looked up; filler has index 0.
+
     Pairs that do not fill a batch of their bucket move up to the next; only batches of the longest
     bucket hold filler, whose rows are flagged invalid.
 
@@ -144,7 +147,10 @@ class PairBatches(Batches):
 
     def _collate(self, item: tuple[int, list[int]]) -> Arrays:
         bucket, members = item
-        return pad_pairs([self._pairs[i] for i in members], self._shapes[bucket], self._pad_id)
+        shape = self._shapes[bucket]
+        batch = pad_pairs([self._pairs[i] for i in members], shape, self._pad_id)
+        filler = [0] * (shape.rows - len(members))
+        return batch | {"index": np.array(members + filler, dtype=np.int32)}
 
 
 class PromptBatches(Batches):
