@@ -12,19 +12,15 @@ two splits, whatever else is loaded beside it.
 
 from __future__ import annotations
 
-import hashlib
-import html
 import json
 import math
-import re
-import statistics
-import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from rlhf_jax.data import assets, pairs
+from rlhf_jax.data.splits import check_split, clean_text, normalise, split_of
 from rlhf_jax.data.types import DropCounts, Row
 
 DOMAINS = {
@@ -33,7 +29,6 @@ DOMAINS = {
     "nyt": "nytEditorialSnippets",
     "tweets": "tweets",
 }
-SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
 
 class Review(NamedTuple):
@@ -101,10 +96,10 @@ def parse_reviews(
         cleaned = clean_text(text)
         if not cleaned:
             drops.drop("empty text")
-        elif abs(statistics.fmean(marks) - rating) > 1e-3:
+        elif abs(np.mean(marks) - rating) > 1e-3:
             drops.drop("rated differently in two files")
         else:
-            std = statistics.pstdev(marks)
+            std = float(np.std(marks))
             reviews.append(Review(domain, cleaned, rating, std, len(marks)))
     return reviews
 
@@ -113,8 +108,7 @@ def select(
     reviews: Iterable[Review], split: str, *, drops: DropCounts | None = None
 ) -> list[Review]:
     """Returns the reviews of a split, the first of each group of equal normalised texts."""
-    if split not in (*SPLITS, "all"):
-        raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)} or 'all'")
+    check_split(split)
     drops = DropCounts() if drops is None else drops
     seen: set[str] = set()
     kept = []
@@ -127,32 +121,7 @@ def select(
             continue
         seen.add(key)
         kept.append(review)
-    drops.keep(len(kept))
     return kept
-
-
-def clean_text(text: str) -> str:
-    """Returns the text without HTML entities, doubled quotes and runs of white space."""
-    text = unicodedata.normalize("NFC", html.unescape(text))
-    text = text.replace("''", '"').replace("``", '"')
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def normalise(text: str) -> str:
-    """Returns the letters and digits in lower case: equal for texts that count as one."""
-    folded = unicodedata.normalize("NFKC", html.unescape(text)).casefold()
-    return re.sub(r"[\W_]+", " ", folded).strip() or folded.strip()
-
-
-def split_of(text: str) -> str:
-    """Returns "train", "validation" or "test": 80, 10 and 10% by a hash of the normalised text."""
-    digest = hashlib.sha256(normalise(text).encode()).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
-    for split, share in SPLITS.items():
-        if position < share:
-            return split
-        position -= share
-    return "test"
 
 
 def sft_rows(reviews: Iterable[Review]) -> list[Row]:
@@ -191,7 +160,6 @@ def prompt_rows(
             drops.drop("duplicate prompt")
         else:
             prompts[prompt] = None
-    drops.keep(len(prompts))
     return [{"prompt": prompt} for prompt in prompts]
 
 
@@ -235,7 +203,6 @@ def preference_rows(
         margin = round(chosen.rating - rejected.rating, 6)
         rows.append({"prompt": "", "chosen": chosen.text, "rejected": rejected.text})
         rows[-1] |= {"margin": margin, "domain": chosen.domain}
-    drops.keep(len(rows))
     return rows
 
 

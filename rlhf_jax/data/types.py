@@ -42,6 +42,8 @@ class EncodedPair(NamedTuple):
 class DropCounts(Counter[str]):
     """Counts of what was kept, dropped (by reason) and truncated on the way to the model.
 
+    Loaders count what they leave out, encoders also what they keep: one object may go through both.
+
     >>> counts = DropCounts()
     >>> counts.keep(); counts.keep(); counts.truncate(); counts.drop("empty response")
     >>> counts.summary()
