@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.models.hf_names import Leaf
@@ -30,7 +30,8 @@ def read_leaf(
       The array; the host never holds more than one shard and one slice of one tensor.
     """
     if sharding is None:
-        return jnp.asarray(_read_shard(read, leaf, dtype, (slice(None),) * len(leaf.shape)))
+        whole = _read_shard(read, leaf, dtype, (slice(None),) * len(leaf.shape))
+        return jax.block_until_ready(jax.device_put(whole))
     devices: dict[tuple, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         assert index is not None
@@ -50,8 +51,30 @@ def _read_shard(read, leaf: Leaf, dtype: Any, index: tuple[slice, ...]) -> np.nd
     on_file = (slice(0, 1), *within) if leaf.path == "kernel" else within
     on_file = on_file[::-1] if leaf.transposed else on_file
     shape = tuple(len(range(n)[s]) for s, n in zip(index, leaf.shape, strict=True))
-    shard = np.empty(shape, dtype)
+    shard = _aligned(shape, np.dtype(dtype))
     for row, name in zip(shard if leaf.stacked else [shard], names, strict=True):
         part = read(name, on_file)
-        row[...] = part.reshape(row.shape[::-1]).T if leaf.transposed else part.reshape(row.shape)
+        if leaf.transposed:
+            transpose_into(row, part)
+        else:
+            row[...] = part.reshape(row.shape)
     return shard
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array at a multiple of 64 bytes, which a CPU device takes over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def transpose_into(out: np.ndarray, matrix: np.ndarray, rows: int = 16) -> None:
+    """`out[...] = matrix.T`, cast to the type of `out`, a few rows at a time.
+
+    NumPy walks a whole transposed matrix against its memory order; strips of 16 rows stay in the
+    cache and are four times faster.
+    """
+    for start in range(0, matrix.shape[0], rows):
+        strip = matrix[start : start + rows].astype(out.dtype, copy=False)
+        out[:, start : start + rows] = strip.T

@@ -27,7 +27,7 @@ from rlhf_jax.models.hf_config import (
     config_to_hf,
 )
 from rlhf_jax.models.hf_names import Leaf, check_tensors, leaves_on_file, path_of
-from rlhf_jax.models.hf_shards import read_leaf
+from rlhf_jax.models.hf_shards import read_leaf, transpose_into
 from rlhf_jax.models.transformer import Transformer
 
 # A tree of shardings like the model's, or a function that makes one from the abstract model.
@@ -206,8 +206,12 @@ def _tensors_of(
         dtype = value.dtype if leaf.path == "kernel" else jnp.dtype(config.dtype)
         host = np.asarray(value)
         for name, tensor in zip(leaf.names, host if leaf.stacked else [host], strict=True):
-            tensor = tensor.T if leaf.transposed else tensor
-            yield name, np.ascontiguousarray(tensor, dtype).reshape(leaf.file_shape)
+            out = np.empty(leaf.file_shape, dtype)
+            if leaf.transposed:
+                transpose_into(out, tensor)
+            else:
+                out[...] = tensor.reshape(leaf.file_shape)
+            yield name, out
 
 
 class _Opened:
@@ -234,16 +238,15 @@ class _Opened:
             on_file = [leaf for leaf in on_file if leaf.path != "kernel"]
         self._check(on_file)
         read = {leaf.path: leaf for leaf in on_file}
+        drawn = {"bias": self._bias()}
+        if head_key is not None:
+            drawn["kernel"] = ScalarModel(model.trunk, head_key).kernel[...]
 
         def leaf_value(key_path, abstract, sharding=None):
             path = path_of(key_path)
             if path in read:
                 return read_leaf(self.tensors.read, read[path], abstract.dtype, sharding)
-            bias = self.raw.get("rlhf_jax", {}).get("score_bias", 0.0)
-            value = (
-                jnp.full((), bias, jnp.float32) if path == "bias" else _new_head(model, head_key)
-            )
-            return value if sharding is None else jax.device_put(value, sharding)
+            return drawn[path] if sharding is None else jax.device_put(drawn[path], sharding)
 
         trees = (model,) if shardings is None else (model, shardings)
         return jax.tree_util.tree_map_with_path(leaf_value, *trees)
@@ -269,11 +272,7 @@ class _Opened:
         shape = self.tensors.found[one][1]
         if shape != self.tensors.found[other][1]:
             return False
-        chunks = [(slice(start, start + rows),) for start in range(0, shape[0], rows)]
+        starts = range(0, shape[0], rows)
+        chunks = [(slice(start, min(start + rows, shape[0])),) for start in starts]
         read = self.tensors.read
         return all(np.array_equal(read(one, chunk), read(other, chunk)) for chunk in chunks)
-
-
-def _new_head(model: Any, key: jax.Array | None) -> jax.Array:
-    """The head that `ScalarModel` draws."""
-    return jax.jit(lambda key: ScalarModel(model.trunk, key).kernel[...])(key)
