@@ -12,6 +12,7 @@ two splits, whatever else is loaded beside it.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -61,14 +62,26 @@ def load_reviews(
     unknown = [d for d in domains if d not in DOMAINS]
     if unknown:
         raise ValueError(f"domains={unknown} must be among {', '.join(DOMAINS)}")
+    reviews: list[Review] = []
+    archive = str(assets.fetch("vaderSentiment"))
+    for domain in domains:
+        parsed, dropped = _read_domain(archive, domain)
+        reviews += parsed
+        if drops is not None:
+            drops.update(dropped)
+    return select(reviews, split, drops=drops)
+
+
+@functools.lru_cache
+def _read_domain(archive: str, domain: str) -> tuple[list[Review], DropCounts]:
+    """Reads a domain once in the life of a process: every stage wants it again."""
+    del archive  # The key of the cache: another folder may hold another archive.
     inner = assets.read_member("vaderSentiment", "hutto_ICWSM_2014.tar.gz")
     files = {path.split("/")[-1]: data for path, data in assets.read_tar(inner, ".txt").items()}
-    reviews: list[Review] = []
-    for domain in domains:
-        texts = files[f"{DOMAINS[domain]}_GroundTruth.txt"].decode("utf-8-sig")
-        votes = files[f"{DOMAINS[domain]}_anonDataRatings.txt"].decode("utf-8-sig")
-        reviews += parse_reviews(domain, texts, votes, drops=drops)
-    return select(reviews, split, drops=drops)
+    texts = files[f"{DOMAINS[domain]}_GroundTruth.txt"].decode("utf-8-sig")
+    votes = files[f"{DOMAINS[domain]}_anonDataRatings.txt"].decode("utf-8-sig")
+    drops = DropCounts()
+    return parse_reviews(domain, texts, votes, drops=drops), drops
 
 
 def parse_reviews(
@@ -88,18 +101,19 @@ def parse_reviews(
     drops = DropCounts() if drops is None else drops
     cast = {fields[0]: fields for fields in _table(votes, 4, f"{domain} votes")}
     reviews = []
-    for key, mean, text in _table(texts, 3, f"{domain} texts"):
+    for key, rated, text in _table(texts, 3, f"{domain} texts"):
         if key not in cast:
             raise ValueError(f"{domain} text {key!r} has no votes")
-        rating = _finite(mean, f"{domain} text {key!r}")
-        marks = [_finite(v, f"{domain} votes {key!r}") for v in json.loads(cast[key][3])]
+        rating = _finite(rated, f"{domain} text {key!r}")
+        marks = json.loads(cast[key][3])
+        mean = _finite(sum(marks) / len(marks), f"votes on {domain} text {key!r}")
         cleaned = clean_text(text)
         if not cleaned:
             drops.drop("empty text")
-        elif abs(np.mean(marks) - rating) > 1e-3:
+        elif abs(mean - rating) > 1e-3:
             drops.drop("rated differently in two files")
         else:
-            std = float(np.std(marks))
+            std = math.sqrt(sum((mark - mean) ** 2 for mark in marks) / len(marks))
             reviews.append(Review(domain, cleaned, rating, std, len(marks)))
     return reviews
 
