@@ -136,7 +136,8 @@ def escape_markdown(text: str, *, max_chars: int = 600) -> str:
     """
     # A lone surrogate cannot be written as UTF-8, and control characters break tables.
     text = text.encode("utf-8", "replace").decode("utf-8")
-    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n").replace("\t", " "))
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\t", " ")
+    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
     cut = len(text) - max_chars
     shown = text[:max_chars] if cut > 0 else text
     shown = _MARKDOWN.sub(r"\\\1", html.escape(shown, quote=False))

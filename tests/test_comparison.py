@@ -139,6 +139,9 @@ def test_bootstrap_seed():
     x = np.random.default_rng(4).normal(size=50)
     assert bootstrap_interval(x, seed=1) == bootstrap_interval(x, seed=1)
     assert bootstrap_interval(x, seed=1) != bootstrap_interval(x, seed=2)
+    win_rates = [win_tie_lose(x, x[::-1], seed=seed, num_resamples=50) for seed in (1, 1, 2, 3, 4)]
+    assert win_rates[0] == win_rates[1]
+    assert len(set(win_rates)) > 1
 
 
 def test_bootstrap_covers_the_truth_95_times_in_100():
@@ -221,3 +224,6 @@ def test_bradley_terry_scores_are_calibrated_and_inflated_ones_are_not():
 
 def test_certain_pair_belongs_to_the_last_bin():
     assert calibration_error([math.inf, 1e4], [0.0, 0.0], num_bins=3) == 0.0
+    # Confidence 1 and wrong, confidence ¾ and right, one bin: |(0 - 1) + (1 - ¾)| / 2.
+    error = calibration_error([-1e4, np.log(3)], [0.0, 0.0], num_bins=2)
+    assert error == pytest.approx(0.375)

@@ -207,12 +207,12 @@ def test_kl_of_equal_policies_is_exactly_zero(batch):
     assert set(kl_statistics(log_probs, log_probs, where=where).values()) == {0.0}
 
 
-def test_k3_is_not_negative_for_tiny_differences():
-    # exp(-d) - 1 + d loses all digits here; expm1 keeps d²/2.
+def test_k3_keeps_its_digits_for_tiny_differences():
+    # exp(-d) - 1 + d loses all digits here; expm1 keeps d²/2 = 5e-19.
     log_probs = np.full((1, 1), 1e-9)
     where = np.ones((1, 1), bool)
     value = sequence_kl(log_probs, np.zeros((1, 1)), where=where, estimator="k3")
-    assert value >= 0
+    np.testing.assert_allclose(value, 5e-19, rtol=1e-3)
 
 
 def test_both_estimators_agree_with_the_exact_kl_on_many_samples():

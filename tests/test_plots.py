@@ -1,5 +1,6 @@
 """Pictures: the right curves on the right axes, written as PNG, without pyplot."""
 
+import itertools
 import subprocess
 import sys
 
@@ -100,13 +101,13 @@ def test_more_runs_than_colours():
 
 def test_runs_share_axes_and_have_colours_and_a_legend():
     logs = {
-        "PPO-max": _log(5, "reward/mean"),
-        "vanilla": _log(9, "reward/mean", "judge/win_rate", offset=10.0),
+        "PPO-max": _log(9, "reward/mean"),
+        "vanilla": _log(5, "reward/mean", "judge/win_rate", offset=10.0),
     }
     figure = draw_panels(logs, PPO_PANELS)
     reward, win_rate = figure.axes
     assert [line.get_color() for line in reward.lines] == list(COLORS[:2])
-    assert [len(line.get_xdata()) for line in reward.lines] == [5, 9]
+    assert [len(line.get_xdata()) for line in reward.lines] == [9, 5]
     # The run without win rates draws no curve there; the other one keeps its colour.
     assert [line.get_color() for line in win_rate.lines] == [COLORS[1], "grey"]
     (legend,) = figure.legends
@@ -181,6 +182,9 @@ def test_histogram_shows_every_pair_on_its_side_of_zero():
         for bar in container:
             middle = bar.get_x() + bar.get_width() / 2
             counts["left" if middle < 0 else "right"] += round(bar.get_height())
+        # Bars of one side touch: the sides are stacked, not put next to each other.
+        for bar, following in itertools.pairwise(container):
+            assert bar.get_x() + bar.get_width() == pytest.approx(following.get_x(), abs=1e-9)
     difference = chosen - rejected
     assert counts == {"left": (difference < 0).sum(), "right": (difference >= 0).sum()}
     accuracy = ((difference > 0).sum() + 25) / 900
@@ -191,7 +195,7 @@ def test_histogram_shows_every_pair_on_its_side_of_zero():
     assert sorted(labels) == ["chosen scores higher", "rejected scores higher", "tie"]
 
 
-@pytest.mark.parametrize("value", [0.0, 5.0, -5.0, 1e-9, 0.1 + 0.2, 1e6])
+@pytest.mark.parametrize("value", [0.0, 5.0, -5.0, 1e-9, 0.1 + 0.2, 1e12, -1e12])
 def test_histogram_of_equal_differences(value):
     axes = new_figure(1, 1, width=4, height=3).axes[0]
     draw_reward_histogram(axes, np.full(3, value), np.zeros(3))

@@ -135,6 +135,7 @@ def test_samples_cannot_break_the_table(tmp_path, text):
 
 def test_escaped_text_by_hand():
     assert escape_markdown("a|b\n<i> *c* & \\") == r"a\|b<br>&lt;i&gt; \*c\* &amp; \\"
+    assert escape_markdown("a\r\nb\rc") == "a<br>b<br>c"
     assert escape_markdown("a\tb\x00") == "a b\N{REPLACEMENT CHARACTER}"
     assert escape_markdown('it\'s "so" good, 100%.') == 'it\'s "so" good, 100%.'
 
