@@ -65,7 +65,7 @@ DPO_PANELS = (
 
 
 def draw_panels(
-    logs: Mapping[str, Log],
+    runs: Mapping[str, Sequence[Log]],
     panels: Sequence[Panel],
     *,
     title: str = "",
@@ -75,7 +75,7 @@ def draw_panels(
     """Makes a figure with one set of axes for each panel that any run has data for.
 
     Args:
-      logs: label -> columns as from `read_metrics`.
+      runs: label -> the logs of one setting, a log a seed, each as from `read_metrics`.
       panels: what to draw.
       title: above the panels.
       xlabel: of every panel.
@@ -87,37 +87,37 @@ def draw_panels(
     Raises:
       ValueError: nothing to draw, or more runs than there are colours.
     """
-    if len(logs) > len(COLORS):
-        raise ValueError(f"at most {len(COLORS)} runs can be told apart, got {len(logs)}")
-    shown = [panel for panel in panels if _has_data(panel, logs)]
+    if len(runs) > len(COLORS):
+        raise ValueError(f"at most {len(COLORS)} runs can be told apart, got {len(runs)}")
+    shown = [panel for panel in panels if _has_data(panel, runs)]
     if not shown:
         wanted = sorted({name for panel in panels for name in panel.metrics})
-        raise ValueError(f"nothing to draw: none of {wanted} was logged by {list(logs)}")
+        raise ValueError(f"nothing to draw: none of {wanted} was logged by {list(runs)}")
     columns = min(columns, len(shown))
     rows = -(-len(shown) // columns)
     figure = new_figure(rows, columns, width=3.4 * columns, height=2.5 * rows)
     for axes, panel in zip(figure.axes, shown, strict=False):
-        _draw_panel(axes, panel, logs, xlabel)
+        _draw_panel(axes, panel, runs, xlabel)
     for axes in figure.axes[len(shown) :]:
         axes.remove()
     if title:
         figure.suptitle(title, fontsize=12)
-    if len(logs) > 1:
-        _add_run_legend(figure, list(logs))
+    if len(runs) > 1:
+        _add_run_legend(figure, list(runs))
     return figure
 
 
-def _draw_panel(axes: Axes, panel: Panel, logs: Mapping[str, Log], xlabel: str) -> None:
-    for run, log in enumerate(logs.values()):
+def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Sequence[Log]], xlabel: str) -> None:
+    for run, logs in enumerate(runs.values()):
         for index, (name, label) in enumerate(panel.metrics.items()):
             # One run: colours tell metrics apart. Several: colours tell runs, dashes metrics.
-            color = COLORS[(run if len(logs) > 1 else index) % len(COLORS)]
-            style = _LINE_STYLES[index % len(_LINE_STYLES)] if len(logs) > 1 else "-"
-            _draw_metric(axes, log, name, label, color, style)
+            color = COLORS[(run if len(runs) > 1 else index) % len(COLORS)]
+            style = _LINE_STYLES[index % len(_LINE_STYLES)] if len(runs) > 1 else "-"
+            _draw_metric(axes, logs, name, label, color, style)
     axes.set_title(panel.title, fontsize=10)
     axes.set_ylabel(panel.ylabel, fontsize=9)
     axes.set_xlabel(xlabel, fontsize=9)
-    axes.set_xlim(*_step_limits(logs))
+    axes.set_xlim(*_step_limits(runs))
     if panel.baseline is not None:
         axes.axhline(panel.baseline, color="grey", linewidth=1.0, linestyle=":")
     # Several runs draw the same metrics: each label once.
@@ -127,13 +127,37 @@ def _draw_panel(axes: Axes, panel: Panel, logs: Mapping[str, Log], xlabel: str) 
         axes.legend(list(first.values())[::-1], list(first)[::-1], frameon=False, fontsize=8)
 
 
-def _draw_metric(axes: Axes, log: Log, name: str, label: str, color: str, style: str) -> None:
-    if name in log:
-        draw_curve(axes, log["step"], log[name], label, color, style)
-    if f"eval/{name}" in log:
+def _draw_metric(
+    axes: Axes, logs: Sequence[Log], name: str, label: str, color: str, style: str
+) -> None:
+    steps, seeds = _across_seeds(logs, name)
+    if steps.size:
+        draw_curve(axes, steps, seeds.mean(axis=0), label, color, style)
+        _draw_band(axes, steps, seeds, color)
+    steps, seeds = _across_seeds(logs, f"eval/{name}")
+    if steps.size:
         held_out = f"{label}, held out" if label else "held out"
-        steps, values = _finite(log["step"], log[f"eval/{name}"])
-        axes.plot(steps, values, style, color=color, marker="o", markersize=3, label=held_out)
+        mean = seeds.mean(axis=0)
+        axes.plot(steps, mean, style, color=color, marker="o", markersize=3, label=held_out)
+        _draw_band(axes, steps, seeds, color)
+
+
+def _across_seeds(logs: Sequence[Log], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The steps [S] at which every log has a finite value, and these values [seeds, S]."""
+    curves = [_finite(log["step"], log[name]) for log in logs if name in log]
+    if not curves:
+        return np.zeros(0), np.zeros((0, 0))
+    steps = curves[0][0]
+    for others, _ in curves[1:]:
+        steps = np.intersect1d(steps, others)
+    return steps, np.stack([values[np.isin(own, steps)] for own, values in curves])
+
+
+def _draw_band(axes: Axes, steps: np.ndarray, seeds: np.ndarray, color: str) -> None:
+    """Shades from the lowest to the highest of several seeds."""
+    if len(seeds) > 1:
+        low, high = seeds.min(axis=0), seeds.max(axis=0)
+        axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
 
 
 def draw_curve(
@@ -163,18 +187,16 @@ def _running_mean(
     return np.convolve(steps, kernel, "valid"), np.convolve(values, kernel, "valid")
 
 
-def _step_limits(logs: Mapping[str, Log]) -> tuple[float, float]:
+def _step_limits(runs: Mapping[str, Sequence[Log]]) -> tuple[float, float]:
     """The same x axis for every panel, however seldom its metric was logged."""
-    steps = np.concatenate([log["step"] for log in logs.values()])
+    steps = np.concatenate([log["step"] for logs in runs.values() for log in logs])
     margin = 0.03 * max(float(np.ptp(steps)), 1.0)
     return float(steps.min()) - margin, float(steps.max()) + margin
 
 
-def _has_data(panel: Panel, logs: Mapping[str, Log]) -> bool:
+def _has_data(panel: Panel, runs: Mapping[str, Sequence[Log]]) -> bool:
     names = [prefix + name for name in panel.metrics for prefix in ("", "eval/")]
-    return any(
-        np.isfinite(log[name]).any() for log in logs.values() for name in names if name in log
-    )
+    return any(_across_seeds(logs, name)[0].size for logs in runs.values() for name in names)
 
 
 def _add_run_legend(figure: Figure, labels: Sequence[str]) -> None:

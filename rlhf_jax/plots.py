@@ -59,7 +59,7 @@ def plot_dpo(
 
 
 def compare_runs(
-    runs: Mapping[str, PathLike],
+    runs: Mapping[str, PathLike | Sequence[PathLike]],
     path: PathLike,
     *,
     title: str = "",
@@ -69,10 +69,11 @@ def compare_runs(
     """Lays the curves of several runs over one another (Figures 6, 7 and 8 of the paper).
 
     Held-out values of a metric, logged as `eval/<metric>`, are drawn with dots. More than 100
-    points are drawn pale, with a running mean over them.
+    points are drawn pale, with a running mean over them. Several seeds of a run are drawn as their
+    mean, shaded from the lowest to the highest, over the steps that all of them logged.
 
     Args:
-      runs: legend label -> run folder or `metrics.jsonl`.
+      runs: legend label -> run folder or `metrics.jsonl`, or a list of them, one a seed.
       path: the PNG to write.
       title: above the panels.
       panels: what to draw; panels that no run has data for are left out.
@@ -84,7 +85,7 @@ def compare_runs(
     Raises:
       ValueError: no run, or no metric of any panel was logged.
     """
-    logs = {label: read_metrics(source) for label, source in runs.items()}
+    logs = {label: [read_metrics(path) for path in _as_list(run)] for label, run in runs.items()}
     return _save(draw_panels(logs, panels, title=title, xlabel=xlabel), path)
 
 
@@ -180,6 +181,10 @@ def draw_accuracy(axes: Axes, curves: Mapping[str, tuple[Any, Any]], *, title: s
     axes.set_ylabel("pair accuracy")
     axes.set_title(title, fontsize=10)
     axes.legend(frameon=False, fontsize=8)
+
+
+def _as_list(run: PathLike | Sequence[PathLike]) -> list[PathLike]:
+    return [run] if isinstance(run, str | os.PathLike) else list(run)
 
 
 def _save(figure: Figure, path: PathLike) -> Path:

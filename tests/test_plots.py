@@ -62,7 +62,7 @@ def _size(path):
 
 
 def test_one_set_of_axes_a_panel_with_its_title_unit_and_curve():
-    figure = draw_panels({"": _log(5, *_names(PPO_PANELS))}, PPO_PANELS, title="PPO-max")
+    figure = draw_panels({"": [_log(5, *_names(PPO_PANELS))]}, PPO_PANELS, title="PPO-max")
     assert len(figure.axes) == len(PPO_PANELS) == 12
     assert figure.get_suptitle() == "PPO-max"
     for index, (axes, panel) in enumerate(zip(figure.axes, PPO_PANELS, strict=True)):
@@ -77,32 +77,32 @@ def test_one_set_of_axes_a_panel_with_its_title_unit_and_curve():
 
 def test_panels_without_data_are_left_out():
     log = _log(5, "reward/mean", "loss/value") | {"policy/entropy": np.full(5, np.nan)}
-    figure = draw_panels({"": log}, PPO_PANELS)
+    figure = draw_panels({"": [log]}, PPO_PANELS)
     assert [axes.get_title() for axes in figure.axes] == ["Reward", "Value loss"]
 
 
 def test_unfilled_places_of_the_grid_are_empty():
     names = _names(PPO_PANELS)[:4]
-    assert len(draw_panels({"": _log(5, *names)}, PPO_PANELS).axes) == 4
+    assert len(draw_panels({"": [_log(5, *names)]}, PPO_PANELS).axes) == 4
 
 
 def test_nothing_to_draw_names_the_metrics():
     with pytest.raises(ValueError, match=r"none of \['reward/mean'\] was logged by \['run'\]"):
-        draw_panels({"run": _log(3, "loss/lm")}, PPO_PANELS[:1])
+        draw_panels({"run": [_log(3, "loss/lm")]}, PPO_PANELS[:1])
     with pytest.raises(ValueError, match="nothing to draw"):
         draw_panels({}, PPO_PANELS)
 
 
 def test_more_runs_than_colours():
-    logs = {str(i): _log(3, "reward/mean") for i in range(len(COLORS) + 1)}
+    logs = {str(i): [_log(3, "reward/mean")] for i in range(len(COLORS) + 1)}
     with pytest.raises(ValueError, match=f"at most {len(COLORS)} runs .* got {len(logs)}"):
         draw_panels(logs, PPO_PANELS)
 
 
 def test_runs_share_axes_and_have_colours_and_a_legend():
     logs = {
-        "PPO-max": _log(9, "reward/mean"),
-        "vanilla": _log(5, "reward/mean", "judge/win_rate", offset=10.0),
+        "PPO-max": [_log(9, "reward/mean")],
+        "vanilla": [_log(5, "reward/mean", "judge/win_rate", offset=10.0)],
     }
     figure = draw_panels(logs, PPO_PANELS)
     reward, win_rate = figure.axes
@@ -118,7 +118,7 @@ def test_runs_share_axes_and_have_colours_and_a_legend():
 
 
 def test_level_of_chance_is_drawn():
-    figure = draw_panels({"": _log(3, "reward/mean", "judge/win_rate")}, PPO_PANELS)
+    figure = draw_panels({"": [_log(3, "reward/mean", "judge/win_rate")]}, PPO_PANELS)
     reward, win_rate = figure.axes
     assert len(reward.lines) == 1
     assert list(win_rate.lines[1].get_ydata()) == [0.5, 0.5]
@@ -127,7 +127,7 @@ def test_level_of_chance_is_drawn():
 def test_held_out_values_have_points_where_they_were_logged():
     log = _log(10, "reward/mean")
     log["eval/reward/mean"] = np.where(log["step"] % 4 == 0, 7.0, np.nan)
-    (axes,) = draw_panels({"": log}, PPO_PANELS).axes
+    (axes,) = draw_panels({"": [log]}, PPO_PANELS).axes
     label, steps, values = _curves(axes)[1]
     assert (label, steps, values) == ("held out", [0, 4, 8], [7.0, 7.0, 7.0])
     assert axes.lines[1].get_marker() == "o"
@@ -136,27 +136,27 @@ def test_held_out_values_have_points_where_they_were_logged():
 
 def test_panel_of_held_out_values_alone():
     log = {"step": np.arange(3), "eval/dpo/accuracy": np.array([0.5, np.nan, 0.7])}
-    (axes,) = draw_panels({"": log}, DPO_PANELS).axes
+    (axes,) = draw_panels({"": [log]}, DPO_PANELS).axes
     assert axes.get_title() == "Implicit accuracy"
 
 
 def test_two_metrics_of_one_run_differ_in_colour_and_of_two_runs_in_dashes():
     pair = [Panel("Pair", "nats", {"a": "chosen", "b": "rejected"})]
-    (axes,) = draw_panels({"": _log(3, "a", "b")}, pair).axes
+    (axes,) = draw_panels({"": [_log(3, "a", "b")]}, pair).axes
     assert [line.get_color() for line in axes.lines] == list(COLORS[:2])
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["chosen", "rejected"]
-    (axes,) = draw_panels({"x": _log(3, "a", "b"), "y": _log(3, "a", "b")}, pair).axes
+    (axes,) = draw_panels({"x": [_log(3, "a", "b")], "y": [_log(3, "a", "b")]}, pair).axes
     assert [line.get_color() for line in axes.lines] == [COLORS[0]] * 2 + [COLORS[1]] * 2
     assert [line.get_linestyle() for line in axes.lines] == ["-", "--"] * 2
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["chosen", "rejected"]
 
 
 def test_long_curves_are_pale_with_a_running_mean():
-    (short,) = draw_panels({"": _log(100, "reward/mean")}, PPO_PANELS).axes
+    (short,) = draw_panels({"": [_log(100, "reward/mean")]}, PPO_PANELS).axes
     assert len(short.lines) == 1
     log = _log(400, "reward/mean")
     log["reward/mean"] = np.random.default_rng(0).normal(size=400)
-    (axes,) = draw_panels({"": log}, PPO_PANELS).axes
+    (axes,) = draw_panels({"": [log]}, PPO_PANELS).axes
     raw, smooth = axes.lines
     assert raw.get_alpha() < 0.5
     assert len(raw.get_xdata()) == 400
@@ -166,8 +166,35 @@ def test_long_curves_are_pale_with_a_running_mean():
     assert smooth.get_ydata()[-1] == pytest.approx(log["reward/mean"][-8:].mean())
 
 
+def test_seeds_are_drawn_as_their_mean_and_range():
+    seeds = [_log(6, "reward/mean", offset=offset) for offset in (0.0, 1.0, 5.0)]
+    seeds[1]["reward/mean"][0] = np.nan  # step 0 is missing in one seed
+    seeds[2] = {name: values[:5] for name, values in seeds[2].items()}  # and step 5 in another
+    (axes,) = draw_panels({"": seeds}, PPO_PANELS).axes
+    ((_, steps, values),) = _curves(axes)
+    assert steps == [1, 2, 3, 4]
+    assert values == [step + 2.0 for step in steps]  # (0 + 1 + 5) / 3
+    (band,) = axes.collections
+    outline = band.get_paths()[0].vertices
+    for step in steps:
+        heights = outline[outline[:, 0] == step, 1]
+        assert (heights.min(), heights.max()) == (step, step + 5.0)
+
+
+def test_one_seed_has_no_band():
+    (axes,) = draw_panels({"": [_log(6, "reward/mean")]}, PPO_PANELS).axes
+    assert not axes.collections
+
+
+def test_held_out_values_of_seeds():
+    seeds = [{"step": np.arange(3), "eval/reward/mean": np.arange(3) + k} for k in (0.0, 4.0)]
+    (axes,) = draw_panels({"": seeds}, PPO_PANELS).axes
+    assert _curves(axes) == [("held out", [0, 1, 2], [2.0, 3.0, 4.0])]
+    assert len(axes.collections) == 1
+
+
 def test_single_point_is_visible():
-    (axes,) = draw_panels({"": _log(1, "reward/mean")}, PPO_PANELS).axes
+    (axes,) = draw_panels({"": [_log(1, "reward/mean")]}, PPO_PANELS).axes
     assert axes.lines[0].get_marker() == "o"
 
 
@@ -225,7 +252,7 @@ def test_files_are_pngs(tmp_path):
     _write(tmp_path / "other", 4, ["reward/mean"])
     _write(tmp_path / "dpo", 8, _names(DPO_PANELS))
     pictures = tmp_path / "pictures"
-    runs = {"PPO-max": tmp_path / "ppo", "other": tmp_path / "other" / "metrics.jsonl"}
+    runs = {"PPO-max": tmp_path / "ppo", "other": [tmp_path / "other" / "metrics.jsonl"]}
     steps = np.arange(5)
     for written, wanted in (
         (plot_ppo(tmp_path / "ppo", pictures / "ppo.png"), "ppo.png"),
