@@ -252,14 +252,16 @@ def _finish(config: ConfigDict) -> None:
     inputs.reward_model = inputs.reward_model or folder("reward_model")
 
 
+SCALES = {
+    "tiny": _tiny,
+    "quickstart": _quickstart,
+    "paper_en": _paper_en,
+    "paper_zh": _paper_zh,
+    "moss_en": lambda: _moss(_paper_en(), "moss_en", kl_coef=0.01),
+    "moss_zh": lambda: _moss(_paper_zh(), "moss_zh", kl_coef=0.1),
+}
+
+
 def get_config(arg: str | None = None) -> ConfigDict:
     """See the module docstring for what `arg` may hold."""
-    scales = {
-        "tiny": _tiny,
-        "quickstart": _quickstart,
-        "paper_en": _paper_en,
-        "paper_zh": _paper_zh,
-        "moss_en": lambda: _moss(_paper_en(), "moss_en", kl_coef=0.01),
-        "moss_zh": lambda: _moss(_paper_zh(), "moss_zh", kl_coef=0.1),
-    }
-    return common.build("ppo_max", arg, scales=scales, variants=VARIANTS, finish=_finish)
+    return common.build("ppo_max", arg, scales=SCALES, variants=VARIANTS, finish=_finish)

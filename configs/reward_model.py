@@ -95,15 +95,17 @@ def _finish(config: ConfigDict) -> None:
         config.inputs.model = common.with_seed(f"runs/sft/{config.scale}", config.seed) + "/model"
 
 
+SCALES = {
+    "tiny": _tiny,
+    "quickstart": _quickstart,
+    "paper_en": _paper_en,
+    "paper_zh": _paper_zh,
+    "moss_en": lambda: _moss(_paper_en(), "moss_en"),
+    "moss_zh": lambda: _moss(_paper_zh(), "moss_zh"),
+}
+
+
 def get_config(arg: str | None = None) -> ConfigDict:
     """See the module docstring for what `arg` may hold."""
-    scales = {
-        "tiny": _tiny,
-        "quickstart": _quickstart,
-        "paper_en": _paper_en,
-        "paper_zh": _paper_zh,
-        "moss_en": lambda: _moss(_paper_en(), "moss_en"),
-        "moss_zh": lambda: _moss(_paper_zh(), "moss_zh"),
-    }
     variants = {"no_lm": _no_lm}
-    return common.build("reward_model", arg, scales=scales, variants=variants, finish=_finish)
+    return common.build("reward_model", arg, scales=SCALES, variants=variants, finish=_finish)

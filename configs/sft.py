@@ -84,12 +84,14 @@ def _pretrain(config: ConfigDict) -> None:
     config.data.domains = ("nyt", "tweets")
 
 
+SCALES = {
+    "tiny": _tiny,
+    "quickstart": _quickstart,
+    "paper_en": _paper_en,
+    "paper_zh": _paper_zh,
+}
+
+
 def get_config(arg: str | None = None) -> ConfigDict:
     """See the module docstring for what `arg` may hold."""
-    scales = {
-        "tiny": _tiny,
-        "quickstart": _quickstart,
-        "paper_en": _paper_en,
-        "paper_zh": _paper_zh,
-    }
-    return common.build("sft", arg, scales=scales, variants={"pretrain": _pretrain})
+    return common.build("sft", arg, scales=SCALES, variants={"pretrain": _pretrain})
