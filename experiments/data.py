@@ -145,7 +145,7 @@ def fixed_prompts(config: ConfigDict, tokenizer: Any, split: str, batch_size: in
     if not whole:
         raise ValueError(
             f"{split} has {len(prompts)} prompts, fewer than one batch of {batch_size}: lower "
-            "train.prompts_per_iteration"
+            "train.prompts_per_iteration (ppo_max) or eval.batch (dpo)"
         )
     return [
         pad_prompts(prompts[i : i + batch_size], length, pad_id=tokenizer.pad_token_id)

@@ -21,6 +21,7 @@ from rlhf_jax.report import Target
 ROWS = {
     "reward/mean": "reward (reward model)",
     "judge/mean": "judge score (VADER, -1 to 1)",
+    "pairs/accuracy": "implicit-reward accuracy on held-out pairs",
     "policy/kl_ref": "KL to SFT per token (nats)",
     "policy/kl_ref_sequence": "KL to SFT per sequence (nats)",
     "policy/perplexity": "response perplexity",
@@ -91,6 +92,7 @@ def write(
     *,
     plot: Any = plots.plot_ppo,
     notes: tuple[str, ...] = (),
+    summary: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes report.md, figures and summary.json, and prints the summary.
 
@@ -100,6 +102,7 @@ def write(
       answers: The baseline first, then the policy of the run, then others.
       plot: Draws the training curves.
       notes: More lines for the report.
+      summary: More entries of summary.json.
     """
     names = list(answers)
     title = f"{names[1]} against {names[0]} ({config.scale}, seed {config.seed})"
@@ -107,6 +110,10 @@ def write(
     wins = {
         f"{name} against {names[0]}": win_tie_lose(answers[name].judged, baseline.judged)
         for name in names[1:]
+    }
+    wins |= {
+        f"{names[1]} against {name}": win_tie_lose(policy.judged, answers[name].judged)
+        for name in names[2:]
     }
     first_wins = next(iter(wins.values()))
     targets = quickstart_targets(policy, baseline, first_wins) if config.scale == "quickstart" else []
@@ -137,6 +144,7 @@ def write(
         {
             "win_rate": first_wins._asdict(),
             "statistics": {name: answer.statistics for name, answer in answers.items()},
+            **(summary or {}),
         }
     )
     print(f"report: {run.workdir / 'report.md'}")

@@ -6,7 +6,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -45,6 +47,16 @@ def make_generate(tokenizer: Any, config: ConfigDict) -> Callable[..., Rollout]:
     )
 
 
+@flax.struct.dataclass
+class NoRewardModel:
+    """Stands where there is no reward model: every response scores 0."""
+
+    def scores(self, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+        """`[B]` zeros for sequences `[B, T]`."""
+        del segments
+        return jnp.zeros(tokens.shape[0], jnp.float32)
+
+
 class Respondent:
     """Lets policies answer a fixed list of prompts.
 
@@ -73,7 +85,9 @@ class Respondent:
     ):
         self._generate, self._batches = generate, batches
         self._tokenizer, self._judge = tokenizer, judge
-        self._reference, self._reward_model = reference, reward_model
+        self._reference = reference
+        self._scored = reward_model is not None
+        self._reward_model = reward_model if self._scored else NoRewardModel()
         self._sharding = sharding
         self._evaluate = jax.jit(
             functools.partial(experience.evaluate, critic=None, temperature=temperature)
@@ -101,7 +115,7 @@ class Respondent:
         responses = [text[len(prompt) :] for text, prompt in zip(full, prompts, strict=True)]
         judged = self._judge(full)
         statistics = rollout_statistics(sampled, evaluated) | {"judge/mean": float(judged.mean())}
-        if self._reward_model is None:
+        if not self._scored:
             statistics.pop("reward/mean")
         return Responses(prompts, responses, judged, statistics)
 
