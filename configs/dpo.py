@@ -47,7 +47,7 @@ def _task(scale: str) -> ConfigDict:
 
 def _quickstart() -> ConfigDict:
     config = _task("quickstart")
-    config.loss = ConfigDict({"objective": "dpo", "beta": 0.1, "label_smoothing": 0.0})
+    config.dpo = ConfigDict({"objective": "dpo", "beta": 0.1, "label_smoothing": 0.0})
     # A step takes as many pairs as fit into `max_tokens`, at least min_pairs, at most max_pairs.
     config.train = ConfigDict(
         {"steps": 300, "max_tokens": 4096, "min_pairs": 8, "max_pairs": 64, "microbatches": 1}
@@ -87,21 +87,21 @@ def _paper() -> ConfigDict:
     return config
 
 
-def _loss(**values):
-    """A variant that updates keys of `config.loss`."""
+def _dpo(**values):
+    """A variant that updates keys of `config.dpo`."""
 
     def change(config: ConfigDict) -> None:
-        config.loss.update(values)
+        config.dpo.update(values)
 
     return change
 
 
 VARIANTS = {
-    "ipo": _loss(objective="ipo"),
-    "hinge": _loss(objective="hinge"),
-    "label_smoothing": _loss(label_smoothing=0.1),
-    "beta_0.05": _loss(beta=0.05),
-    "beta_0.5": _loss(beta=0.5),
+    "ipo": _dpo(objective="ipo"),
+    "hinge": _dpo(objective="hinge"),
+    "label_smoothing": _dpo(label_smoothing=0.1),
+    "beta_0.05": _dpo(beta=0.05),
+    "beta_0.5": _dpo(beta=0.5),
 }
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import data, dpo_setup, harness, reporting, stages
-from experiments.dpo_setup import OBJECTIVES, PairSet, log_probs_of_pairs, sequence_log_probs
+from experiments.dpo_setup import DPOConfig, PairSet, log_probs_of_pairs, sequence_log_probs
 from rlhf_jax import losses, plots
 from rlhf_jax.comparison import win_tie_lose
 from rlhf_jax.data.tokenizer import load_tokenizer
@@ -38,38 +38,22 @@ _SAMPLED = {"judge/win_rate", "policy/kl_ref_sequence", "policy/perplexity", "re
 PANELS = (*DPO_PANELS, *(panel for panel in PPO_PANELS if _SAMPLED & set(panel.metrics)))
 
 
-def loss_fn(
-    model: Transformer, batch: dict, *, objective: str, beta: float, label_smoothing: float
-) -> tuple[jax.Array, dict]:
-    """L = -log σ(β log(π(y⁺)/π_ref(y⁺)) - β log(π(y⁻)/π_ref(y⁻))), or what `objective` names.
+def loss_fn(model: Transformer, batch: dict, *, config: DPOConfig) -> tuple[jax.Array, dict]:
+    """L = -log σ(β log(π(y⁺)/π_ref(y⁺)) - β log(π(y⁻)/π_ref(y⁻))), or what `config` names.
 
     Args:
       model: The policy π.
       batch: Tokens, segments and loss mask `[B, 2, T]`, chosen first, `ref_log_probs [B, 2]`, and
         weights from `weigh`.
-      objective: One of `OBJECTIVES`.
-      beta: β.
-      label_smoothing: Share of labels thought to be flipped; for "dpo" only.
+      config: The loss.
     """
-    metrics = pair_metrics(
-        sequence_log_probs(model, batch),
-        batch["ref_log_probs"],
-        batch["pair_weights"],
-        objective=objective,
-        beta=beta,
-        label_smoothing=label_smoothing,
-    )
+    log_probs = sequence_log_probs(model, batch)
+    metrics = pair_metrics(log_probs, batch["ref_log_probs"], batch["pair_weights"], config=config)
     return metrics["loss/dpo"], metrics
 
 
 def pair_metrics(
-    log_probs: jax.Array,
-    ref_log_probs: jax.Array,
-    weights: jax.Array,
-    *,
-    objective: str,
-    beta: float,
-    label_smoothing: float,
+    log_probs: jax.Array, ref_log_probs: jax.Array, weights: jax.Array, *, config: DPOConfig
 ) -> dict[str, jax.Array]:
     """Weighted sums over pairs: the loss, whichever it is, and what the policy thinks of them.
 
@@ -77,28 +61,25 @@ def pair_metrics(
       log_probs: `[B, 2]`, of the policy, chosen first; the loss is differentiated in it.
       ref_log_probs: `[B, 2]`, of the reference.
       weights: `[B]`, of each pair.
-      objective: One of `OBJECTIVES`.
-      beta: β.
-      label_smoothing: For "dpo" only.
+      config: The loss.
     """
-    smoothing = {"label_smoothing": label_smoothing} if objective == "dpo" else {}
     four = (*log_probs.T, *ref_log_probs.T)
-    rewards = losses.implicit_rewards(log_probs, ref_log_probs, beta=beta)
+    rewards = losses.implicit_rewards(log_probs, ref_log_probs, beta=config.beta)
     chosen, rejected = rewards.T
     numbers = {
-        "loss/dpo": OBJECTIVES[objective](*four, beta=beta, **smoothing),
+        "loss/dpo": config.loss(*four),
         "dpo/accuracy": losses.preference_accuracy(chosen, rejected),
         "dpo/margin": chosen - rejected,
         "dpo/chosen_log_prob": log_probs[:, 0],
         "dpo/rejected_log_prob": log_probs[:, 1],
         "dpo/chosen_reward": chosen,
         "dpo/rejected_reward": rejected,
-        "dpo/gradient_coefficient": losses.dpo_gradient_coefficient(*four, beta=beta),
+        "dpo/gradient_coefficient": losses.dpo_gradient_coefficient(*four, beta=config.beta),
     }
     return {name: weighted_sum(number, weights) for name, number in numbers.items()}
 
 
-_pair_metrics = jax.jit(pair_metrics, static_argnames=("objective", "beta", "label_smoothing"))
+_pair_metrics = jax.jit(pair_metrics, static_argnames="config")
 
 
 def weigh(batch: dict) -> dict:
@@ -108,13 +89,13 @@ def weigh(batch: dict) -> dict:
 
 
 def evaluate(
-    model: Transformer, held_out: PairSet, ref_log_probs: np.ndarray, loss: ConfigDict, sharding
+    model: Transformer, held_out: PairSet, ref_log_probs: np.ndarray, config: DPOConfig, sharding
 ) -> dict[str, jax.Array]:
     """`pair_metrics` of held-out pairs under names that begin with `eval/`."""
     count = len(held_out.pairs)
     log_probs = log_probs_of_pairs(model, held_out.batches, count, sharding)
     weights = np.full(count, 1 / count, np.float32)
-    metrics = _pair_metrics(log_probs, ref_log_probs, weights, **loss)
+    metrics = _pair_metrics(log_probs, ref_log_probs, weights, config=config)
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 
@@ -122,7 +103,7 @@ def main(config: ConfigDict) -> None:
     """Trains, compares with SFT and PPO-max and reports; resumes where an earlier run stopped."""
     if stages.skip_if_finished(config, "DPO"):
         return
-    dpo_setup.check(config)
+    dpo_config = DPOConfig(**config.dpo)
     train, inputs, sharding = config.train, config.inputs, stages.make_sharding(config)
     devices = sharding.mesh.size
 
@@ -145,7 +126,7 @@ def main(config: ConfigDict) -> None:
     # 3. Optimizer and the compiled step.
     optimizer, schedule = make_optimizer(OptimizerConfig(**config.optimizer), train.steps)
     train_step = make_train_step(
-        functools.partial(loss_fn, **config.loss),
+        functools.partial(loss_fn, config=dpo_config),
         optimizer,
         sharding,
         microbatches=train.microbatches,
@@ -185,7 +166,7 @@ def main(config: ConfigDict) -> None:
             metrics["optim/learning_rate"] = schedule(step)
             if (step + 1) % config.eval.every == 0 or step + 1 == train.steps:
                 model = state.model
-                metrics |= evaluate(model, validation, ref_valid, config.loss, sharding)
+                metrics |= evaluate(model, validation, ref_valid, dpo_config, sharding)
                 answers = respond["validation"](model, eval_key, config.eval.prompts)
                 wins = win_tie_lose(answers.judged, sft_valid.judged)
                 metrics |= {f"eval/{k}": v for k, v in answers.statistics.items()}

@@ -1,7 +1,8 @@
-"""What `dpo` needs around its loop: checks, the reference's numbers, with whom it is compared."""
+"""What `dpo` needs around its loop: the loss by name, the reference's cache, the comparison."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import time
@@ -25,22 +26,37 @@ from rlhf_jax.models.transformer import Transformer
 OBJECTIVES = {"dpo": losses.dpo_loss, "ipo": losses.ipo_loss, "hinge": losses.dpo_hinge_loss}
 
 
-def check(config: ConfigDict) -> None:
-    """Checks the loss before anything is loaded.
+@dataclasses.dataclass(frozen=True)
+class DPOConfig:
+    """The loss.
 
-    Raises:
-      ValueError: an unknown objective, or label smoothing with another one than DPO's.
+    Attributes:
+      objective: One of `OBJECTIVES`.
+      beta: β, the strength of the pull to the reference.
+      label_smoothing: Share of labels that are thought to be flipped; for "dpo" only.
     """
-    loss = config.loss
-    if loss.objective not in OBJECTIVES:
-        raise ValueError(
-            f"loss.objective={loss.objective!r} is unknown; use one of {sorted(OBJECTIVES)}"
-        )
-    if loss.label_smoothing and loss.objective != "dpo":
-        raise ValueError(
-            f"loss.label_smoothing={loss.label_smoothing} is for loss.objective='dpo', not "
-            f"{loss.objective!r}: set it to 0"
-        )
+
+    objective: str
+    beta: float
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"dpo.objective={self.objective!r} is unknown; use one of {sorted(OBJECTIVES)}"
+            )
+        if not self.beta > 0:
+            raise ValueError(f"dpo.beta={self.beta} must be positive")
+        if self.label_smoothing and self.objective != "dpo":
+            raise ValueError(
+                f"dpo.label_smoothing={self.label_smoothing} is for dpo.objective='dpo', not "
+                f"{self.objective!r}: set it to 0"
+            )
+
+    def loss(self, *log_probs: jax.Array) -> jax.Array:
+        """`[B]`, from log-probabilities `[B]`: the policy's chosen and rejected, the reference's."""
+        smoothing = {"label_smoothing": self.label_smoothing} if self.objective == "dpo" else {}
+        return OBJECTIVES[self.objective](*log_probs, beta=self.beta, **smoothing)
 
 
 class PairSet(NamedTuple):

@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import ppo_max, reward_model, sft
+from experiments.dpo_setup import DPOConfig
 from rlhf_jax.experience import AdvantageConfig, RewardConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.optimizers import OptimizerConfig
@@ -27,6 +28,7 @@ SPLATTED = {
     "reward": RewardConfig,
     "advantage": AdvantageConfig,
     "ppo": PPOConfig,
+    "dpo": DPOConfig,
 }
 
 
