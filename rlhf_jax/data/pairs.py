@@ -80,7 +80,7 @@ def _find_partners(scores: Sequence[float], groups: Sequence[str], min_gap: floa
         raise ValueError(f"min_gap={min_gap} must be positive")
     check_scores(scores)
     values = np.asarray(scores, dtype=np.float64)
-    _, ids = np.unique(np.asarray(groups), return_inverse=True)
+    _, ids = np.unique(np.asarray(list(groups)), return_inverse=True)
     order = np.lexsort((values, ids))
     values, ids = values[order], ids[order]
     start, end = np.searchsorted(ids, ids, "left"), np.searchsorted(ids, ids, "right")

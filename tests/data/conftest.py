@@ -1,0 +1,96 @@
+"""A small tokenizer, chat templates in the style of several families, and an index on disk."""
+
+import io
+import tarfile
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_jax.data.tokenizer import train_bpe
+
+TEXTS = [
+    "the film is a warm and funny story about two old friends who meet again",
+    "the player broke after 12 days and the seller never wrote back",
+    "what do you think of the sea and of the people who live there?",
+    "I like the sea. It is wide, and the people are kind!",
+] * 3
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# The same without the switch: the assistant's header is written only with its words.
+CHATML_NO_SWITCH = CHATML[: CHATML.index("{% if")]
+# Contents trimmed, two line breaks behind the header, BOS in front.
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|head|>' + m['role'] + '<|/head|>\n\n' + "
+    "m['content'] | trim + '<|eot|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\n\n' }}{% endif %}"
+)
+# Brackets around the questions and nothing before the answers; no system message.
+BRACKETS = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[Q] ' + m['content'] + "
+    "' [/Q]' }}{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}{% else %}"
+    "{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
+)
+# What was thought is left out of every answer but the last.
+THINKING = (
+    "{% for m in messages %}{% set said = m['content'].split('</think>')[-1] %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + (m['content'] if loop.last else said) + '<|im_end|>\n' "
+    "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+NEVER_STOPS = (
+    "{% for m in messages %}{{ '### ' + m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant: ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def plain():
+    """A BPE with the plain template."""
+    return train_bpe(TEXTS, 400)
+
+
+@pytest.fixture
+def with_template(plain):
+    """Returns a copy of the tokenizer with a template and the tokens of its family."""
+
+    def make(template: str) -> PreTrainedTokenizerFast:
+        copy = PreTrainedTokenizerFast(
+            tokenizer_object=type(plain.backend_tokenizer).from_str(
+                plain.backend_tokenizer.to_str()
+            ),
+            pad_token="<pad>",
+            bos_token="<bos>",
+            eos_token="<eos>",
+            chat_template=template,
+        )
+        named = ["<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>"]
+        copy.add_special_tokens({"extra_special_tokens": named})
+        return copy
+
+    return make
+
+
+@pytest.fixture
+def local_index(tmp_path, monkeypatch):
+    """Points pip at a folder and at nothing else; the cache is empty."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def make_tar(files: dict[str, str]) -> bytes:
+    """Returns a tar.gz of path -> content."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for path, content in files.items():
+            info = tarfile.TarInfo(path)
+            info.size = len(content.encode())
+            tar.addfile(info, io.BytesIO(content.encode()))
+    return buffer.getvalue()
