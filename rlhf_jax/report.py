@@ -51,14 +51,13 @@ def write_report(
 
     Args:
       workdir: folder of the run; created where missing.
-      title: heading of the report.
+      title: heading.
       command: the command that made the run.
       hardware: one line, e.g. "2 CPU cores, 8 GiB".
       summary_table: policy ("SFT", "PPO-max", "DPO") -> metric name -> number, `Interval`, text or
         None; one column a policy, one row a metric in the order of first mention.
       win_rates: "PPO-max against SFT" -> `WinRate`.
-      samples: one mapping a prompt, "prompt" first and then one response a policy; the columns are
-        the keys of all samples in the order of first mention.
+      samples: one mapping a prompt: "prompt" first, then one response a policy.
       figures: caption -> PNG, linked relative to `workdir`.
       targets: what was aimed at; missed ones are listed first.
       notes: what the numbers do not show, as Markdown lines of the author's own.
@@ -72,8 +71,7 @@ def write_report(
     workdir.mkdir(parents=True, exist_ok=True)
     win_rates, figures, wall_seconds = win_rates or {}, figures or {}, wall_seconds or {}
     sections = [
-        f"# {title}",
-        _header(command, hardware, seeds),
+        _header(title, command, hardware, seeds),
         _targets_section(targets),
         _section("Summary", _summary_markdown(summary_table)),
         _section("Win rates", _win_rates_markdown(win_rates)),
@@ -84,18 +82,14 @@ def write_report(
     ]
     path = workdir / "report.md"
     path.write_text("\n\n".join(part for part in sections if part) + "\n", encoding="utf-8")
-    numbers = {
-        "title": title,
-        "command": command,
-        "hardware": hardware,
-        "seeds": list(seeds),
+    run = {"title": title, "command": command, "hardware": hardware, "seeds": list(seeds)}
+    results = {
         "summary": {policy: _plain(row) for policy, row in summary_table.items()},
         "win_rates": _plain(win_rates),
         "targets": [target._asdict() for target in targets],
         "wall_seconds": dict(wall_seconds),
     }
-    text = json.dumps(to_json(numbers), indent=2, ensure_ascii=False)
-    (workdir / "report.json").write_text(text + "\n", encoding="utf-8")
+    _write_json(workdir / "report.json", run | results)
     return path
 
 
@@ -127,6 +121,53 @@ def print_summary(
     missed = [target for target in targets if not target.reached]
     lines += [f"missed: {t.name} {t.got}, wanted {t.wanted}" for t in missed]
     print("\n".join(lines), file=stream or sys.stdout, flush=True)
+
+
+def seeds_table(workdirs: Sequence[str | os.PathLike[str]]) -> str:
+    """Several runs of one experiment as one Markdown table: mean [lowest, highest] over the runs.
+
+    Args:
+      workdirs: folders that `write_report` wrote to, one a seed.
+
+    Returns:
+      A table with a column a policy and a row a metric, then a row for each win rate; numbers that
+      a run lacks make a dash.
+
+    Raises:
+      ValueError: no folder.
+      FileNotFoundError: a folder without report.json.
+    """
+    if not workdirs:
+        raise ValueError("seeds_table needs at least one folder with a report.json")
+    paths = [Path(workdir) / "report.json" for workdir in workdirs]
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    first = reports[0]["summary"]
+    summary = {
+        policy: {
+            metric: _range([r["summary"].get(policy, {}).get(metric) for r in reports])
+            for metric in row
+        }
+        for policy, row in first.items()
+    }
+    tables = [_summary_markdown(summary)]
+    names = list(reports[0]["win_rates"])
+    if names:
+        rates = {
+            name: [r["win_rates"].get(name, {}).get("win_rate") for r in reports] for name in names
+        }
+        rows = [["", "win rate (ties one half)"]]
+        tables.append(_table(rows + [[name, _range(values)] for name, values in rates.items()]))
+    return "\n\n".join(tables)
+
+
+def _range(values: Sequence[Any]) -> str:
+    """Mean [lowest, highest] of numbers as they stand in report.json."""
+    numbers = [value["value"] if isinstance(value, dict) else value for value in values]
+    try:
+        array = [float(number) for number in numbers]
+    except (TypeError, ValueError):
+        return _MISSING
+    return format_value(Interval(sum(array) / len(array), min(array), max(array)))
 
 
 def escape_markdown(text: str, *, max_chars: int = 600) -> str:
@@ -163,8 +204,8 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}"
 
 
-def _header(command: str, hardware: str, seeds: Sequence[int]) -> str:
-    lines = ["```", command, "```", "", f"Hardware: {hardware}"]
+def _header(title: str, command: str, hardware: str, seeds: Sequence[int]) -> str:
+    lines = [f"# {title}", "", "```", command, "```", "", f"Hardware: {hardware}"]
     if seeds:
         lines[-1] += f". Seeds: {', '.join(map(str, seeds))}"
     return "\n".join([*lines[:-1], lines[-1] + "."])
@@ -238,6 +279,11 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first row is its head. Cells hold no line break and no bare `|`."""
     head, *body = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
+
+
+def _write_json(path: Path, numbers: Mapping[str, Any]) -> None:
+    text = json.dumps(to_json(numbers), indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from rlhf_jax.comparison import Interval, WinRate, win_tie_lose
-from rlhf_jax.report import Target, escape_markdown, format_value, print_summary, write_report
+from rlhf_jax.report import (
+    Target,
+    escape_markdown,
+    format_value,
+    print_summary,
+    seeds_table,
+    write_report,
+)
 
 WIN_RATE = WinRate(0.6, 0.1, 0.3, 0.65, 0.605, 0.694, 512)
 TABLE = {
@@ -223,3 +230,35 @@ def test_win_rates_come_straight_from_the_comparison(tmp_path):
     rate = win_tie_lose([1.0, 1.0, 0.0], [0.0, 1.0, 1.0])
     text = _report(tmp_path, win_rates={"a against b": rate})
     assert _tables(text)[1][1][1:5] == ["33.3%", "33.3%", "33.3%", "50.0%"]
+
+
+def test_seeds_side_by_side(tmp_path):
+    folders = [tmp_path / str(seed) for seed in range(3)]
+    rewards, rates = (1.0, 2.0, 6.0), (0.6, 0.65, 0.7)
+    for folder, reward, rate in zip(folders, rewards, rates, strict=True):
+        table = {
+            "SFT": {"reward": 0.5, "note": "text"},
+            "PPO-max": {"reward": Interval(reward, 0.0, 9.0), "KL": None if rate == 0.65 else 3.0},
+        }
+        _report(
+            folder,
+            summary_table=table,
+            win_rates={"PPO-max against SFT": WIN_RATE._replace(win_rate=rate)},
+        )
+    summary, wins = _tables(seeds_table(folders))
+    assert summary == [
+        ["", "SFT", "PPO-max"],
+        ["reward", "0.5 [0.5, 0.5]", "3 [1, 6]"],
+        ["note", "–", "–"],
+        ["KL", "–", "–"],
+    ]
+    assert wins[1] == ["PPO-max against SFT", "0.65 [0.6, 0.7]"]
+
+
+def test_seeds_without_win_rates_or_reports(tmp_path):
+    _report(tmp_path / "0")
+    assert len(_tables(seeds_table([tmp_path / "0"]))) == 1
+    with pytest.raises(FileNotFoundError):
+        seeds_table([tmp_path / "1"])
+    with pytest.raises(ValueError, match="at least one folder"):
+        seeds_table([])
