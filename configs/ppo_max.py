@@ -62,7 +62,7 @@ def _quickstart() -> ConfigDict:
         {"max_new_tokens": 32, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
     )
     config.sampling.repetition_penalty = 1.0
-    config.reward = ConfigDict({"transform": "normalize", "clip": 0.8, "missing_eos_penalty": 0.0})
+    config.reward = ConfigDict({"transform": "normalize", "clip": 0.8, "missing_eos_penalty": 0.5})
     # Token-level KL penalty η; a target above 0 adapts it (Ziegler et al. 2019).
     config.kl = ConfigDict({"coef": 0.05, "target": 0.0, "horizon": 10_000})
     config.advantage = ConfigDict(
@@ -85,7 +85,7 @@ def _quickstart() -> ConfigDict:
     # PPO-penalty's β; a target above 0 adapts it (Schulman et al. 2017, section 4).
     config.penalty = ConfigDict({"coef": 1.0, "target": 0.0})
     config.optimizer = ConfigDict(
-        {"learning_rate": 3e-4, "schedule": "inverse_sqrt", "warmup_fraction": 0.1, "b2": 0.95}
+        {"learning_rate": 1e-3, "schedule": "inverse_sqrt", "warmup_fraction": 0.1, "b2": 0.95}
     )
     config.optimizer.update(eps=1e-6, max_grad_norm=1.0)
     config.critic_optimizer = config.optimizer.copy_and_resolve_references()
@@ -117,6 +117,7 @@ def _paper_en() -> ConfigDict:
     config.train.update(iterations=250, prompts_per_iteration=128, minibatch=32, microbatch=32)
     config.train.critic_pretrain_iterations = 25
     config.sampling.update(max_new_tokens=512)
+    config.reward.missing_eos_penalty = 0.0
     config.optimizer.update(learning_rate=5e-7)
     config.critic_optimizer.update(learning_rate=1.65e-6)
     config.eval.update(every=10, prompts=256)

@@ -43,8 +43,8 @@ def _quickstart() -> ConfigDict:
 def _tiny() -> ConfigDict:
     config = _quickstart()
     config.inputs.variant = "tiny"
-    config.data.update(limit=200, max_length=64, pairs=200, eval_pairs=40, reference_texts=20)
-    config.train.update(steps=6, max_tokens=1024, min_pairs=8, max_pairs=16, eval_every=3)
+    config.data.update(limit=200, max_length=96, pairs=200, eval_pairs=40, reference_texts=20)
+    config.train.update(steps=6, max_tokens=2048, min_pairs=8, max_pairs=16, eval_every=3)
     config.checkpoint.every = 2
     return config
 

@@ -48,10 +48,10 @@ def _quickstart() -> ConfigDict:
 def _tiny() -> ConfigDict:
     config = _quickstart()
     config.model.update(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64)
-    config.tokenizer.vocab_size = 384
+    config.tokenizer.vocab_size = 512
     config.data.limit = 200
-    config.data.max_length = 64
-    config.train.update(steps=6, minibatch=8, microbatch=4, row_length=64, eval_every=3)
+    config.data.max_length = 96
+    config.train.update(steps=6, minibatch=8, microbatch=4, row_length=96, eval_every=3)
     config.checkpoint.every = 2
     return config
 

@@ -104,7 +104,7 @@ def make_train_step(
         grads = _constrain(grads, sharding.gradients(grads))
         weights = state.model if state.master is None else state.master
         grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, weights)
-        metrics["optim/grad_norm"] = optax.global_norm(grads)
+        metrics["optim/grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, weights)
         weights = optax.apply_updates(weights, updates)
         if state.master is None:
