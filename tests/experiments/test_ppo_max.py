@@ -1,0 +1,146 @@
+"""The tiny chain through the experiments' own `main`: results, invariants, resume, wrong input."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from configs import ppo_max as configs
+from experiments import harness, ppo_max
+from rlhf_jax.metrics import read_metrics
+
+
+def tiny(chain, workdir, *changes):
+    """A tiny PPO config on the session's SFT and reward models."""
+    config = configs.get_config(",".join(["tiny", "sharding.devices=1", *changes]))
+    config.workdir = str(workdir)
+    config.inputs.update(
+        policy=str(chain.sft), reference=str(chain.sft), reward_model=str(chain.reward_model)
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(chain, tmp_path_factory):
+    """A finished tiny run."""
+    workdir = tmp_path_factory.mktemp("ppo")
+    ppo_max.main(tiny(chain, workdir))
+    return workdir
+
+
+def test_run_writes_what_it_promises(finished):
+    for name in ("report.md", "training.png", "metrics.jsonl", "config.json", "summary.json"):
+        assert (finished / name).stat().st_size > 0, name
+    assert (finished / "model" / "model.safetensors").exists()
+    text = (finished / "report.md").read_text()
+    for word in ("PPO-max against SFT", "KL to SFT per sequence", "distinct-2", "## Samples"):
+        assert word in text
+
+
+def test_first_minibatch_of_every_iteration_is_on_policy(finished):
+    log = read_metrics(finished)
+    first = log["policy/approx_kl_first"][1:]  # iteration 0 trains the critic alone
+    assert np.isfinite(first).all() and np.abs(first).max() < 1e-5
+
+
+def test_kl_to_the_reference_starts_at_zero(finished):
+    log = read_metrics(finished)
+    # Iterations 0 and 1 sample from the SFT policy: the critic trains alone in iteration 0.
+    np.testing.assert_allclose(log["policy/kl_ref"][:2], 0, atol=1e-5)
+    assert abs(log["policy/kl_ref_sequence"][2]) > 1e-6
+
+
+def test_same_config_gives_the_same_numbers_also_after_a_stop(chain, finished, tmp_path, monkeypatch):
+    calls = []
+    original = harness.Run.log
+
+    def stop_in_the_middle(self, step, metrics):
+        original(self, step, metrics)
+        calls.append(step)
+        if step == 1 and len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(harness.Run, "log", stop_in_the_middle)
+    with pytest.raises(harness.Stopped, match="stopped at step 2 of 4"):
+        ppo_max.main(tiny(chain, tmp_path / "again"))
+    ppo_max.main(tiny(chain, tmp_path / "again"))
+    assert calls == [0, 1, 2, 3]
+    one, other = read_metrics(finished), read_metrics(tmp_path / "again")
+    assert one.keys() == other.keys()
+    for name in one.keys() - {"time"}:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_a_finished_run_is_not_run_again(chain, finished, capsys):
+    before = (finished / "metrics.jsonl").read_text()
+    ppo_max.main(tiny(chain, finished))
+    assert "has finished already" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_other_settings_in_the_same_folder_are_refused(chain, finished):
+    (finished / "summary.json").rename(finished / "summary.bak")
+    try:
+        with pytest.raises(ValueError, match=r"other settings \(ppo.clip_eps was 0.2, now 0.1"):
+            ppo_max.main(tiny(chain, finished, "ppo.clip_eps=0.1"))
+    finally:
+        (finished / "summary.bak").rename(finished / "summary.json")
+
+
+def test_missing_inputs_name_the_command(tmp_path):
+    config = configs.get_config("paper_en")
+    config.sharding.devices = 1
+    config.workdir = str(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match="python -m experiments.sft --config configs/sft.py:paper_en"
+    ):
+        ppo_max.main(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("train.minibatch=6", "must be divisible by 6"),
+        ("train.microbatch=3", "must be divisible by 3"),
+        ("advantage.method=rloo", "samples_per_prompt=1 must be at least 2"),
+        ("advantage.method=nothing", "advantage.method='nothing' is unknown"),
+        ("train.critic_init=none", "needs a critic"),
+        ("ppo.objective=nothing", "ppo.objective='nothing' is unknown"),
+        ("reward.transform=nothing", "reward.transform='nothing' is unknown"),
+        ("sampling.top_p=0.0", "must be in"),
+    ],
+)
+def test_wrong_settings_are_told(chain, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        ppo_max.main(tiny(chain, tmp_path / "run", change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("vanilla",),
+        ("rloo", "train.prompts_per_iteration=8", "train.samples_per_prompt=2"),
+        ("penalty_adaptive",),
+        ("adaptive_kl", "entropy"),
+        ("critic_sft", "importance_sample", "sampling.top_p=0.9", "sampling.temperature=0.7"),
+    ],
+)
+def test_variants_run(chain, tmp_path, changes):
+    config = tiny(chain, tmp_path, *changes, "train.iterations=2", "log.tensorboard=False")
+    ppo_max.main(config)
+    log = read_metrics(tmp_path)
+    first = log["policy/approx_kl_first"]
+    assert np.nanmax(np.abs(first)) < 1e-5
+    assert json.loads((tmp_path / "summary.json").read_text())["win_rate"]["num_prompts"] == 16
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(chain, tmp_path):
+    config = tiny(chain, tmp_path, "optimizer.learning_rate=1e30", "no_critic_pretrain")
+    config.optimizer.max_grad_norm = 0.0
+    config.checkpoint.every = 1
+    with pytest.raises(harness.NonFiniteError, match="at step"):
+        ppo_max.main(config)
+    assert list((tmp_path / "checkpoints").glob("[0-9]*"))

@@ -1,0 +1,106 @@
+"""SFT and reward model through their own `main`, on the tiny scale."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import reward_model as reward_configs
+from configs import sft as sft_configs
+from experiments import data, reward_model, sft, stages
+from rlhf_jax.data.tokenizer import load_tokenizer
+from rlhf_jax.metrics import read_metrics
+from rlhf_jax.models import hf_weights
+from rlhf_jax.models.heads import next_token_log_probs
+
+
+def test_sft_learns_and_saves_what_it_evaluated(chain):
+    log = read_metrics(chain.sft.parent)
+    perplexity = log["eval/perplexity"][~np.isnan(log["eval/perplexity"])]
+    assert perplexity[-1] < perplexity[0] < 512  # a uniform guess
+    config = sft_configs.get_config("tiny")
+    tokenizer = load_tokenizer(chain.sft)
+    model = hf_weights.load_model(chain.sft)
+    nll = count = 0.0
+    for document in data.sft_documents(config, tokenizer, "validation"):
+        tokens = jnp.asarray(document.tokens)[None]
+        logits = model.logits(model(tokens, jnp.ones_like(tokens)))[0]
+        table = jax.nn.log_softmax(logits)
+        for t in np.flatnonzero(document.loss_mask):
+            nll -= float(table[t - 1, document.tokens[t]])
+            count += 1
+    np.testing.assert_allclose(math.exp(nll / count), perplexity[-1], rtol=1e-4)
+
+
+def test_sft_loss_ignores_what_is_not_trained(chain):
+    tokens = jnp.array([[5, 6, 7, 8, 2, 0]])
+    batch = sft.weigh(
+        {
+            "tokens": tokens,
+            "segments": jnp.array([[1, 1, 1, 1, 1, 0]]),
+            "loss_mask": jnp.array([[False, False, False, True, True, False]]),
+        }
+    )
+    model = hf_weights.load_model(chain.sft)
+    log_probs, _ = next_token_log_probs(model, tokens, batch["segments"])
+    loss, _ = sft.loss_fn(model, batch)
+    np.testing.assert_allclose(loss, -(log_probs[0, 2] + log_probs[0, 3]) / 2, rtol=1e-6)
+
+
+def test_reward_model_is_normalised_on_its_references(chain):
+    config = reward_configs.get_config("tiny")
+    config.data.update(chain.reward_data)
+    tokenizer = load_tokenizer(chain.reward_model)
+    model = hf_weights.load_scalar_model(chain.reward_model)
+    scores = [
+        float(model.scores(jnp.asarray(d.tokens)[None], jnp.ones((1, len(d.tokens)), jnp.int32))[0])
+        for d in data.reference_documents(config, tokenizer)
+    ]
+    np.testing.assert_allclose([np.mean(scores), np.std(scores)], [0, 1], atol=1e-3)
+
+
+def test_reward_model_report(chain):
+    workdir = chain.reward_model.parent
+    summary = json.loads((workdir / "summary.json").read_text())
+    low, high = summary["accuracy_interval"]
+    assert 0 <= low <= summary["accuracy"] <= high <= 1
+    assert 0.5 < summary["vader_accuracy"] <= 1
+    for name in ("reward_histogram.png", "accuracy.png"):
+        assert (workdir / name).stat().st_size > 1000
+
+
+def test_reward_loss_by_hand(chain):
+    model = hf_weights.load_scalar_model(chain.reward_model)
+    tokens = jnp.array([[[5, 6, 7, 2], [5, 8, 2, 0]], [[9, 9, 2, 0], [4, 2, 0, 0]]])
+    segments = (tokens > 0).astype(jnp.int32)
+    loss_mask = (segments > 0).at[:, :, 0].set(False)
+    batch = reward_model.weigh(
+        {
+            "tokens": tokens,
+            "segments": segments,
+            "loss_mask": loss_mask,
+            "valid": jnp.array([True, False]),
+        }
+    )
+    loss, _ = reward_model.loss_fn(model, batch, lm_coef=0.5)
+    r = [float(model.scores(tokens[0, i][None], segments[0, i][None])[0]) for i in (0, 1)]
+    log_probs, _ = next_token_log_probs(model.trunk, tokens[:1, 0], segments[:1, 0])
+    # The second pair is filler: only the first counts, for both terms.
+    expected = math.log1p(math.exp(r[1] - r[0])) - 0.5 * float(log_probs.mean())
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_missing_model_is_built_only_where_asked(tmp_path):
+    assert stages.require("org/hub-name", stage="sft", variant="tiny", build=False)
+    with pytest.raises(FileNotFoundError, match=r"runs/sft/none/model is missing: run `python -m"):
+        stages.require("runs/sft/none/model", stage="sft", variant="none", build=False)
+
+
+def test_sft_refuses_a_minibatch_that_does_not_divide(tmp_path):
+    config = sft_configs.get_config("tiny,train.microbatch=3,sharding.devices=1")
+    config.workdir = str(tmp_path)
+    with pytest.raises(ValueError, match=r"train.minibatch=8 must be divisible by 3"):
+        sft.main(config)
