@@ -41,10 +41,12 @@ class Leaf(NamedTuple):
     Attributes:
       path: Dotted attributes, "layers.q".
       shape: In the model; leaves of "layers" have the axis L first.
+      table: Path -> name on file.
     """
 
     path: str
     shape: tuple[int, ...]
+    table: Mapping[str, str] = NAMES
 
     @property
     def stacked(self) -> bool:
@@ -59,7 +61,7 @@ class Leaf(NamedTuple):
     @property
     def names(self) -> list[str]:
         """Names on file, in the order of the layers."""
-        name = NAMES[self.path]
+        name = self.table[self.path]
         if not self.stacked:
             return [name]
         return [name.replace("*", str(i)) for i in range(self.shape[0])]
@@ -79,27 +81,33 @@ def path_of(key_path: tuple[Any, ...]) -> str:
     return ".".join(part for part in parts if part not in ("value", "trunk"))
 
 
-def leaves_on_file(model: Any) -> Iterator[tuple[Leaf, Any]]:
+def leaves_on_file(
+    model: Any, table: Mapping[str, str] = NAMES
+) -> Iterator[tuple[Leaf, jax.Array]]:
     """The leaves of a model, or of its `jax.eval_shape`, that are tensors on file."""
     for key_path, value in jax.tree_util.tree_flatten_with_path(model)[0]:
         path = path_of(key_path)
         if path != "bias":  # of a ScalarModel: a number in config.json
-            yield Leaf(path, tuple(value.shape)), value
+            yield Leaf(path, tuple(value.shape), table), value
 
 
 def check_tensors(
-    found: Mapping[str, tuple[str, tuple[int, ...]]], leaves: Iterable[Leaf], where: str
+    found: Mapping[str, tuple[str, tuple[int, ...]]],
+    leaves: Iterable[Leaf],
+    where: str,
+    types: tuple[str, ...] = ("F32", "F16", "BF16"),
 ) -> None:
     """Accounts for every tensor.
 
     Args:
-      found: Name on file -> (dtype as safetensors spells it, shape).
+      found: Name on file -> (type, shape).
       leaves: What the model needs.
       where: The file or folder, for the message.
+      types: The types that can be read.
 
     Raises:
-      ValueError: Tensors are unknown, missing or misshapen, or of a type that is not a float of 16
-        or 32 bits; one message lists them all.
+      ValueError: Tensors are unknown, missing, misshapen or of another type; one message lists
+        them all.
     """
     wanted = {name: leaf.file_shape for leaf in leaves for name in leaf.names}
     unknown = [name for name in found if name not in wanted and not IGNORED.search(name)]
@@ -111,8 +119,8 @@ def check_tensors(
         dtype, found_shape = found[name]
         if tuple(found_shape) != shape:
             bad.append(f"{name} {list(found_shape)} instead of {list(shape)}")
-        elif dtype not in ("F32", "F16", "BF16"):
-            bad.append(f"{name} of type {dtype} instead of F32, F16 or BF16")
+        elif dtype not in types:
+            bad.append(f"{name} of type {dtype} instead of {', '.join(types)}")
     problems = []
     for label, names in (("missing", missing), ("unknown", unknown), ("misshapen", bad)):
         if names:

@@ -3,17 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from rlhf_jax.models.hf_names import Leaf
+from rlhf_jax.models.hf_names import Leaf, path_of
+
+# A tree of shardings like the model's, or a function that makes one from the abstract model.
+Shardings = Any | Callable[[Any], Any] | None
+# `read(name, index)` gives a slice of a tensor on file.
+Read = Callable[[str, tuple[slice, ...]], np.ndarray]
+
+
+def assemble(
+    model: Any,
+    leaves: Iterable[Leaf],
+    read: Read,
+    shardings: Shardings,
+    drawn: Mapping[str, jax.Array] | None = None,
+) -> Any:
+    """Fills an abstract model.
+
+    Args:
+      model: A `jax.eval_shape` of a model.
+      leaves: The leaves that are on file.
+      read: Reads a slice of a tensor.
+      shardings: A tree of `jax.sharding.Sharding` like the model's, a function that makes one from
+        `model`, or None for the default device.
+      drawn: Path -> value of the leaves that are not on file.
+
+    Returns:
+      The model with its arrays.
+    """
+    by_path = {leaf.path: leaf for leaf in leaves}
+    if callable(shardings):
+        shardings = shardings(model)
+
+    def leaf_value(key_path, abstract, sharding=None):
+        path = path_of(key_path)
+        if path in by_path:
+            return read_leaf(read, by_path[path], abstract.dtype, sharding)
+        value = (drawn or {})[path]
+        return value if sharding is None else jax.device_put(value, sharding)
+
+    trees = (model,) if shardings is None else (model, shardings)
+    return jax.tree_util.tree_map_with_path(leaf_value, *trees)
 
 
 def read_leaf(
-    read: Callable[[str, tuple[slice, ...]], np.ndarray],
+    read: Read,
     leaf: Leaf,
     dtype: Any,
     sharding: jax.sharding.Sharding | None,
@@ -21,7 +61,7 @@ def read_leaf(
     """Assembles one leaf on its devices.
 
     Args:
-      read: `read(name, index)` gives a slice of a tensor on file.
+      read: Reads a slice of a tensor.
       leaf: The leaf.
       dtype: Its type in memory.
       sharding: Its sharding, or None for the default device, uncommitted.
@@ -44,7 +84,7 @@ def read_leaf(
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 
-def _read_shard(read, leaf: Leaf, dtype: Any, index: tuple[slice, ...]) -> np.ndarray:
+def _read_shard(read: Read, leaf: Leaf, dtype: Any, index: tuple[slice, ...]) -> np.ndarray:
     """The part `index` of a leaf, as the model holds it."""
     within = index[1:] if leaf.stacked else index
     names = leaf.names[index[0]] if leaf.stacked else leaf.names

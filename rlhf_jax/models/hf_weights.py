@@ -8,7 +8,7 @@ as `...ForSequenceClassification` with one label.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,10 @@ from rlhf_jax.models.hf_config import (
     config_from_hf,
     config_to_hf,
 )
-from rlhf_jax.models.hf_names import Leaf, check_tensors, leaves_on_file, path_of
-from rlhf_jax.models.hf_shards import read_leaf, transpose_into
+from rlhf_jax.models.hf_names import Leaf, check_tensors, leaves_on_file
+from rlhf_jax.models.hf_shards import Shardings, assemble, transpose_into
 from rlhf_jax.models.transformer import Transformer
 
-# A tree of shardings like the model's, or a function that makes one from the abstract model.
-Shardings = Any | Callable[[Any], Any] | None
 HEAD = "lm_head.weight"
 
 
@@ -231,25 +229,14 @@ class _Opened:
 
     def fill(self, model: Any, shardings: Shardings, head_key: jax.Array | None = None) -> Any:
         """The abstract `model` with its arrays read, or drawn where the file has no head."""
-        if callable(shardings):
-            shardings = shardings(model)
-        on_file = [leaf for leaf, _ in leaves_on_file(model)]
+        leaves = [leaf for leaf, _ in leaves_on_file(model)]
         if self.kind == CAUSAL_LM:
-            on_file = [leaf for leaf in on_file if leaf.path != "kernel"]
-        self._check(on_file)
-        read = {leaf.path: leaf for leaf in on_file}
+            leaves = [leaf for leaf in leaves if leaf.path != "kernel"]
+        self._check(leaves)
         drawn = {"bias": self._bias()}
         if head_key is not None:
             drawn["kernel"] = ScalarModel(model.trunk, head_key).kernel[...]
-
-        def leaf_value(key_path, abstract, sharding=None):
-            path = path_of(key_path)
-            if path in read:
-                return read_leaf(self.tensors.read, read[path], abstract.dtype, sharding)
-            return drawn[path] if sharding is None else jax.device_put(drawn[path], sharding)
-
-        trees = (model,) if shardings is None else (model, shardings)
-        return jax.tree_util.tree_map_with_path(leaf_value, *trees)
+        return assemble(model, leaves, self.tensors.read, shardings, drawn)
 
     def _bias(self) -> jax.Array:
         """The bias of the scalar head; other tools write none."""

@@ -469,6 +469,14 @@ def test_a_reward_model_is_not_a_language_model(tmp_path):
         load_model(tmp_path / "model")
 
 
+def test_a_reward_model_has_one_label_for_transformers(tmp_path):
+    from transformers import AutoConfig
+
+    save_model(ScalarModel(random_model()), tmp_path / "model")
+    theirs = AutoConfig.from_pretrained(tmp_path / "model")
+    assert (theirs.num_labels, theirs.problem_type) == (1, "regression")
+
+
 def test_more_than_one_label_is_misshapen(tmp_path):
     save_model(ScalarModel(random_model()), tmp_path / "model")
     two = {"score.weight": np.zeros((2, 16), np.float32)}

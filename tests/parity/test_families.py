@@ -167,14 +167,14 @@ def our_model(changes: dict) -> Transformer:
         norm_eps=1e-4,
         **changes,
     )
-    model = Transformer(config, jax.random.key(0))
-    leaves, tree = jax.tree.flatten(model)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten(
-        [
-            leaf + 0.15 * jax.random.normal(key, leaf.shape)
-            for leaf, key in zip(leaves, keys, strict=True)
-        ]
+    rng = np.random.default_rng(0)
+    abstract = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.asarray(
+            ("norm" in jax.tree_util.keystr(path)) + 0.15 * rng.standard_normal(leaf.shape),
+            leaf.dtype,
+        ),
+        abstract,
     )
 
 
