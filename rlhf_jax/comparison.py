@@ -167,7 +167,7 @@ def calibration_error(chosen_scores: Any, rejected_scores: Any, *, num_bins: int
 
     A pair is predicted with confidence c = σ(|r_chosen - r_rejected|) in [½, 1]; it is right when
     the chosen response scores higher, half right for a tie. ECE = Σ_bins n_b/N |acc_b - mean c_b|
-    over equal bins of [½, 1] (Naeini et al. 2015; Guo et al. 2017, arXiv 1706.04599, eq. 3).
+    over equal bins of [½, 1] (Naeini et al. 2015; Guo et al. 2017, arXiv 1706.04599).
 
     Args:
       chosen_scores: float [N].

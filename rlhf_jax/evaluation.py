@@ -37,7 +37,7 @@ def repetition(responses: Sequence[Any], n: int = 4) -> float:
     """Share of n-grams that repeat an earlier one of the same response; mean over responses.
 
     1 - distinct n-grams / n-grams within one response: 'seq-rep-n' of Welleck et al. 2020
-    (arXiv 1908.04319, eq. 10). A collapsed policy that repeats one sentence is near 1.
+    (arXiv 1908.04319). A collapsed policy that repeats one sentence is near 1.
 
     Args:
       responses: token lists or texts, as in `distinct_n`.
