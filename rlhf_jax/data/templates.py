@@ -99,11 +99,16 @@ def render_pieces(messages: Sequence[Message], tokenizer: Any, *, opened: bool) 
 
 
 def open_text(messages: Sequence[Message], tokenizer: Any) -> str:
-    """Renders a prompt up to where the assistant's words begin."""
+    """Renders a prompt up to where the assistant's words begin.
+
+    A template without `add_generation_prompt` writes its header, if any, only together with the
+    words: what stands before them is the header, except for spaces, which start the response (as
+    tokenizers glue a space to the word behind it).
+    """
     if _profile(tokenizer).opens:
         return _render(messages, tokenizer, add_generation_prompt=True)
     probe = _render([*messages, {"role": "assistant", "content": _PROBE}], tokenizer)
-    return probe[: probe.rindex(_PROBE)]
+    return probe[: probe.rindex(_PROBE)].rstrip(" ")
 
 
 def _turn_end(whole: str, start: int, content: str, stop: str) -> int:

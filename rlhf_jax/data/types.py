@@ -59,7 +59,8 @@ class DropCounts(Counter[str]):
 
     def truncate(self, count: int = 1) -> None:
         """Counts rows that lost their oldest turns; they count as kept as well."""
-        self[self.TRUNCATED] += count
+        if count:
+            self[self.TRUNCATED] += count
 
     def drop(self, reason: str, count: int = 1) -> None:
         """Counts rows that were left out and why."""

@@ -1,0 +1,313 @@
+import numpy as np
+import pytest
+
+from rlhf_jax.data import chat
+from rlhf_jax.data.types import DropCounts, Encoded
+from tests.data import conftest as templates
+
+TALK = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "what do you think?"},
+    {"role": "assistant", "content": "I like the sea."},
+    {"role": "user", "content": "and the people"},
+    {"role": "assistant", "content": "they are kind!"},
+]
+ANSWERS = ["I like the sea.", "they are kind!"]
+
+
+def stretches(encoded, tokenizer, trained=True):
+    """Decodes the stretches of a document that are trained."""
+    found, current = [], []
+    for token, flag in zip(*encoded, strict=True):
+        if flag == trained:
+            current.append(int(token))
+        elif current:
+            found.append(tokenizer.decode(current))
+            current = []
+    return [*found, tokenizer.decode(current)] if current else found
+
+
+@pytest.fixture(params=["plain", "chatml", "no_switch", "headers", "brackets", "thinking"])
+def family(request, plain, with_template):
+    """(tokenizer, stop token, what the template writes before an answer, messages)."""
+    if request.param == "plain":
+        return plain, "<eos>", "", TALK
+    style = {
+        "chatml": (templates.CHATML, "<|im_end|>", "", TALK),
+        "no_switch": (templates.CHATML_NO_SWITCH, "<|im_end|>", "", TALK),
+        "headers": (templates.HEADERS, "<|eot|>", "", TALK),
+        "brackets": (templates.BRACKETS, "<eos>", " ", TALK[1:]),
+        "thinking": (templates.THINKING, "<|im_end|>", "", TALK),
+    }[request.param]
+    return with_template(style[0]), *style[1:]
+
+
+def test_every_turn_of_the_assistant_is_trained_with_its_stop_token(family):
+    tokenizer, stop, before, messages = family
+    encoded = chat.encode_messages(messages, tokenizer, 500)
+    assert encoded.tokens.dtype == np.int32
+    assert encoded.loss_mask.dtype == bool
+    assert stretches(encoded, tokenizer) == [before + answer + stop for answer in ANSWERS]
+    read = "".join(stretches(encoded, tokenizer, trained=False))
+    assert "what do you think?" in read
+    assert "and the people" in read
+
+
+def test_document_is_the_rendered_template_up_to_the_last_stop_token(family):
+    tokenizer, stop, _, messages = family
+    encoded = chat.encode_messages(messages, tokenizer, 500)
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(encoded.tokens) == rendered[: rendered.rindex(stop) + len(stop)]
+
+
+def test_prompt_is_a_prefix_of_the_whole_and_opens_the_turn(family):
+    tokenizer, _, _, messages = family
+    encoded = chat.encode_messages(messages, tokenizer, 500)
+    starts = np.flatnonzero(encoded.loss_mask & ~np.append(False, encoded.loss_mask[:-1]))
+    for turn, start in zip((-3, -1), starts, strict=True):
+        prompt = chat.encode_prompt(messages[:turn], tokenizer, 500)
+        assert prompt.tolist() == encoded.tokens[:start].tolist()
+
+
+def test_stop_tokens_are_those_of_the_template_and_eos(family, with_template):
+    tokenizer, stop, _, _ = family
+    stops = chat.stop_tokens(tokenizer)
+    assert stops[0] == tokenizer.convert_tokens_to_ids(stop)
+    assert tokenizer.eos_token_id in stops
+
+
+def test_thoughts_that_a_template_drops_from_earlier_turns(with_template):
+    tokenizer = with_template(templates.THINKING)
+    messages = [dict(message) for message in TALK]
+    messages[2]["content"] = "hm</think>I like the sea."
+    messages[4]["content"] = "well</think>they are kind!"
+    encoded = chat.encode_messages(messages, tokenizer, 500)
+    assert stretches(encoded, tokenizer) == [
+        "I like the sea.<|im_end|>",
+        "well</think>they are kind!<|im_end|>",
+    ]
+
+
+def test_template_that_never_stops_is_refused(with_template):
+    tokenizer = with_template(templates.NEVER_STOPS)
+    with pytest.raises(ValueError, match="stop token would be outside the loss mask"):
+        chat.encode_messages(TALK, tokenizer, 500)
+
+
+def test_template_that_stops_only_at_the_end_is_refused(with_template):
+    only_last = "{% if loop.last %}{{ eos_token }}{% endif %}"
+    template = templates.BRACKETS.replace("+ eos_token }}", "}}" + only_last)
+    tokenizer = with_template(template)
+    assert stretches(chat.encode_messages(TALK[1:3], tokenizer, 500), tokenizer) == [
+        " I like the sea.<eos>"
+    ]
+    with pytest.raises(ValueError, match="without its stop token '<eos>'"):
+        chat.encode_messages(TALK[1:], tokenizer, 500)
+
+
+def test_template_that_refuses_a_role_is_one_line(with_template):
+    tokenizer = with_template(templates.BRACKETS)
+    with pytest.raises(ValueError, match=r"refuses the roles \[system.*only user and assistant"):
+        chat.encode_messages(TALK, tokenizer, 500)
+
+
+def test_changed_template_is_noticed(with_template):
+    tokenizer = with_template(templates.CHATML)
+    first = chat.stop_tokens(tokenizer)
+    tokenizer.chat_template = templates.HEADERS
+    assert chat.stop_tokens(tokenizer) != first
+
+
+def test_what_follows_the_last_answer_is_left_out(plain):
+    more = [*TALK, {"role": "user", "content": "thanks"}]
+    whole = chat.encode_messages(TALK, plain, 500)
+    assert chat.encode_messages(more, plain, 500).tokens.tolist() == whole.tokens.tolist()
+
+
+def test_long_conversations_lose_the_oldest_turn_and_keep_the_system_message(with_template):
+    tokenizer = with_template(templates.CHATML)
+    whole = chat.encode_messages(TALK, tokenizer, 500)
+    short = chat.encode_messages([TALK[0], *TALK[3:]], tokenizer, 500)
+    drops = DropCounts()
+    cut = chat.encode_messages(TALK, tokenizer, len(whole.tokens) - 1, drops)
+    assert cut.tokens.tolist() == short.tokens.tolist()
+    assert drops == {"kept": 1, "truncated": 1}
+    assert chat.encode_messages(TALK, tokenizer, len(whole.tokens)).tokens.shape == (
+        whole.tokens.shape
+    )
+
+
+def test_last_question_loses_its_beginning_next(with_template):
+    tokenizer = with_template(templates.CHATML)
+    messages = [TALK[0], {"role": "user", "content": "a b c d e f g h"}, TALK[4]]
+    whole = chat.encode_messages(messages, tokenizer, 500)
+    cut = chat.encode_messages(messages, tokenizer, len(whole.tokens) - 4)
+    assert 0 < len(whole.tokens) - len(cut.tokens) - 4 + 1 <= 2
+    text = tokenizer.decode(cut.tokens)
+    assert "f g h<|im_end|>" in text
+    assert "a b" not in text
+    assert "be kind" in text
+    assert stretches(cut, tokenizer) == ["they are kind!<|im_end|>"]
+
+
+def test_response_that_does_not_fit_is_dropped(plain):
+    drops = DropCounts()
+    assert chat.encode_messages(TALK, plain, 6, drops) is None
+    assert chat.encode_text("some", " long response here", plain, 6, drops) is None
+    assert chat.encode_response(TALK[:2], "long response here", plain, 6, drops) is None
+    assert drops == {"response longer than max_length": 3}
+
+
+def test_text_is_bos_prompt_response_eos(plain):
+    encoded = chat.encode_text("the sea", " is wide", plain, 50)
+    assert plain.decode(encoded.tokens) == "<bos>the sea is wide<eos>"
+    assert stretches(encoded, plain) == [" is wide<eos>"]
+    prompt = chat.encode_prompt("the sea", plain, 50)
+    assert prompt.dtype == np.int32
+    assert encoded.tokens[: len(prompt)].tolist() == prompt.tolist()
+    assert not encoded.loss_mask[: len(prompt)].any()
+    assert encoded.loss_mask[len(prompt) :].all()
+
+
+def test_text_alone_is_all_trained_but_its_first_token(plain):
+    (encoded,) = chat.encode_sft([{"text": "the sea"}], plain, max_length=50)
+    assert encoded.loss_mask.tolist() == [False] + [True] * (len(encoded.tokens) - 1)
+    plain_without_bos = type(plain)(tokenizer_object=plain.backend_tokenizer, eos_token="<eos>")
+    encoded = chat.encode_text("", "the sea", plain_without_bos, 50)
+    assert plain.decode(encoded.tokens) == "the sea<eos>"
+    assert not encoded.loss_mask[0]
+
+
+def test_long_text_prompt_loses_its_beginning_behind_bos(plain):
+    drops = DropCounts()
+    whole = chat.encode_text("a b c d e f", " g", plain, 50)
+    cut = chat.encode_text("a b c d e f", " g", plain, len(whole.tokens) - 2, drops)
+    assert cut.tokens.tolist() == [plain.bos_token_id, *whole.tokens[3:].tolist()]
+    assert drops == {"kept": 1, "truncated": 1}
+    prompt = chat.encode_prompt("a b c d e f", plain, 4, drops)
+    full = chat.encode_prompt("a b c d e f", plain, 50)
+    assert prompt.tolist() == [plain.bos_token_id, *full[-3:].tolist()]
+    assert drops == {"kept": 2, "truncated": 2}
+    assert chat.encode_prompt("a", plain, 1, drops) is None
+    assert drops["prompt longer than max_length"] == 1
+
+
+def test_empty_rows_are_dropped_and_counted(plain):
+    drops = DropCounts()
+    assert chat.encode_text("a", "  ", plain, 50, drops) is None
+    assert chat.encode_messages(TALK[:2], plain, 50, drops) is None
+    assert chat.encode_messages([*TALK[:4], {**TALK[4], "content": ""}], plain, 50, drops) is None
+    assert chat.encode_prompt(" ", plain, 50, drops) is None
+    assert chat.encode_prompt([], plain, 50, drops) is None
+    assert drops == {"empty response": 2, "no assistant turn": 1, "empty prompt": 2}
+
+
+@pytest.mark.parametrize("prompt", ["the sea", TALK[:4]])
+def test_pair_shares_its_prompt(plain, prompt):
+    row = {"prompt": prompt, "chosen": " is wide", "rejected": " and cold and", "margin": 1.5}
+    pair = chat.encode_pair(row, plain, 500)
+    assert pair.margin == 1.5
+    ids = chat.encode_prompt(prompt, plain, 500).tolist()
+    for side, text in ((pair.chosen, " is wide"), (pair.rejected, " and cold and")):
+        assert side.tokens[: len(ids)].tolist() == ids
+        assert stretches(side, plain) == [text + "<eos>"]
+
+
+@pytest.mark.parametrize("prompt", ["what do you think of the sea", TALK[:4]])
+def test_pair_is_truncated_alike_for_both(plain, prompt):
+    row = {"prompt": prompt, "chosen": "yes", "rejected": "no, not today, not here, never"}
+    drops = DropCounts()
+    whole = chat.encode_pair(row, plain, 500)
+    pair = chat.encode_pair(row, plain, len(whole.rejected.tokens) - 1, drops)
+    heads = [side.tokens[~side.loss_mask].tolist() for side in (pair.chosen, pair.rejected)]
+    assert heads[0] == heads[1]
+    assert len(heads[0]) < (~whole.chosen.loss_mask).sum()
+    assert drops == {"kept": 1, "truncated": 1}
+
+
+def test_pairs_that_teach_nothing_are_dropped_and_counted(plain):
+    rows = [
+        {"prompt": "a", "chosen": " b", "rejected": " c"},
+        {"prompt": "a", "chosen": " b", "rejected": " b "},
+        {"prompt": "a", "chosen": "", "rejected": " c"},
+        {"prompt": "a", "chosen": " b", "rejected": " what do you think of the sea"},
+    ]
+    drops = DropCounts()
+    assert len(chat.encode_pairs(rows, plain, max_length=6, drops=drops)) == 1
+    assert drops == {
+        "kept": 1,
+        "identical chosen and rejected": 1,
+        "empty response": 1,
+        "response longer than max_length": 1,
+    }
+
+
+@pytest.mark.parametrize("margin", [float("nan"), float("inf")])
+def test_margin_that_is_not_finite_names_the_row(plain, margin):
+    rows = [
+        {"prompt": "a", "chosen": " b", "rejected": " c"},
+        {"prompt": "a", "chosen": " b", "rejected": " c", "margin": margin},
+    ]
+    with pytest.raises(ValueError, match=f"row 1: margin={margin} must be a finite number"):
+        chat.encode_pairs(rows, plain, max_length=20)
+
+
+def test_missing_fields_are_named_with_those_found(plain):
+    with pytest.raises(ValueError, match=r"row 0: .*: \['rejected'\]; found: chosen, prompt"):
+        chat.encode_pairs([{"prompt": "a", "chosen": "b"}], plain, max_length=20)
+    with pytest.raises(ValueError, match=r"row 0: .*missing: \['response'\]; found: prompt"):
+        chat.encode_sft([{"prompt": "a"}], plain, max_length=20)
+    with pytest.raises(ValueError, match=r"row 0: an SFT row needs messages, .*; found: question"):
+        chat.encode_sft([{"question": "a"}], plain, max_length=20)
+    with pytest.raises(ValueError, match=r"row 0: .*missing: \['prompt'\]; found: none"):
+        chat.encode_prompts([{}], plain, max_length=20)
+    with pytest.raises(ValueError, match=r"message 0 needs role and content; found: \['role'\]"):
+        chat.encode_messages([{"role": "user"}], plain, 20)
+    with pytest.raises(ValueError, match="role 'bot' must be one of"):
+        chat.encode_messages([{"role": "bot", "content": "a"}], plain, 20)
+
+
+def test_nothing_left_says_what_was_dropped(plain):
+    with pytest.raises(ValueError, match=r"no row is left.*kept 0 of 1, dropped 1 \(1 empty resp"):
+        chat.encode_sft([{"text": " "}], plain, max_length=20)
+
+
+def document(tokens, mask):
+    return Encoded(np.array(tokens, np.int32), np.array(mask, bool))
+
+
+def test_all_zero_loss_mask_is_an_error():
+    with pytest.raises(ValueError, match="loss mask is zero on all of 2 documents"):
+        chat.check_masks([document([1, 5, 2], [0, 0, 0])] * 2, [2])
+    chat.check_masks([document([1, 5, 2], [0, 0, 0]), document([1, 5, 2], [0, 1, 1])], [2])
+
+
+def test_stop_token_outside_the_mask_is_an_error():
+    right = document([1, 5, 2, 6, 7, 2], [0, 1, 1, 0, 1, 1])
+    wrong = document([1, 5, 2, 6, 7, 2], [0, 1, 1, 0, 1, 0])
+    chat.check_masks([right, right], [2])
+    with pytest.raises(ValueError, match=r"document 1: .* position 4 end without a stop token"):
+        chat.check_masks([right, wrong], [2])
+    # The end of one document and the start of the next are no stretch.
+    with pytest.raises(ValueError, match=r"document 0: .* position 1 end"):
+        chat.check_masks([document([1, 5], [0, 1]), document([2, 2], [1, 1])], [2])
+
+
+def test_prompts_with_and_without_messages(plain):
+    rows = [{"prompt": "the sea"}, {"prompt": TALK[:2]}, {"prompt": ""}]
+    drops = DropCounts()
+    prompts = chat.encode_prompts(rows, plain, max_length=30, drops=drops)
+    assert [plain.decode(ids) for ids in prompts] == [
+        "<bos>the sea",
+        "<bos>be kind\nwhat do you think?\n",
+    ]
+    assert drops == {"kept": 2, "empty prompt": 1}
+
+
+def test_summary_is_one_line():
+    drops = DropCounts(kept=1200, truncated=3)
+    drops.drop("empty response", 2)
+    drops.drop("odd", 5)
+    assert drops.summary() == (
+        "kept 1,200 of 1,207, dropped 7 (5 odd, 2 empty response), truncated 3"
+    )
