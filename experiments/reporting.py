@@ -132,7 +132,7 @@ def write(
         targets=targets,
         notes=(
             f"{len(policy.prompts)} held-out prompts, sampled at temperature "
-            f"{config.sampling.temperature}; the samples below are the first prompts, not chosen.",
+            f"{config.sampling.temperature}; the samples are the first prompts, not chosen.",
             "The judge is a rule for sentiment: it does not see grammar, truth or relevance.",
             *notes,
         ),
