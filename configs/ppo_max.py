@@ -21,7 +21,7 @@ Variants (what an ablation changes; PPO-max is the default):
                      PPO-max without one of its parts
   kl_0.05, kl_0.1, kl_0.2 (Figure 15); entropy_clip (16); no_clip, clip_0.5 (17);
   grad_clip_0, grad_clip_0.5 (18); lambda_0, lambda_1 (19)
-  penalty, penalty_adaptive  PPO-penalty; adaptive_kl  adaptive token-level KL coefficient
+  penalty, penalty_adaptive  PPO-penalty; adaptive_kl  adaptive token-level KL coefficient; trpo
   reinforce, total_return, reward_to_go, reward_to_go_baseline, td, rloo, grpo
                      the choices of Φ_t of the policy-gradient slide
 """
@@ -84,6 +84,7 @@ def _quickstart() -> ConfigDict:
     )
     # PPO-penalty's β; a target above 0 adapts it (Schulman et al. 2017, section 4).
     config.penalty = ConfigDict({"coef": 1.0, "target": 0.0})
+    config.trpo = ConfigDict({"max_kl": 0.01, "damping": 0.1, "cg_iterations": 10})
     config.optimizer = ConfigDict(
         {"learning_rate": 1e-3, "schedule": "inverse_sqrt", "warmup_fraction": 0.1, "b2": 0.95}
     )
@@ -226,6 +227,7 @@ VARIANTS = {
     "penalty": _changes(ppo={"objective": "penalty"}),
     "penalty_adaptive": _changes(ppo={"objective": "penalty"}, penalty={"target": 0.01}),
     "adaptive_kl": _changes(kl={"target": 6.0}),
+    "trpo": _changes(ppo={"objective": "trpo", "ptx_coef": 0.0}),
     # Choices of Φ_t
     "reinforce": _changes(
         ppo={"objective": "policy_gradient"}, advantage={"method": "batch_mean"}, train=_NO_CRITIC

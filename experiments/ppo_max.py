@@ -102,7 +102,7 @@ def update(state, experience, config, iteration, steps, ptx_batches, sharding):
         policy, policy_metrics = policy_step(state.policy, (minibatch, ptx), state.penalty_coef)
         state = state.replace(policy=policy)
         metrics |= policy_metrics
-        if number == 0:
+        if number == 0 and "policy/approx_kl" in policy_metrics:
             metrics["policy/approx_kl_first"] = policy_metrics["policy/approx_kl"]
     return state, metrics
 

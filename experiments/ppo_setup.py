@@ -20,6 +20,7 @@ from rlhf_jax.experience import (
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.train import make_train_step
+from rlhf_jax.trpo import TRPOConfig, make_trust_region_step
 
 
 def check(config: ConfigDict, advantage: AdvantageConfig, devices: int) -> None:
@@ -126,13 +127,17 @@ def make_updates(config: ConfigDict, sharding, updates: int):
     }
     policy_optimizer, schedule = make_optimizer(OptimizerConfig(**config.optimizer), updates)
     critic_optimizer, _ = make_optimizer(OptimizerConfig(**config.critic_optimizer), updates)
-    policy_step = make_train_step(
-        functools.partial(
-            ppo.policy_loss, config=ppo_config, temperature=config.sampling.temperature or 1.0
-        ),
-        policy_optimizer,
-        **settings,
-    )
+    temperature = config.sampling.temperature or 1.0
+    if config.ppo.objective == "trpo":
+        policy_step = make_trust_region_step(
+            ppo_config, TRPOConfig(**config.trpo), temperature=temperature
+        )
+    else:
+        policy_step = make_train_step(
+            functools.partial(ppo.policy_loss, config=ppo_config, temperature=temperature),
+            policy_optimizer,
+            **settings,
+        )
     critic_step = make_train_step(
         functools.partial(ppo.critic_loss, config=ppo_config), critic_optimizer, **settings
     )

@@ -18,7 +18,7 @@ from rlhf_jax.models.heads import ScalarModel, next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.reductions import reduction_weights, weighted_sum
 
-OBJECTIVES = ("clip", "penalty", "surrogate", "policy_gradient")
+OBJECTIVES = ("clip", "penalty", "surrogate", "policy_gradient", "trpo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,9 @@ class PPOConfig:
     """What the policy and the critic minimise.
 
     Attributes:
-      objective: "clip" (PPO-clip), "penalty" (PPO-penalty), "surrogate" (the ratio without either)
-        or "policy_gradient" (log π weighted by Φ, no ratio).
+      objective: "clip" (PPO-clip), "penalty" (PPO-penalty), "surrogate" (the ratio without either),
+        "policy_gradient" (log π weighted by Φ, no ratio), or "trpo" (the surrogate within a trust
+        region: `trpo.make_trust_region_step` in place of `policy_loss`).
       clip_eps: ε of PPO-clip.
       value_clip_eps: The critic's move away from its old value is clipped to this; 0 is off.
       ratio_denominator: "old" is the policy that sampled; "reference" is the deck's importance

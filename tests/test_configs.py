@@ -15,6 +15,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.optimizers import OptimizerConfig
 from rlhf_jax.ppo import PPOConfig
 from rlhf_jax.rollout import SamplingConfig
+from rlhf_jax.trpo import TRPOConfig
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem[0] != "_")

@@ -137,6 +137,16 @@ def test_variants_run(chain, tmp_path, changes):
     assert json.loads((tmp_path / "summary.json").read_text())["win_rate"]["num_prompts"] == 16
 
 
+def test_trust_region_variant_keeps_its_bound(chain, tmp_path):
+    config = tiny(chain, tmp_path, "trpo", "train.minibatch=16", "log.tensorboard=False")
+    ppo_max.main(config)
+    log = read_metrics(tmp_path)
+    accepted = log["policy/accepted"][1:]  # iteration 0 trains the critic alone
+    assert accepted.sum() >= 1
+    assert (log["policy/kl"][1:] <= 0.01).all()
+    assert (log["policy/improvement"][1:][accepted == 1] > 0).all()
+
+
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(chain, tmp_path):
     config = tiny(chain, tmp_path, "optimizer.learning_rate=1e30", "no_critic_pretrain")
     config.optimizer.max_grad_norm = 0.0
