@@ -74,8 +74,8 @@ class RewardConfig:
 
     Attributes:
       transform: "none"; "scale" divides by the running std of scores; "scale_discounted" divides
-        by the running std of the rolling discounted sum of scores; "normalize" also subtracts the
-        running mean.
+        by the running std, over all real tokens, of the rolling discounted sum of rewards;
+        "normalize" subtracts the running mean of scores and divides by their std.
       clip: δ, scores are clipped to ±clip after the transform; 0 is off.
       missing_eos_penalty: Subtracted from the score of a response that was cut at the length limit.
     """
@@ -162,6 +162,10 @@ def evaluate(
 
     if microbatches == 1:
         return run(rollout)
+    if rollout.tokens.shape[0] % microbatches:
+        raise ValueError(
+            f"a rollout of {rollout.tokens.shape[0]} must be divisible by {microbatches} microbatches"
+        )
     parts = jax.tree.map(
         lambda x: x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1),
         rollout,
@@ -201,7 +205,8 @@ def shape_rewards(
         sums = losses.rolling_discounted_sum(
             at_end, discount=discount, where=rollout.response_mask
         )
-        moments = losses.update_moments(moments, sums, where=last)
+        # Over every real token: on the last one alone the sum is the score, and this is "scale".
+        moments = losses.update_moments(moments, sums, where=rollout.response_mask)
     else:
         moments = losses.update_moments(moments, scores)
     if config.transform == "normalize":
