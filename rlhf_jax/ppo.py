@@ -164,8 +164,10 @@ def _objective(log_probs, old_log_probs, advantages, penalty_coef, config: PPOCo
             log_probs, old_log_probs, advantages, clip_eps=config.clip_eps
         )
     if config.objective == "penalty":
-        # KL(π_old || π) on samples of π_old. k3 has the gradient of the exact KL in expectation.
-        kl = losses.kl_estimate(old_log_probs, log_probs, estimator="k3")
+        # KL(π_old || π) on samples of π_old: k3, whose gradient is that of the exact KL in
+        # expectation. Not `kl_estimate`, which takes its second policy for a constant.
+        log_ratio = log_probs - jax.lax.stop_gradient(old_log_probs)
+        kl = jnp.expm1(log_ratio) - log_ratio
         return losses.ppo_penalty_loss(
             log_probs, old_log_probs, advantages, kl, kl_coef=penalty_coef
         )
