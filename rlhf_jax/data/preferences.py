@@ -53,7 +53,7 @@ def convert_hh(row: Row, drops: DropCounts | None = None) -> Row | None:
 
     Returns:
         {"prompt": messages, "chosen": str, "rejected": str} and what else the row has; None where
-        the two transcripts differ before their last answer (counted).
+        the two transcripts differ before their last answer, or have nothing there (counted).
 
     Raises:
         ValueError: a missing field, or a text that is no transcript.
@@ -63,11 +63,11 @@ def convert_hh(row: Row, drops: DropCounts | None = None) -> Row | None:
     prompt, found, chosen = row["chosen"].rpartition(mark)
     if not found:
         raise ValueError(f"a transcript needs {mark!r}; found: {row['chosen'][:40]!r}")
-    if row["rejected"].rpartition(mark)[0] != prompt:
+    asked, _, rejected = row["rejected"].rpartition(mark)
+    if asked != prompt or not prompt.strip():
         if drops is not None:
-            drops.drop(DIFFERENT)
+            drops.drop(DIFFERENT if asked != prompt else "no question")
         return None
-    rejected = row["rejected"].rpartition(mark)[2]
     return {
         **row,
         "prompt": parse_transcript(prompt),

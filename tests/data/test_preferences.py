@@ -1,0 +1,147 @@
+import pytest
+
+from rlhf_jax.data.preferences import (
+    as_preference,
+    as_prompt,
+    as_sft,
+    convert_hh,
+    parse_transcript,
+)
+from rlhf_jax.data.types import DropCounts
+
+START = "\n\nHuman: hello\n\nAssistant: hi\n\nHuman: how are\n\nyou?"
+HH = {"chosen": START + "\n\nAssistant: fine", "rejected": START + "\n\nAssistant: go away\n"}
+PROMPT = [
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "hi"},
+    {"role": "user", "content": "how are\n\nyou?"},
+]
+
+
+def test_transcript_becomes_messages():
+    assert parse_transcript(START) == PROMPT
+    joined = parse_transcript("\n\nHuman: a\n\nHuman: b\n\nAssistant: \n\nAssistant: c")
+    assert joined == [{"role": "user", "content": "a\n\nb"}, {"role": "assistant", "content": "c"}]
+    with pytest.raises(ValueError, match=r"must begin with .*, not 'hello'"):
+        parse_transcript("hello")
+
+
+def test_hh_prompt_ends_at_the_last_mark():
+    assert convert_hh(HH) == {"prompt": PROMPT, "chosen": "fine", "rejected": "go away"}
+
+
+def test_hh_transcripts_that_differ_earlier_are_dropped_and_counted():
+    drops = DropCounts()
+    other = {**HH, "rejected": HH["rejected"].replace("hello", "hey")}
+    assert convert_hh(other, drops) is None
+    assert drops == {"chosen and rejected answer different prompts": 1}
+    alone = {"chosen": "\n\nAssistant: hi", "rejected": "\n\nAssistant: go"}
+    assert convert_hh(alone, drops) is None
+    assert drops["no question"] == 1
+
+
+def test_hh_rows_that_are_none():
+    with pytest.raises(ValueError, match=r"missing: \['rejected'\]; found: chosen"):
+        convert_hh({"chosen": "a"})
+    with pytest.raises(ValueError, match=r"a transcript needs .*; found: 'plain'"):
+        convert_hh({"chosen": "plain", "rejected": "plain"})
+
+
+def answer(content):
+    return [{"role": "assistant", "content": content}]
+
+
+SHAPES = {
+    "transcripts": HH,
+    "messages": {"prompt": PROMPT, "chosen": "fine", "rejected": "go away"},
+    "lists with the prompt inside": {
+        "chosen": PROMPT + answer("fine"),
+        "rejected": PROMPT + answer("go away"),
+    },
+    "lists with the prompt inside and beside": {
+        "prompt": "how are you?",
+        "chosen": PROMPT + answer("fine"),
+        "rejected": PROMPT + answer("go away"),
+    },
+    "lists with the prompt beside": {
+        "prompt": PROMPT,
+        "chosen": answer("fine"),
+        "rejected": answer("go away"),
+    },
+    "turns": {
+        "chosen": ["hello", "hi", "how are\n\nyou?", "fine"],
+        "rejected": ["hello", "hi", "how are\n\nyou?", "go away"],
+    },
+    "sharegpt": {
+        "conversations": [
+            {"from": "human", "value": "hello"},
+            {"from": "gpt", "value": "hi"},
+            {"from": "human", "value": "how are\n\nyou?"},
+        ],
+        "chosen": {"from": "gpt", "value": "fine"},
+        "rejected": {"from": "gpt", "value": "go away"},
+    },
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_becomes_the_same_rows(shape):
+    row = SHAPES[shape]
+    pair = as_preference(row)
+    assert {key: pair[key] for key in ("prompt", "chosen", "rejected")} == {
+        "prompt": PROMPT,
+        "chosen": "fine",
+        "rejected": "go away",
+    }
+    assert as_prompt(row) == {"prompt": PROMPT}
+    assert as_sft(row) == {"messages": PROMPT + answer("fine")}
+
+
+def test_string_prompts_stay_strings_and_margins_stay():
+    row = {"prompt": "a", "chosen": " b", "rejected": " c", "margin": 2.0}
+    assert as_preference(row) == row
+    assert as_sft(row) == {"prompt": "a", "response": " b"}
+    assert as_prompt(row) == {"prompt": "a"}
+    listed = {**SHAPES["lists with the prompt inside"], "margin": 2.0}
+    assert as_preference(listed)["margin"] == 2.0
+
+
+def test_single_question_beside_lists():
+    row = {"prompt": "how?", "chosen": answer("so"), "rejected": answer("no")}
+    assert as_preference(row)["prompt"] == [{"role": "user", "content": "how?"}]
+
+
+def test_lists_with_different_prompts_are_dropped_and_counted():
+    drops = DropCounts()
+    row = {"chosen": ["a", "b"], "rejected": ["c", "d"]}
+    assert as_preference(row, drops) is None
+    assert as_sft(row, drops) is None
+    assert as_prompt(row, drops) is None
+    assert drops.dropped == 3
+
+
+def test_instructions():
+    row = {"instruction": "add", "input": "1 2", "output": "3"}
+    question = {"role": "user", "content": "add\n1 2"}
+    assert as_sft(row) == {"messages": [question, *answer("3")]}
+    assert as_prompt(row) == {"prompt": [question]}
+    assert as_prompt({**row, "input": ""})["prompt"][0]["content"] == "add"
+
+
+def test_prompt_of_a_conversation_ends_with_a_question():
+    assert as_prompt({"messages": PROMPT + answer("fine")}) == {"prompt": PROMPT}
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    assert as_prompt({"conversations": turns}) == {"prompt": [{"role": "user", "content": "a"}]}
+
+
+def test_missing_fields_are_named_with_those_found():
+    with pytest.raises(ValueError, match=r"missing: \['chosen', 'rejected'\]; found: prompt"):
+        as_preference({"prompt": "a"})
+    with pytest.raises(ValueError, match=r"missing: \['prompt'\]; found: chosen, rejected"):
+        as_preference({"chosen": "a", "rejected": "b"})
+    with pytest.raises(ValueError, match="a prompt row needs prompt, or messages; found: text"):
+        as_prompt({"text": "a"})
+    with pytest.raises(ValueError, match=r"found: \['speaker', 'value'\] with role None"):
+        as_sft({"conversations": [{"speaker": "a", "value": "b"}]})
+    with pytest.raises(ValueError, match="need a prompt and an answer each"):
+        as_preference({"chosen": answer("a"), "rejected": answer("b")})
