@@ -99,9 +99,7 @@ def _tiny() -> ConfigDict:
     config = _quickstart()
     config.inputs.variant = "tiny"
     config.data.update(limit=200, ptx_length=32)
-    config.train.update(
-        iterations=4, prompts_per_iteration=16, minibatch=8, microbatch=8
-    )
+    config.train.update(iterations=4, prompts_per_iteration=16, minibatch=8, microbatch=8)
     config.train.critic_pretrain_iterations = 1
     config.sampling.max_new_tokens = 8
     config.eval.update(every=2, prompts=8, final_prompts=16)

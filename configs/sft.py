@@ -62,9 +62,7 @@ def _paper_en() -> ConfigDict:
     config.model = ConfigDict({"dtype": "bfloat16", "remat": "full", "attention": "cudnn"})
     config.data = ConfigDict({"source": "hh", "domains": (), "limit": 0, "max_length": 2048})
     # 2 epochs of 1 M conversations in batches of 1024.
-    config.train.update(
-        steps=1953, minibatch=1024, microbatch=64, row_length=2048, eval_every=200
-    )
+    config.train.update(steps=1953, minibatch=1024, microbatch=64, row_length=2048, eval_every=200)
     config.optimizer = ConfigDict(
         {"learning_rate": 9.5e-6, "schedule": "cosine", "warmup_fraction": 0.03, "b2": 0.95}
     )

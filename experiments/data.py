@@ -159,9 +159,7 @@ def _prompts(config: ConfigDict, tokenizer: Any, split: str) -> list[np.ndarray]
         rows = reviews.prompt_rows(_reviews(config, split), seed=config.seed, drops=drops)
     else:
         rows = _rows(config, "prompt", split, data.limit)
-    prompts = chat.encode_prompts(
-        rows, tokenizer, max_length=max(data.prompt_buckets), drops=drops
-    )
+    prompts = chat.encode_prompts(rows, tokenizer, max_length=max(data.prompt_buckets), drops=drops)
     _told("prompts", split, drops)
     return prompts
 

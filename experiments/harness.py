@@ -1,4 +1,4 @@
-"""What every experiment does around its loop: command line, run folder, logging, stop and resume."""
+"""What every experiment does around its loop: command line, run folder, logging, stop, resume."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
         enable_compilation_cache()
         # Orbax tells of every file that it writes.
         logging.set_verbosity(logging.DEBUG if debug.value else logging.WARNING)
+        if not isinstance(config.value, ConfigDict):  # a stand-in that fails when it is used
+            sys.exit(f"error: no config file {flags.FLAGS['config'].config_filename!r}")
         try:
             main(config.value)
         except Stopped as stopped:
@@ -53,20 +55,28 @@ def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
                 raise
             sys.exit(f"error: {str(error).strip() or type(error).__name__}")
 
-    try:
-        app.run(run, flags_parser=_parse_flags)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        if "--debug" in sys.argv:
-            raise
-        sys.exit(f"error: {str(error).strip()}")
+    app.run(run, flags_parser=_parse_flags)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Like absl's parser, with errors of the config file on one line."""
+    """Like absl's parser, with every error of the command line or the config file on one line."""
     try:
         return flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
+        if "--debug" in argv:
+            raise
+        sys.exit(f"error: {_one_line(error, argv)}")
+
+
+def _one_line(error: Exception, argv: list[str]) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, KeyError | AttributeError):
+        # ml_collections names the last part of the key only.
+        name = lines[0].strip("\"'") if lines else ""
+        given = [part for part in argv if part.startswith("--config.") and name in part]
+        return f"unknown config key {(given or [name])[0]!r}"
+    # An error inside the config file arrives with its traceback: its last line is the message.
+    return lines[-1].removeprefix("ValueError: ")
 
 
 def enable_compilation_cache() -> None:
@@ -97,6 +107,7 @@ class Run:
         self.workdir = Path(config.workdir)
         self.total = total
         self.started_at = time.time()
+        self.first_step_seconds: float | None = None
         self._config = config
         self._desc, self._show = desc, show
         self._pending: tuple[int, Mapping[str, Any]] | None = None
@@ -142,8 +153,12 @@ class Run:
             config=self._config.to_dict(),
         )
         with progress(self.total, self._desc, initial=self._next) as self._bar:
+            begun = time.time()
             for step in range(self._next, self.total):
                 yield step
+                if self.first_step_seconds is None:
+                    self.flush()  # waits for the step, so compilation is in the time
+                    self.first_step_seconds = time.time() - begun
                 self._bar.set_postfix(self._shown)
                 self._bar.update(1)
             self.flush()
@@ -199,6 +214,7 @@ class Run:
         """Writes `summary.json`, which marks the run as done."""
         usage = {
             "seconds": round(self.seconds, 1),
+            "first_step_seconds": round(self.first_step_seconds or 0.0, 1),
             "peak_memory_gib": round(peak_memory_gib(), 2),
         }
         text = json.dumps({**usage, **summary}, indent=2)
@@ -253,8 +269,8 @@ def _check_same_config(path: Path, config: ConfigDict) -> None:
         if changed:
             key = changed[0]
             raise ValueError(
-                f"{path.parent} holds a run with other settings ({key} was {before.get(key)!r}, now "
-                f"{now.get(key)!r}; {len(changed)} differ): choose another --config.workdir or "
+                f"{path.parent} holds a run with other settings ({key} was {before.get(key)!r}, "
+                f"now {now.get(key)!r}; {len(changed)} differ): choose another --config.workdir or "
                 "remove the folder"
             )
         return

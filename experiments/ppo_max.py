@@ -8,7 +8,6 @@ figures, metrics.jsonl, config.json and summary.json to the run folder.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.struct
@@ -21,13 +20,12 @@ from experiments import data, harness, ppo_setup, reporting, stages
 from experiments.ppo_setup import rollout_batch
 from experiments.responses import Respondent, make_generate, rollout_statistics
 from rlhf_jax import losses, ppo
-from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.comparison import win_tie_lose
+from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.experience import AdvantageConfig, take
 from rlhf_jax.judges import VaderJudge
 from rlhf_jax.models import hf_weights
 from rlhf_jax.train import TrainState, create_state
-
 
 experience_metrics = jax.jit(ppo.experience_metrics)
 

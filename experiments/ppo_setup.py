@@ -33,7 +33,8 @@ def check(config: ConfigDict, advantage: AdvantageConfig, devices: int) -> None:
     harness.divide("prompts x samples per prompt", rollout_batch(config), train.minibatch)
     harness.divide("train.minibatch", train.minibatch, train.microbatch)
     harness.divide("train.microbatch (over devices)", train.microbatch, devices)
-    harness.divide("train.prompts_per_iteration (over devices)", train.prompts_per_iteration, devices)
+    prompts = train.prompts_per_iteration
+    harness.divide("train.prompts_per_iteration (over devices)", prompts, devices)
     if advantage.needs_critic and train.critic_init == "none":
         raise ValueError(
             f"advantage.method={advantage.method!r} needs a critic: set train.critic_init to "
@@ -70,7 +71,8 @@ def derived_numbers(config: ConfigDict, policy, sharding, prompts) -> dict[str, 
         f"({train.samples_per_prompt} per prompt)",
         "updates per iteration": f"{per_iteration} of {train.minibatch} responses "
         f"in microbatches of {train.microbatch}",
-        "iterations": f"{train.iterations} ({train.critic_pretrain_iterations} of the critic alone), "
+        "iterations": f"{train.iterations} ({train.critic_pretrain_iterations} of the critic "
+        f"alone), "
         f"{train.iterations * train.prompts_per_iteration / size:.2f} epochs of prompts",
         "devices": f"{sharding.mesh.size}, {sharding.mode}",
         "run folder": config.workdir,

@@ -116,7 +116,9 @@ def write(
         for name in names[2:]
     }
     first_wins = next(iter(wins.values()))
-    targets = quickstart_targets(policy, baseline, first_wins) if config.scale == "quickstart" else []
+    targets = []
+    if config.scale == "quickstart":
+        targets = quickstart_targets(policy, baseline, first_wins)
     table = summary_table(answers)
     figure = plot(run.workdir, run.workdir / "training.png", title=config.workdir)
     seconds = stage_seconds(config) | {"this run": run.seconds}

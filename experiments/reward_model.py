@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 
 from experiments import data, harness, stages
 from rlhf_jax import plots
+from rlhf_jax.comparison import bootstrap_interval, paired_outcomes
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.data.types import EncodedPair
-from rlhf_jax.comparison import bootstrap_interval, paired_outcomes
 from rlhf_jax.losses import bradley_terry_loss, preference_accuracy
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import hf_weights
@@ -110,9 +110,7 @@ def main(config: ConfigDict) -> None:
 
     # 1. The SFT model with a new scalar head, and pairs that people have ranked.
     inputs = config.inputs
-    folder = stages.require(
-        inputs.model, stage="sft", variant=inputs.variant, build=inputs.build
-    )
+    folder = stages.require(inputs.model, stage="sft", variant=inputs.variant, build=inputs.build)
     tokenizer = load_tokenizer(folder)
     model = stages.load_scalar(folder, config, sharding, key=jax.random.key(config.seed))
     pairs = data.preference_pairs(config, tokenizer, "train", config.data.pairs)

@@ -1,7 +1,7 @@
 """From a rollout to what the update needs: scores, shaped rewards, advantages.
 
-prompts -> `rollout.generate` -> Rollout -> `evaluate` -> Evaluation -> `shape_rewards`, `advantages`
--> Experience -> minibatches -> train steps (`ppo`).
+prompts -> `rollout.generate` -> Rollout -> `evaluate` -> Evaluation -> `shape_rewards`,
+`advantages` -> Experience -> minibatches -> train steps (`ppo`).
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ class Evaluation:
     values: jax.Array
 
 
-@flax.struct.dataclass
-class Experience:
+class Experience(flax.struct.PyTreeNode):
     """A scored rollout: the content of the experience buffer.
 
     Attributes:
@@ -115,7 +114,9 @@ class AdvantageConfig:
 
     def __post_init__(self):
         if self.method not in ADVANTAGES:
-            raise ValueError(f"advantage.method={self.method!r} is unknown; use one of {ADVANTAGES}")
+            raise ValueError(
+                f"advantage.method={self.method!r} is unknown; use one of {ADVANTAGES}"
+            )
         if self.method in ("rloo", "grpo") and self.samples_per_prompt < 2:
             raise ValueError(
                 f"advantage.method={self.method!r} compares samples of one prompt; "
@@ -164,7 +165,8 @@ def evaluate(
         return run(rollout)
     if rollout.tokens.shape[0] % microbatches:
         raise ValueError(
-            f"a rollout of {rollout.tokens.shape[0]} must be divisible by {microbatches} microbatches"
+            f"a rollout of {rollout.tokens.shape[0]} must be divisible by "
+            f"{microbatches} microbatches"
         )
     parts = jax.tree.map(
         lambda x: x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1),
@@ -202,9 +204,7 @@ def shape_rewards(
     if config.transform == "scale_discounted":
         last = losses.last_token_mask(rollout.response_mask)
         at_end = jnp.where(last, scores[:, None], 0.0)
-        sums = losses.rolling_discounted_sum(
-            at_end, discount=discount, where=rollout.response_mask
-        )
+        sums = losses.rolling_discounted_sum(at_end, discount=discount, where=rollout.response_mask)
         # Over every real token: on the last one alone the sum is the score, and this is "scale".
         moments = losses.update_moments(moments, sums, where=rollout.response_mask)
     else:

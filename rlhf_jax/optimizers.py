@@ -73,8 +73,8 @@ def make_optimizer(
 
     def decayed(params):
         def is_matrix(path, leaf):
-            stacked = any(getattr(part, "key", getattr(part, "name", "")) == "layers" for part in path)
-            return leaf.ndim >= (3 if stacked else 2)
+            names = [getattr(part, "key", getattr(part, "name", "")) for part in path]
+            return leaf.ndim >= (3 if "layers" in names else 2)
 
         return jax.tree_util.tree_map_with_path(is_matrix, params)
 

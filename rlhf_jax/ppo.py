@@ -54,7 +54,9 @@ class PPOConfig:
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
-            raise ValueError(f"ppo.objective={self.objective!r} is unknown; use one of {OBJECTIVES}")
+            raise ValueError(
+                f"ppo.objective={self.objective!r} is unknown; use one of {OBJECTIVES}"
+            )
         if self.ratio_denominator not in ("old", "reference"):
             raise ValueError(
                 f"ppo.ratio_denominator={self.ratio_denominator!r} must be 'old' or 'reference'"
@@ -133,7 +135,7 @@ def policy_loss(
     loss = weighted_sum(per_token, batch.weights)
     metrics = {"loss/policy": loss}
 
-    if config.entropy_coef:
+    if entropy is not None:
         bonus = losses.entropy_bonus(
             entropy, weight=config.entropy_coef, max_entropy=config.entropy_max or jnp.inf
         )
@@ -160,9 +162,7 @@ def policy_loss(
 def _objective(log_probs, old_log_probs, advantages, penalty_coef, config: PPOConfig) -> jax.Array:
     """Unreduced policy loss `[B, G]` for the chosen objective."""
     if config.objective == "clip":
-        return losses.ppo_clip_loss(
-            log_probs, old_log_probs, advantages, clip_eps=config.clip_eps
-        )
+        return losses.ppo_clip_loss(log_probs, old_log_probs, advantages, clip_eps=config.clip_eps)
     if config.objective == "penalty":
         # KL(π_old || π) on samples of π_old: k3, whose gradient is that of the exact KL in
         # expectation. Not `kl_estimate`, which takes its second policy for a constant.

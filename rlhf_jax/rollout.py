@@ -143,11 +143,12 @@ def generate(
     real_prompt_tokens = prompt_mask.sum(axis=-1)
     hidden, cache = model.prefill(prompts, prompt_mask, cache_length=prompt_length + length)
     penalized = config.repetition_penalty != 1.0
+    rows = jnp.arange(batch)
 
     def draw(carry: _Carry) -> _Carry:
         logits = model.logits(carry.hidden)
         candidates = logits
-        if penalized:
+        if carry.seen is not None:
             candidates = sampling.penalize_repetition(logits, carry.seen, config.repetition_penalty)
         token = sampling.sample(
             jax.random.fold_in(key, carry.step),
@@ -167,7 +168,7 @@ def generate(
                 jnp.where(alive, entropy(logits / config.policy_temperature), 0.0)
             ),
             ended=carry.ended | jnp.isin(token, jnp.asarray(eos_ids)) & alive,
-            seen=carry.seen.at[jnp.arange(batch), token].set(True) if penalized else None,
+            seen=None if carry.seen is None else carry.seen.at[rows, token].set(True),
         )
 
     def advance(carry: _Carry) -> _Carry:
@@ -193,9 +194,7 @@ def generate(
         seen=jnp.zeros((batch, model.config.vocab_size), bool) if penalized else None,
     )
     # The last token is drawn outside of the loop: nothing follows it, so it is not fed back.
-    carry = jax.lax.while_loop(
-        lambda c: (c.step < length - 1) & ~c.ended.all(), advance, start
-    )
+    carry = jax.lax.while_loop(lambda c: (c.step < length - 1) & ~c.ended.all(), advance, start)
     carry = draw(carry)
     return Rollout(
         tokens=jnp.concatenate([prompts, carry.tokens], axis=1),

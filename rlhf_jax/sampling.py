@@ -13,7 +13,7 @@ def top_k_filter(logits: jax.Array, k: int) -> jax.Array:
 
 
 def top_p_filter(logits: jax.Array, p: float) -> jax.Array:
-    """Keeps the smallest set of tokens whose probability reaches p (Holtzman et al. 2020, sec 3.1)."""
+    """Keeps the smallest set whose probability reaches p (Holtzman et al. 2020, sec 3.1)."""
     ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities

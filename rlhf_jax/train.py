@@ -16,8 +16,7 @@ Metrics = dict[str, jax.Array]
 LossFn = Callable[..., tuple[jax.Array, Metrics]]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """What a training run updates.
 
     Attributes:
@@ -119,7 +118,7 @@ def make_train_step(
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:
-    """`[B, ...]` -> `[parts, B / parts, ...]`; rows are dealt out so that each device keeps its own."""
+    """`[B, ...]` -> `[parts, B / parts, ...]`, dealt out so that each device keeps its rows."""
     if x.shape[0] % parts:
         raise ValueError(f"a batch of {x.shape[0]} must be divisible by {parts} microbatches")
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)

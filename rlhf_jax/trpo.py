@@ -1,4 +1,4 @@
-"""TRPO on a minibatch of experience: the policy step of `ppo` with a trust region for its optimizer."""
+"""TRPO on a minibatch of experience: the policy step with a trust region for its optimizer."""
 
 from __future__ import annotations
 
@@ -63,9 +63,7 @@ def make_trust_region_step(
                 temperature=temperature,
             )
             log_probs = jnp.where(where, log_probs, rollout.log_probs)
-            gain = losses.trpo_surrogate(
-                log_probs, rollout.log_probs, ready.experience.advantages
-            )
+            gain = losses.trpo_surrogate(log_probs, rollout.log_probs, ready.experience.advantages)
             return weighted_sum(gain, ready.weights)
 
         def divergence(model: Transformer) -> jax.Array:

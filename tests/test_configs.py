@@ -30,6 +30,7 @@ SPLATTED = {
     "advantage": AdvantageConfig,
     "ppo": PPOConfig,
     "dpo": DPOConfig,
+    "trpo": TRPOConfig,
 }
 
 
@@ -99,7 +100,10 @@ def test_figures_differ_from_vanilla_in_one_thing():
 
 def test_paper_numbers():
     config = ppo_max.get_config("paper_en")
-    assert (config.optimizer.learning_rate, config.critic_optimizer.learning_rate) == (5e-7, 1.65e-6)
+    assert (config.optimizer.learning_rate, config.critic_optimizer.learning_rate) == (
+        5e-7,
+        1.65e-6,
+    )
     assert (config.train.prompts_per_iteration, config.train.minibatch) == (128, 32)
     assert (config.kl.coef, config.advantage.lambda_, config.reward.clip) == (0.05, 0.9, 0.8)
     # 250 buffers x 128 / 32 = 1000 updates.

@@ -26,7 +26,9 @@ class RopeScaling:
 
     def __post_init__(self):
         if self.kind not in ("linear", "llama3"):
-            raise ValueError(f"rope_scaling.kind={self.kind!r} is unknown; use 'linear' or 'llama3'")
+            raise ValueError(
+                f"rope_scaling.kind={self.kind!r} is unknown; use 'linear' or 'llama3'"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,7 @@ def test_kl_to_the_reference_starts_at_zero(finished):
     assert abs(log["policy/kl_ref_sequence"][2]) > 1e-6
 
 
-def test_same_config_gives_the_same_numbers_also_after_a_stop(chain, finished, tmp_path, monkeypatch):
+def test_same_numbers_also_after_a_stop(chain, finished, tmp_path, monkeypatch):
     calls = []
     original = harness.Run.log
 
@@ -94,7 +94,7 @@ def test_missing_inputs_name_the_command(tmp_path):
     config.sharding.devices = 1
     config.workdir = str(tmp_path)
     with pytest.raises(
-        FileNotFoundError, match="python -m experiments.sft --config configs/sft.py:paper_en"
+        FileNotFoundError, match=r"python -m experiments\.sft --config configs/sft\.py:paper_en"
     ):
         ppo_max.main(config)
 
