@@ -51,7 +51,7 @@ def create_state(
 def state_shardings(state: TrainState, sharding: Sharding) -> TrainState:
     """The shardings of a state, given the state or its shapes."""
     return TrainState(
-        step=sharding.replicated,
+        step=sharding.replicated,  # type: ignore[arg-type]  # shardings in place of arrays
         model=sharding.params(state.model),
         master=sharding.optimizer(state.master),
         opt_state=sharding.optimizer(state.opt_state),
