@@ -62,7 +62,7 @@ def _quickstart() -> ConfigDict:
         {"max_new_tokens": 32, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
     )
     config.sampling.repetition_penalty = 1.0
-    config.reward = ConfigDict({"transform": "normalize", "clip": 0.8, "missing_eos_penalty": 0.5})
+    config.reward = ConfigDict({"transform": "normalize", "clip": 0.8, "missing_eos_penalty": 1.0})
     # Token-level KL penalty η; a target above 0 adapts it (Ziegler et al. 2019).
     config.kl = ConfigDict({"coef": 0.05, "target": 0.0, "horizon": 10_000})
     config.advantage = ConfigDict(

@@ -76,7 +76,9 @@ class RewardConfig:
         by the running std, over all real tokens, of the rolling discounted sum of rewards;
         "normalize" subtracts the running mean of scores and divides by their std.
       clip: δ, scores are clipped to ±clip after the transform; 0 is off.
-      missing_eos_penalty: Subtracted from the score of a response that was cut at the length limit.
+      missing_eos_penalty: Subtracted, after transform and clipping, from the score of a response that
+        was cut at the length limit. A reward model reads its score at EOS and has never learned
+        what an unfinished text is worth.
     """
 
     transform: str = "normalize"
@@ -199,7 +201,7 @@ def shape_rewards(
     Returns:
       Rewards `[B, G]`, 0 on padding, and the new moments.
     """
-    scores = evaluation.scores - config.missing_eos_penalty * ~rollout.ended
+    scores = evaluation.scores
     clip = config.clip or jnp.inf
     if config.transform == "scale_discounted":
         last = losses.last_token_mask(rollout.response_mask)
@@ -215,6 +217,9 @@ def shape_rewards(
         if config.transform != "none":
             scores = losses.scale_rewards(scores, moments)
         scores = jnp.clip(scores, -clip, clip)
+    # After the transform: the price keeps its size whatever the scale of the reward model, and
+    # neither moves the moments nor is clipped away.
+    scores = scores - config.missing_eos_penalty * ~rollout.ended
     rewards = losses.kl_shaped_rewards(
         scores,
         rollout.log_probs,
