@@ -24,7 +24,11 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=False
         )
-        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+        # Named handlers: without them a new process cannot read the shapes of what is on disk.
+        handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(
+            Path(folder).absolute(), options=options, item_handlers=handlers
+        )
 
     def latest_step(self) -> int | None:
         """The newest step on disk, None when there is none."""
