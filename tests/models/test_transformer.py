@@ -1,0 +1,217 @@
+"""The decoder: against a slow NumPy one, and against itself under padding, packing and caching."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.ad_checkpoint import saved_residuals
+
+from rlhf_jax.models import layers
+from rlhf_jax.models.config import ModelConfig, RopeScaling
+from tests import tiny
+from tests.references import decoder
+
+DOCUMENT = np.array([5, 17, 3, 39, 8, 21, 5], np.int32)
+WIDTH = 10
+
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_length=16)
+FAMILY = {
+    "all heads alike": {"num_kv_heads": 4},
+    "grouped queries": {"num_kv_heads": 1},
+    "wide heads": {"head_dim": 6},
+    "bias": {"qkv_bias": True},
+    "norm on queries and keys": {"qk_norm": True},
+    "untied": {"tie_embeddings": False},
+    "another base": {"rope_theta": 100.0},
+    "linear scaling": {"rope_scaling": RopeScaling("linear", 4.0)},
+    "llama3 scaling": {"rope_theta": 8.0, "rope_scaling": LLAMA3, "head_dim": 8},
+}
+
+
+def embed(document, offset: int, width: int = WIDTH, fill: int = tiny.PAD):
+    """A row with the document at `offset`: tokens and segments `[1, width]`."""
+    tokens, segments = np.full((1, width), fill, np.int32), np.zeros((1, width), np.int32)
+    tokens[0, offset : offset + len(document)] = document
+    segments[0, offset : offset + len(document)] = 1
+    return tokens, segments
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_equals_the_numpy_decoder(name):
+    model = tiny.language_model(tiny.model_config(**FAMILY[name]))
+    tokens, segments = embed(DOCUMENT, 3)
+    hidden = tiny.forward(model, tokens, segments)[:, 3:]
+    tiny.close(hidden[0], decoder.hidden_states(model, DOCUMENT))
+    tiny.close(model.logits(hidden)[0], decoder.logits(model, DOCUMENT))
+
+
+@pytest.mark.parametrize("name", ["another base", "linear scaling", "llama3 scaling"])
+def test_rotary_settings_change_the_frequencies(name):
+    config = tiny.model_config(**FAMILY[name])
+    wanted = decoder.rotary_frequencies(config)
+    actual = layers.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    tiny.close(actual, np.array(wanted), 1e-7)
+    plain = layers.rope_frequencies(config.head_dim, 10_000.0, None)
+    assert tiny.largest_difference(actual, plain) > 1e-3
+
+
+def test_llama3_scaling_keeps_blends_and_divides():
+    # theta 8, width 8: wavelengths 2π·8^(i/4) = 6.3, 10.6, 17.8, 29.9; the bounds are 4 and 16.
+    plain = np.array(layers.rope_frequencies(8, 8.0, None))
+    scaled = np.array(layers.rope_frequencies(8, 8.0, LLAMA3))
+    assert np.all(scaled[2:] == plain[2:] / 8)
+    assert np.all((plain[:2] / 8 < scaled[:2]) & (scaled[:2] < plain[:2]))
+    long = RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_length=8192)
+    assert np.all(np.array(layers.rope_frequencies(8, 8.0, long)) == plain)
+
+
+def test_padding_side_changes_nothing():
+    model = tiny.language_model()
+    alone = tiny.forward(model, *embed(DOCUMENT, 0, width=len(DOCUMENT)))[0]
+    for offset in (0, 1, 3):
+        padded = tiny.forward(model, *embed(DOCUMENT, offset))[0]
+        tiny.close(padded[offset : offset + len(DOCUMENT)], alone)
+
+
+def test_garbage_in_padding_changes_neither_states_nor_gradients():
+    model = tiny.language_model()
+
+    @jax.jit
+    def loss(model, tokens, segments):
+        hidden = model(tokens, segments)
+        real = (segments > 0)[..., None]
+        logits = jnp.where(real, jnp.sin(model.logits(hidden)), 0.0)
+        return logits.sum(), jnp.where(real, hidden, 0.0)
+
+    grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (clean, states), clean_grad = grad(model, *embed(DOCUMENT, 2))
+    tokens, segments = embed(DOCUMENT, 2, fill=33)
+    assert 33 not in DOCUMENT
+    (dirty, dirty_states), dirty_grad = grad(model, tokens, segments)
+    assert clean == dirty
+    assert np.array_equal(states, dirty_states)
+    assert tiny.largest_difference(clean_grad, dirty_grad) == 0.0
+
+
+def test_packed_documents_equal_separate_rows():
+    model = tiny.language_model()
+    rng = np.random.default_rng(1)
+    documents = [rng.integers(2, tiny.VOCAB, n).astype(np.int32) for n in (3, 4, 2)]
+    tokens = np.concatenate([*documents, [tiny.PAD]])[None].astype(np.int32)
+    # Ids need not rise, only differ from their neighbours.
+    segments = np.array([[5, 5, 5, 1, 1, 1, 1, 2, 2, 0]], np.int32)
+    packed = tiny.forward(model, tokens, segments)[0]
+    start = 0
+    for document in documents:
+        alone = tiny.forward(model, *embed(document, 0))[0, : len(document)]
+        tiny.close(packed[start : start + len(document)], alone)
+        start += len(document)
+    changed = tokens.copy()
+    changed[0, 1] = (changed[0, 1] + 1) % tiny.VOCAB
+    after = tiny.forward(model, changed, segments)[0]
+    assert np.array_equal(after[3:], packed[3:])
+    assert np.abs(after[1:3] - packed[1:3]).min(axis=-1).max() > 0
+
+
+def test_positions_restart_in_every_run():
+    segments = np.array(
+        [[0, 0, 1, 1, 1, 0], [1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 3, 3], [1, 2, 3, 0, 0, 4]]
+    )
+    wanted = np.zeros_like(segments)
+    for row in range(segments.shape[0]):
+        for t in range(1, segments.shape[1]):
+            same = segments[row, t] == segments[row, t - 1]
+            wanted[row, t] = wanted[row, t - 1] + 1 if same else 0
+    assert np.array_equal(layers.positions_in_segment(jnp.asarray(segments)), wanted)
+
+
+def test_mask_is_causal_and_within_segments():
+    segments = np.array([[0, 1, 1, 2, 2, 0]])
+    mask = np.asarray(layers.segment_mask(jnp.asarray(segments)))[0, 0]
+    for t in range(6):
+        for s in range(6):
+            assert mask[t, s] == (s <= t and segments[0, s] == segments[0, t])
+
+
+def test_decoding_with_a_cache_equals_the_full_pass():
+    model = tiny.language_model(tiny.model_config(qkv_bias=True, qk_norm=True, num_layers=3))
+    steps, (prompts, mask) = 4, tiny.left_padded([5, 2, 1], 5)
+    rest = np.random.default_rng(0).integers(2, tiny.VOCAB, (3, steps)).astype(np.int32)
+    # Row 2 ends after its second token: what it is fed later must not touch the others.
+    prefill = jax.jit(functools.partial(type(model).prefill, cache_length=5 + steps))
+    hidden, cache = prefill(model, prompts, mask)
+    states, decode = [hidden], jax.jit(type(model).decode_step)
+    for step in range(steps):
+        hidden, cache = decode(
+            model, rest[:, step], mask.sum(1).astype(np.int32) + step, jnp.int32(5 + step), cache
+        )
+        states.append(hidden)
+    tokens = np.concatenate([prompts, rest], axis=1)
+    segments = np.concatenate([mask, np.ones_like(rest, bool)], axis=1).astype(np.int32)
+    full = tiny.forward(model, tokens, segments)[:, 4:]
+    tiny.close(jnp.stack(states, axis=1), full)
+    assert np.array_equal(cache.mask, segments > 0)
+
+
+def sum_of_states(model):
+    return jnp.sum(jnp.sin(model(DOCUMENT[None], np.ones((1, len(DOCUMENT)), np.int32))))
+
+
+@functools.cache
+def remat_run(policy: str):
+    """Gradient, jaxpr, and bytes kept for the backward pass under a policy."""
+    model = tiny.language_model(tiny.model_config(remat=policy))
+    residuals = [aval for aval, _ in saved_residuals(sum_of_states, model)]
+    kept = sum(aval.size * aval.dtype.itemsize for aval in residuals)
+    jaxpr = str(jax.make_jaxpr(jax.grad(sum_of_states))(model))
+    return jax.jit(jax.grad(sum_of_states))(model), jaxpr, kept
+
+
+def test_remat_policies_keep_less_and_give_the_same_gradient():
+    none, dots, full = (remat_run(policy) for policy in ("none", "dots", "full"))
+    assert full[2] < dots[2] < none[2]
+    assert len({none[1], dots[1], full[1]}) == 3
+    for other in (dots, full):
+        tiny.close(jax.tree.leaves(other[0]), jax.tree.leaves(none[0]), 2e-5)
+
+
+def test_bfloat16_follows_float32_and_keeps_norms_exact():
+    exact = tiny.language_model()
+    half = tiny.draw(
+        jax.eval_shape(lambda: tiny.language_model(tiny.model_config(dtype="bfloat16"))), seed=0
+    )
+    tokens, segments = embed(DOCUMENT, 0)
+    wide, narrow = tiny.forward(exact, tokens, segments), tiny.forward(half, tokens, segments)
+    assert narrow.dtype == jnp.bfloat16
+    assert half.logits(narrow).dtype == jnp.float32
+    error = np.abs(np.asarray(narrow, np.float32) - wide)[:, : len(DOCUMENT)].max()
+    assert 1e-4 < error < 0.1
+    # A norm in bfloat16 would lose the mean of 256 squares; in float32 it rounds once, at the end.
+    x = jnp.asarray(np.random.default_rng(0).normal(0, 30, (4, 256)), jnp.bfloat16)
+    wanted = np.stack([decoder.rms_norm(r, 1.0, 1e-5) for r in np.asarray(x, np.float64)])
+    got = layers.rms_norm(x, jnp.ones(256, jnp.bfloat16), 1e-5)
+    assert np.array_equal(got, jnp.asarray(wanted, jnp.float32).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
+        ({"dtype": "float16"}, "dtype='float16' must be one of"),
+        ({"remat": "some"}, "remat='some' must be one of"),
+        ({"attention": "flash"}, "attention='flash' must be one of"),
+    ],
+)
+def test_wrong_settings_are_one_line(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        tiny.model_config(**change)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_keys_are_refused():
+    with pytest.raises(TypeError, match="hidden_sizes"):
+        ModelConfig(**{"vocab_size": 8, "hidden_sizes": 8})
+    with pytest.raises(ValueError, match=r"rope_scaling.kind='yarn' is unknown"):
+        RopeScaling("yarn")
