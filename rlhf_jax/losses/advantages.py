@@ -258,6 +258,7 @@ def _values_ahead(values: jax.Array, where: jax.Array, bootstrap: jax.Array | No
         after_end = jnp.zeros_like(values)
     else:
         chex.assert_shape(bootstrap, values.shape[:-1])
+        chex.assert_type(bootstrap, float)
         after_end = jnp.broadcast_to(bootstrap[..., None].astype(values.dtype), values.shape)
     return jnp.where(_shift_left(where), _shift_left(values), after_end)
 

@@ -70,6 +70,7 @@ def outcome_loss(logits: jax.Array, correct: jax.Array, *, where: jax.Array) -> 
     chex.assert_equal_shape([logits, where])
     chex.assert_type([logits, where], [float, bool])
     chex.assert_shape(correct, where.shape[:-1])
+    chex.assert_type(correct, bool if correct.dtype == bool else float)
     logits = masked_fill(logits, where=where)
     target = jnp.broadcast_to(correct[..., None].astype(logits.dtype), logits.shape)
     target = jax.lax.stop_gradient(target)

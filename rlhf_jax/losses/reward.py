@@ -66,6 +66,7 @@ def bradley_terry_loss(
     chex.assert_type([chosen_rewards, rejected_rewards], float)
     if jnp.ndim(margin):
         chex.assert_equal_shape([chosen_rewards, margin])
+        chex.assert_type(margin, float)
     difference = chosen_rewards - rejected_rewards - jax.lax.stop_gradient(margin)
     return jax.nn.softplus(-difference).astype(chosen_rewards.dtype)
 

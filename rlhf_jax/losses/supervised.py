@@ -216,11 +216,15 @@ def log1m_exp(x: jax.Array) -> jax.Array:
       x: [...] float.
 
     Returns:
-      [...].
+      [...], unreduced.
+
+    Raises:
+      AssertionError: x is not float.
 
     >>> print(log1m_exp(jnp.log(jnp.array([0.5]))).round(3))
     [-0.693]
     """
+    chex.assert_type(x, float)
     x = jnp.minimum(x, jnp.asarray(-1e-6, x.dtype))
     near = x > -jnp.log(2.0).astype(x.dtype)
     of_near = jnp.log(-jnp.expm1(jnp.where(near, x, -1)))
