@@ -173,6 +173,8 @@ def encode_piece(tokenizer: Any, text: str, *, first: bool) -> list[int]:
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     """Encodes without special tokens; twice as fast as through transformers where it is safe."""
+    if not text:
+        return []
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.truncation or backend.padding:
         return tokenizer.encode(text, add_special_tokens=False)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import chat
-from rlhf_jax.data.types import DropCounts, Encoded
+from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair
 from tests.data import conftest as templates
 
 TALK = [
@@ -280,6 +280,16 @@ def test_all_zero_loss_mask_is_an_error():
     with pytest.raises(ValueError, match="loss mask is zero on all of 2 documents"):
         chat.check_masks([document([1, 5, 2], [0, 0, 0])] * 2, [2])
     chat.check_masks([document([1, 5, 2], [0, 0, 0]), document([1, 5, 2], [0, 1, 1])], [2])
+
+
+def test_data_sets_are_checked(plain, monkeypatch):
+    silent = document([1, 5, 2], [0, 0, 0])
+    monkeypatch.setattr(chat, "encode_text", lambda *_: silent)
+    with pytest.raises(ValueError, match="loss mask is zero on all of 1 documents"):
+        chat.encode_sft([{"text": "a"}], plain, max_length=20)
+    monkeypatch.setattr(chat, "encode_pair", lambda *_: EncodedPair(silent, silent, 0.0))
+    with pytest.raises(ValueError, match="loss mask is zero on all of 2 documents"):
+        chat.encode_pairs([{}], plain, max_length=20)
 
 
 def test_stop_token_outside_the_mask_is_an_error():

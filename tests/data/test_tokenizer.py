@@ -54,8 +54,9 @@ def test_any_text_comes_back(plain, text):
 
 
 def test_digits_are_split(plain):
-    digits = [plain.decode([i]) for i in plain.encode("in 2024", add_special_tokens=False)][-4:]
-    assert digits == ["2", "0", "2", "4"]
+    # "12" stands three times in the training text: without the split it is one token.
+    parts = [plain.decode([i]) for i in plain.encode("12 days", add_special_tokens=False)]
+    assert parts[:2] == ["1", "2"]
 
 
 def test_training_is_deterministic_across_processes():
