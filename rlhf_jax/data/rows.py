@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.templates import check_messages, render_pieces
+from rlhf_jax.data.templates import check_messages, leading_bos, render_pieces
 from rlhf_jax.data.tokenizer import encode_piece
 from rlhf_jax.data.types import (
     DropCounts,
@@ -242,7 +242,7 @@ def _segments(messages: Sequence[Message], tokenizer: Any, *, opened: bool = Fal
 
 def _head(prompt: str, tokenizer: Any) -> list[int]:
     """Returns BOS (if there is one) and the ids of a prompt that is a string."""
-    bos = tokenizer.bos_token_id
+    bos = leading_bos(tokenizer)
     return ([] if bos is None else [bos]) + encode_piece(tokenizer, prompt, first=True)
 
 
@@ -253,7 +253,7 @@ def _answer(prompt: str, response: str, tokenizer: Any) -> list[int]:
 
 def _cut_head(head: list[int], prompt: str, tokenizer: Any, room: int) -> list[int] | None:
     """Takes tokens from the beginning of the prompt, behind BOS; None if none of it fits."""
-    start = int(tokenizer.bos_token_id is not None)
+    start = int(leading_bos(tokenizer) is not None)
     if room < start + bool(prompt):
         return None
     excess = max(0, len(head) - room)

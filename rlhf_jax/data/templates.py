@@ -26,11 +26,12 @@ class Piece(NamedTuple):
 
 
 class _Profile(NamedTuple):
-    """What a template does, found by rendering probes once for each tokenizer."""
+    """What a template does, found by rendering probes once for each template and BOS."""
 
-    template: str
+    key: tuple[str, str | None]
     stop: str
     opens: bool
+    bos: int | None
 
 
 def check_messages(messages: Any, where: str) -> list[Message]:
@@ -59,6 +60,17 @@ def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
     """
     stop = tokenizer.convert_tokens_to_ids(_profile(tokenizer).stop)
     return tuple(dict.fromkeys([stop, tokenizer.eos_token_id]))
+
+
+def leading_bos(tokenizer: Any) -> int | None:
+    """Returns the id that starts a text without a template, or None.
+
+    None also where the template writes BOS at every turn: there it marks turns, as <|im_start|>
+    does in SmolLM2-Instruct, and in front of plain text it would announce a role.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return tokenizer.bos_token_id
+    return _profile(tokenizer).bos
 
 
 def render_pieces(messages: Sequence[Message], tokenizer: Any, *, opened: bool) -> list[Piece]:
@@ -127,10 +139,10 @@ def _turn_end(whole: str, start: int, content: str, stop: str) -> int:
 
 
 def _profile(tokenizer: Any) -> _Profile:
-    """Renders two probes, once for each template."""
-    template = str(getattr(tokenizer, "chat_template", None))
+    """Renders the probes, or returns what was found before."""
+    key = (str(getattr(tokenizer, "chat_template", None)), tokenizer.bos_token)
     known = getattr(tokenizer, "_rlhf_jax_profile", None)
-    if known is not None and known.template == template:
+    if known is not None and known.key == key:
         return known
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template: call ensure_template(tokenizer)")
@@ -146,7 +158,9 @@ def _profile(tokenizer: Any) -> _Profile:
             "the chat template ends the assistant's turn with no special token, so that the stop "
             "token would be outside the loss mask: write {{ eos_token }} behind it"
         )
-    profile = _Profile(template, found.group(1), opens)
+    marks_turns = tokenizer.bos_token is not None and answered.count(tokenizer.bos_token) > 1
+    bos = None if marks_turns else tokenizer.bos_token_id
+    profile = _Profile(key, found.group(1), opens, bos)
     tokenizer._rlhf_jax_profile = profile
     return profile
 

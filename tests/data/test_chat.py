@@ -178,6 +178,13 @@ def test_text_alone_is_all_trained_but_its_first_token(plain):
     assert not encoded.loss_mask[0]
 
 
+def test_bos_that_marks_turns_does_not_start_plain_text(with_template):
+    tokenizer = with_template(templates.CHATML)
+    assert tokenizer.decode(chat.encode_prompt("the sea", tokenizer, 50)) == "<bos>the sea"
+    tokenizer.bos_token = "<|im_start|>"
+    assert tokenizer.decode(chat.encode_prompt("the sea", tokenizer, 50)) == "the sea"
+
+
 def test_long_text_prompt_loses_its_beginning_behind_bos(plain):
     drops = DropCounts()
     whole = chat.encode_text("a b c d e f", " g", plain, 50)
