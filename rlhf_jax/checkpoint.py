@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 
@@ -25,7 +26,10 @@ class Checkpointer:
             max_to_keep=keep, create=True, enable_async_checkpointing=False
         )
         # Named handlers: without them a new process cannot read the shapes of what is on disk.
-        handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "position": ocp.JsonCheckpointHandler(),
+        }
         self._manager = ocp.CheckpointManager(
             Path(folder).absolute(), options=options, item_handlers=handlers
         )
@@ -79,8 +83,8 @@ class Checkpointer:
 
     def _check_fits(self, step: int, flat: dict[str, Any]) -> None:
         saved = self._manager.item_metadata(step)["state"]
-        saved = {name: tuple(saved[name].shape) for name in saved}
-        wanted = {name: tuple(x.shape) for name, x in flat.items()}
+        saved = {name: _kind(leaf) for name, leaf in saved.items()}
+        wanted = {name: _kind(leaf) for name, leaf in flat.items()}
         if saved != wanted:
             odd = sorted(k for k in saved | wanted if saved.get(k) != wanted.get(k))
             raise ValueError(
@@ -92,6 +96,11 @@ class Checkpointer:
     def close(self) -> None:
         """Waits for writes and releases the folder."""
         self._manager.close()
+
+
+def _kind(leaf: Any) -> str:
+    """Type and shape: `float32[2, 3]`. Orbax would convert another type without a word."""
+    return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -76,9 +76,9 @@ class RewardConfig:
         by the running std, over all real tokens, of the rolling discounted sum of rewards;
         "normalize" subtracts the running mean of scores and divides by their std.
       clip: δ, scores are clipped to ±clip after the transform; 0 is off.
-      missing_eos_penalty: Subtracted, after transform and clipping, from the score of a response that
-        was cut at the length limit. A reward model reads its score at EOS and has never learned
-        what an unfinished text is worth.
+      missing_eos_penalty: Subtracted, after transform and clipping, from the score of a response
+        that was cut at the length limit. A reward model reads its score at EOS and has never
+        learned what an unfinished text is worth.
     """
 
     transform: str = "normalize"
