@@ -95,6 +95,7 @@ def make_train_step(
             return _constrain(total, sharding.gradients(total)), metrics
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), model)
+        zeros = _constrain(zeros, sharding.gradients(zeros))
         grads, metrics = jax.lax.scan(accumulate, zeros, parts)
         return grads, {name: _merge(name, stacked) for name, stacked in metrics.items()}
 
@@ -114,7 +115,7 @@ def make_train_step(
         new = TrainState(state.step + 1, model, master, opt_state)
         return _constrain(new, state_shardings(new, sharding)), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(sharding.bind(step), donate_argnums=0)
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

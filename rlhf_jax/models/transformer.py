@@ -15,6 +15,7 @@ from flax import nnx
 
 from rlhf_jax.models import layers
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.placement import GATHERED, by_rows, gathered, is_bound
 
 
 @flax.struct.dataclass
@@ -102,33 +103,65 @@ class Transformer(nnx.Module):
         Returns:
           `[B, T, D]`; what stands on padding is meaningless, and finite.
         """
-        return self._forward(tokens, segments)[0]
+        return self._forward((tokens, segments))[0][0]
+
+    def together(self, *batches: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        """Hidden states of several batches, of any shapes, in one pass over the layers.
+
+        The same numbers as one call for each; but with weights or gradients spread over devices a
+        layer is gathered once, and its gradients are added before they travel.
+
+        Args:
+          *batches: Tokens and segments of each, as for a call.
+        """
+        return self._forward(*batches)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Projects hidden states `[..., D]` to float32 logits `[..., V]`."""
-        kernel = self.embedding[...].T if self.config.tie_embeddings else self.lm_head[...]
+        kernel = self._embedding().T if self.config.tie_embeddings else self._lm_head()
         flat = hidden.reshape(-1, hidden.shape[-1])
         logits = jnp.matmul(flat, kernel, preferred_element_type=jnp.float32)
         return logits.reshape(*hidden.shape[:-1], kernel.shape[-1])
 
-    def _forward(self, tokens_BT: jax.Array, segments_BT: jax.Array):
-        config = self.config
-        cos, sin = layers.rope_tables(layers.positions_in_segment(segments_BT), config)
-        mask = layers.segment_mask(segments_BT)
+    def _embedding(self) -> jax.Array:
+        return gathered(self.embedding[...], "embedding")
 
-        def layer(x_BTD, w):
+    def _lm_head(self) -> jax.Array:
+        return gathered(self.lm_head[...], "lm_head")
+
+    def _forward(self, *batches: tuple[jax.Array, jax.Array]):
+        """Hidden states of each batch, and keys and values `[L, B, T, K, H]` of each."""
+        config = self.config
+        tables = [
+            (
+                *layers.rope_tables(layers.positions_in_segment(segments_BT), config),
+                layers.segment_mask(segments_BT),
+            )
+            for _, segments_BT in batches
+        ]
+
+        def layer(x_BTD, w, cos, sin, mask):
             h = layers.rms_norm(x_BTD, w.attention_norm[...], config.norm_eps)
             q, k, v = layers.project_qkv(h, w, cos, sin, config)
-            attended = jax.nn.dot_product_attention(
+            attended = jax.nn.dot_product_attention(  # type: ignore[call-overload]
                 q, k, v, mask=mask, implementation=config.attention
             )
             x_BTD = x_BTD + layers.dense(attended.reshape(*x_BTD.shape[:2], -1), w.o[...])
             h = layers.rms_norm(x_BTD, w.mlp_norm[...], config.norm_eps)
             return x_BTD + layers.mlp(h, w), (k, v)
 
-        x_BTD = self.embedding[...][tokens_BT]
-        x_BTD, kv = jax.lax.scan(remat(layer, config.remat), x_BTD, self.layers)
-        return layers.rms_norm(x_BTD, self.final_norm[...], config.norm_eps), kv
+        def all_batches(states, w):
+            w = gathered(w)
+            results = [
+                layer(by_rows(x_BTD), w, *table)
+                for x_BTD, table in zip(states, tables, strict=True)
+            ]
+            return tuple(zip(*results, strict=True))
+
+        states = tuple(self._embedding()[tokens_BT] for tokens_BT, _ in batches)
+        states, kv = jax.lax.scan(remat(all_batches, config.remat), states, self.layers)
+        final = self.final_norm[...]
+        return tuple(layers.rms_norm(x, final, config.norm_eps) for x in states), kv
 
     def prefill(
         self, tokens: jax.Array, mask: jax.Array, *, cache_length: int
@@ -143,7 +176,7 @@ class Transformer(nnx.Module):
         Returns:
           Hidden states `[B, D]` of the last column, and the cache.
         """
-        hidden, (keys, values) = self._forward(tokens, mask.astype(jnp.int32))
+        (hidden,), ((keys, values),) = self._forward((tokens, mask.astype(jnp.int32)))
         spare = ((0, 0), (0, 0), (0, cache_length - tokens.shape[1]), (0, 0))
 
         def per_layer(stacked_LBTKH) -> tuple[jax.Array, ...]:
@@ -151,7 +184,9 @@ class Transformer(nnx.Module):
             return tuple(jnp.pad(heads_first[i], spare) for i in range(self.config.num_layers))
 
         return hidden[:, -1], KVCache(
-            keys=per_layer(keys), values=per_layer(values), mask=jnp.pad(mask, spare[:1] + spare[2:3])
+            keys=per_layer(keys),
+            values=per_layer(values),
+            mask=jnp.pad(mask, spare[:1] + spare[2:3]),
         )
 
     def decode_step(
@@ -171,11 +206,11 @@ class Transformer(nnx.Module):
         config = self.config
         cos, sin = layers.rope_tables(positions, config)
         mask = cache.mask.at[:, slot].set(True)
-        x_BD = self.embedding[...][tokens]
+        x_BD = self._embedding()[tokens]
         keys, values = list(cache.keys), list(cache.values)
         # Unrolled: with the cache as scan inputs and outputs XLA would copy it at every token.
         for i in range(config.num_layers):
-            w = self.layers.layer(i)
+            w = gathered(self.layers.layer(i))
             h = layers.rms_norm(x_BD, w.attention_norm[...], config.norm_eps)
             q_BNH, k_BKH, v_BKH = layers.project_qkv(h, w, cos, sin, config)
             keys[i] = keys[i].at[:, :, slot].set(k_BKH)
@@ -190,8 +225,14 @@ class Transformer(nnx.Module):
 
 def remat(layer: Callable, policy: str) -> Callable:
     """Wraps a scanned layer in rematerialisation: "none", "dots" or "full"."""
-    if policy == "none":
+    policies = jax.checkpoint_policies
+    # "none" keeps everything but weights that were gathered for one layer.
+    saveable = {
+        "none": policies.save_anything_except_these_names(GATHERED),
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "full": None,
+    }[policy]
+    if policy == "none" and not is_bound():
         return layer
-    saveable = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
     # prevent_cse is only needed outside of scan.
     return jax.checkpoint(layer, policy=saveable, prevent_cse=False)
