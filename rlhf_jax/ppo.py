@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import losses
 from rlhf_jax.experience import Experience, state_values
-from rlhf_jax.models.heads import ScalarModel, next_token_log_probs
+from rlhf_jax.models.heads import ScalarModel, log_probs_of
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.reductions import reduction_weights, weighted_sum
 
@@ -118,11 +118,15 @@ def policy_loss(
     """
     experience, rollout = batch.experience, batch.experience.rollout
     where = rollout.response_mask
-    log_probs, entropy = next_token_log_probs(
+    batches = [(rollout.tokens, rollout.segments)]
+    if batch.ptx is not None:
+        batches.append((batch.ptx["tokens"], batch.ptx["segments"]))
+    hidden, *ptx_hidden = model.together(*batches)
+    start = rollout.prompt_length
+    log_probs, entropy = log_probs_of(
         model,
-        rollout.tokens,
-        rollout.segments,
-        start=rollout.prompt_length,
+        hidden[:, start - 1 : -1],
+        rollout.tokens[:, start:],
         temperature=temperature,
         with_entropy=config.entropy_coef > 0,
     )
@@ -141,7 +145,7 @@ def policy_loss(
         )
         loss -= weighted_sum(bonus, batch.weights)
     if batch.ptx is not None:
-        ptx_log_probs, _ = next_token_log_probs(model, batch.ptx["tokens"], batch.ptx["segments"])
+        ptx_log_probs, _ = log_probs_of(model, ptx_hidden[0][:, :-1], batch.ptx["tokens"][:, 1:])
         metrics["loss/ptx"] = -weighted_sum(ptx_log_probs, batch.ptx_weights)
         loss += config.ptx_coef * metrics["loss/ptx"]
 

@@ -9,7 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rlhf_jax.losses import entropy, select_log_probs
+from rlhf_jax.models.placement import rows_per_device
 from rlhf_jax.models.transformer import Transformer
+
+# Float32 logits that a device holds at once; the backward pass takes about three times as much.
+LOGITS_BYTES = 2**29
 
 
 def next_token_log_probs(
@@ -20,7 +24,7 @@ def next_token_log_probs(
     start: int = 1,
     temperature: float = 1.0,
     with_entropy: bool = False,
-    chunk: int = 128,
+    chunk: int = 0,
 ) -> tuple[jax.Array, jax.Array | None]:
     """log π(y_t | y_<t) of the tokens from column `start` on.
 
@@ -34,7 +38,8 @@ def next_token_log_probs(
       start: First column that is predicted, at least 1. For a rollout, the prompt length P.
       temperature: Logits are divided by it; 1 is the model itself.
       with_entropy: Also return the entropy of each of these distributions, in nats.
-      chunk: Columns whose logits exist at once.
+      chunk: Columns whose logits exist at once; 0 is as many as `LOGITS_BYTES` of a device hold.
+        Devices exchange the gradient of the LM head once for each chunk.
 
     Returns:
       Log-probabilities `[B, T - start]` float32, and the entropies of the same shape or None.
@@ -56,7 +61,7 @@ def log_probs_of(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
-    chunk: int = 128,
+    chunk: int = 0,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The same from hidden states `[B, W, D]` that predict `targets [B, W]`: nothing is shifted."""
 
@@ -67,6 +72,7 @@ def log_probs_of(
         return log_probs, entropy(logits / temperature) if with_entropy else None
 
     width = targets.shape[1]
+    chunk = chunk or fitting_columns(targets.shape[0], model.config.vocab_size)
     if width <= chunk:
         return head(hidden, targets)
     count = -(-width // chunk)
@@ -81,6 +87,11 @@ def log_probs_of(
 
     results = jax.lax.map(lambda pair: head(*pair), (split(hidden), split(targets)))
     return jax.tree.map(join, results)
+
+
+def fitting_columns(rows: int, vocab_size: int) -> int:
+    """How many columns of logits for `rows` sequences a device makes at once, at least 1."""
+    return max(1, LOGITS_BYTES // (4 * rows_per_device(rows) * vocab_size))
 
 
 class ScalarModel(nnx.Module):
