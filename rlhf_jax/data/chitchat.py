@@ -13,7 +13,7 @@ from rlhf_jax.data.splits import check_split, clean_text, normalise, split_of
 from rlhf_jax.data.types import DropCounts, Message, Row
 
 
-def chitchat_rows(split: str, *, max_turns: int = 16, drops: DropCounts | None = None) -> list[Row]:
+def chitchat_rows(split: str, *, max_turns: int = 8, drops: DropCounts | None = None) -> list[Row]:
     """Returns {"messages"} rows: consecutive windows of the conversations.
 
     Who speaks first is the user, who answers is the assistant. A conversation is in one split as a
@@ -21,7 +21,7 @@ def chitchat_rows(split: str, *, max_turns: int = 16, drops: DropCounts | None =
 
     Args:
         split: "train", "validation", "test" or "all".
-        max_turns: even; the most turns of a window.
+        max_turns: even; the most turns of a window (eight are about 200 tokens).
         drops: counts conversations that nobody answered (3,150), last turns that nobody answered,
             and repeated windows.
 

@@ -20,14 +20,7 @@ import numpy as np
 
 from rlhf_jax.data.templates import check_messages, leading_bos, render_pieces
 from rlhf_jax.data.tokenizer import encode_piece
-from rlhf_jax.data.types import (
-    DropCounts,
-    Encoded,
-    EncodedPair,
-    EncodedPrompt,
-    Message,
-    Row,
-)
+from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair, EncodedPrompt, Message, Row
 
 Segments = list[tuple[list[int], bool]]  # Ids of a piece, and whether it is trained.
 
@@ -207,16 +200,27 @@ def _fit(
         excess = sum(len(ids) for ids, _ in segments) - max_length
         if excess <= 0:
             return kept, segments
-        kept = _without_oldest_turn(kept) or _shorter_question(kept, excess, tokenizer)
+        kept = _later_turns(kept, segments, excess) or _shorter_question(kept, excess, tokenizer)
     return None
 
 
-def _without_oldest_turn(messages: list[Message]) -> list[Message] | None:
-    """Drops what comes before the second question, the system message excepted."""
+def _later_turns(messages: list[Message], segments: Segments, excess: int) -> list[Message] | None:
+    """Drops the oldest turns, the system message excepted; None if one turn is left.
+
+    Drops those that must go by any count: with its answers a turn takes at most the tokens up to
+    the end of the next question. The caller looks whether that was enough.
+    """
     system = messages[:1] if messages[0]["role"] == "system" else []
     rest = messages[len(system) :]
-    questions = [n for n, message in enumerate(rest) if message["role"] == "user" and n]
-    return system + rest[questions[0] :] if questions else None
+    starts = [n for n, message in enumerate(rest) if message["role"] == "user" and n]
+    if not starts:
+        return None
+    sizes = np.cumsum([len(ids) for ids, _ in segments])
+    ends = [0, *(number for number, (_, trained) in enumerate(segments) if trained)]
+    answers = np.cumsum([message["role"] == "assistant" for message in rest])
+    most = [sizes[min(ends[answers[start - 1]] + 1, len(sizes) - 1)] for start in starts]
+    enough = (start for start, size in zip(starts, most, strict=True) if size >= excess)
+    return system + rest[next(enough, starts[-1]) :]
 
 
 def _shorter_question(messages: list[Message], excess: int, tokenizer: Any) -> list[Message] | None:

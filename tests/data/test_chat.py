@@ -137,6 +137,25 @@ def test_long_conversations_lose_the_oldest_turn_and_keep_the_system_message(wit
     )
 
 
+@pytest.mark.parametrize("style", ["CHATML", "HEADERS", "BRACKETS"])
+def test_no_more_turns_are_dropped_than_must(with_template, style):
+    tokenizer = with_template(getattr(templates, style))
+    sizes = [3, 40, 1, 9, 22, 5]
+    turns = [
+        [
+            {"role": "user", "content": f"q{n} " + "a " * size},
+            {"role": "assistant", "content": f"r{n}"},
+        ]
+        for n, size in enumerate(sizes)
+    ]
+    suffixes = [[m for turn in turns[n:] for m in turn] for n in range(len(turns))]
+    lengths = [len(chat.encode_messages(some, tokenizer, 999).tokens) for some in suffixes]
+    for limit in range(lengths[-1], lengths[0] + 1):
+        best = next(n for n, length in enumerate(lengths) if length <= limit)
+        found = tokenizer.decode(chat.encode_messages(suffixes[0], tokenizer, limit).tokens)
+        assert [n for n in range(len(turns)) if f"q{n}" in found] == list(range(best, len(turns)))
+
+
 def test_last_question_loses_its_beginning_next(with_template):
     tokenizer = with_template(templates.CHATML)
     messages = [TALK[0], {"role": "user", "content": "a b c d e f g h"}, TALK[4]]
