@@ -1,4 +1,4 @@
-"""Properties over drawn shapes, masks and numbers. Shapes come from few sizes: each one compiles."""
+"""Properties over drawn masks and numbers. Shapes come from few sizes: each one compiles."""
 
 import hypothesis.strategies as st
 import jax
