@@ -52,8 +52,8 @@ def vocabulary() -> dict:
     return {
         "model": "gpt2",
         "pre": "smollm",
-        "tokens": special + tokens[3:],
-        "token_type": [3, 3, 3] + [1] * len(tokens[3:]),
+        "tokens": [*special, *tokens[3:], "<repo_name>", "<think>"],
+        "token_type": [3, 3, 3] + [1] * len(tokens[3:]) + [3, 4],
         "merges": [" ".join(merge) for merge in trained["model"]["merges"]],
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -324,17 +324,31 @@ def metadata(**changes) -> dict:
     return values | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
 
 
+def cuts(tokenizer, text: str) -> list[str]:
+    """The pieces within which tokens are merged."""
+    return [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
 def test_the_smollm_tokenizer_cuts_as_the_one_it_came_from():
-    """Digits one by one, then bytes: the same as the trained tokenizer but for three names."""
+    """Digits one by one, then bytes: the same as the trained tokenizer but for some names."""
     source = train_bpe(TEXTS * 5, 320)
     tokenizer = tokenizer_from_metadata(metadata(), "file")
     for text in TEXTS[:3]:
+        assert cuts(tokenizer, text) == cuts(source, text)
         ids = source.encode(text, add_special_tokens=False)
         assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
     ids = tokenizer.encode(TEXTS[3])
     assert (ids[0], ids[-2]) == (1, 2) and tokenizer.decode(ids) == TEXTS[3]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "user\nHi 42\n"
     assert tokenizer.all_special_ids == [1, 2, 0]
+
+
+def test_control_tokens_are_special_and_user_defined_ones_are_not():
+    tokenizer = tokenizer_from_metadata(metadata(), "file")
+    ids = tokenizer.encode("Hi<repo_name>Hi<think>")
+    size = len(vocabulary()["tokens"])
+    assert [i for i in ids if i >= size - 2] == [size - 2, size - 1]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "HiHi<think>"
 
 
 def test_pad_is_not_the_end_of_sequence():
@@ -364,6 +378,7 @@ def test_the_cuts_of_llama3_and_qwen2_are_those_of_transformers():
     decomposed = "cafe\u0301"  # which Qwen composes and Llama leaves
     for text in [*TEXTS[:3], decomposed, "x  y\n\n  z", "12345", "a.b'LL"]:
         assert ours.encode(text) == qwen.encode(text)
+        assert cuts(ours, text) == cuts(qwen, text)
         assert llama.decode(llama.encode(text)) == text
     assert ours.decode(ours.encode(decomposed)) == "café"
 
@@ -404,11 +419,12 @@ def test_sentence_piece_merges_by_score():
     tokenizer = tokenizer_from_metadata(
         {f"tokenizer.ggml.{key}": value for key, value in words.items()}, "file"
     )
-    for text in ("the sea and the inn", "theand sea", "seathe", "tththe hehe anand"):
+    for text in ("the sea and the inn", "theand sea", "seathe", "tththe hea heas"):
         ids = tokenizer.encode(text)
         assert ids[0] == 1  # BOS is put first unless the file says otherwise
         assert tokenizer.convert_ids_to_tokens(ids[1:]) == join_by_score(text, words)
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert join_by_score("hea", words)[-2:] == ["he", "a"]  # "he" before "ea", as it scores better
     # What is not in the vocabulary falls back to its bytes.
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("é"))[2:] == ["<0xC3>", "<0xA9>"]
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
