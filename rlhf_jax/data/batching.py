@@ -71,8 +71,8 @@ class PackedBatches(Batches):
         return spread(shuffled, self._shape.rows)
 
     def _collate(self, item: list[list[int]]) -> Arrays:
-        rows = [[self._encoded[i] for i in row] for row in item]
-        rows += [[]] * (self._shape.rows - len(rows))
+        filler: list[list[int]] = [[]] * (self._shape.rows - len(item))
+        rows = [[self._encoded[i] for i in row] for row in self._mine(item + filler)]
         return lay_out(rows, self._shape.length, pad_id=self._pad_id)
 
 
@@ -148,9 +148,11 @@ class PairBatches(Batches):
     def _collate(self, item: tuple[int, list[int]]) -> Arrays:
         bucket, members = item
         shape = self._shapes[bucket]
-        batch = pad_pairs([self._pairs[i] for i in members], shape, self._pad_id)
-        filler = [0] * (shape.rows - len(members))
-        return batch | {"index": np.array(members + filler, dtype=np.int32)}
+        filler = [-1] * (shape.rows - len(members))
+        mine = self._mine(members + filler)
+        shape = Shape(len(mine), shape.length)
+        batch = pad_pairs([self._pairs[i] for i in mine if i >= 0], shape, self._pad_id)
+        return batch | {"index": np.array([max(i, 0) for i in mine], dtype=np.int32)}
 
 
 class PromptBatches(Batches):
@@ -210,7 +212,7 @@ class PromptBatches(Batches):
 
     def _collate(self, item: tuple[int, list[int]]) -> Arrays:
         bucket, members = item
-        chosen = [self._prompts[i] for i in members]
+        chosen = [self._prompts[i] for i in self._mine(members)]
         return pad_prompts(chosen, self._shapes[bucket].length, pad_id=self._pad_id)
 
 

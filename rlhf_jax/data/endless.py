@@ -6,8 +6,8 @@ An epoch's batches are a function of (seed, epoch) alone, so the position is two
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -30,6 +30,7 @@ class Batches(abc.ABC):
         self._size, self._seed = size, seed
         self._epoch, self._step = 0, 0
         self._planned: tuple[int, list[Any]] | None = None
+        self._share: Callable[[int], slice] | None = None
 
     def __iter__(self) -> Batches:
         return self
@@ -41,6 +42,22 @@ class Batches(abc.ABC):
         if self._step == len(plan):
             self._epoch, self._step = self._epoch + 1, 0
         return batch
+
+    def share(self, rows: Callable[[int], slice]) -> Self:
+        """Reads only some rows of every batch from now on: the part of one process of several.
+
+        The plan of an epoch, and so the position, is that of whole batches: a run may resume with
+        another number of processes.
+
+        Args:
+            rows: From the rows of a batch to those of this process; `Sharding.local_rows`.
+        """
+        self._share = rows
+        return self
+
+    def _mine(self, rows: list[Any]) -> list[Any]:
+        """The rows of a whole batch that this process reads."""
+        return rows if self._share is None else rows[self._share(len(rows))]
 
     def once(self) -> Iterator[Arrays]:
         """Goes once through the first epoch, for evaluation; the position stays where it is."""

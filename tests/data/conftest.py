@@ -15,6 +15,14 @@ TEXTS = [
     "I like the sea. It is wide, and the people are kind!",
 ] * 3
 
+TALK = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "what do you think?"},
+    {"role": "assistant", "content": "I like the sea."},
+    {"role": "user", "content": "and the people"},
+    {"role": "assistant", "content": "they are kind!"},
+]
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -94,3 +102,15 @@ def make_tar(files: dict[str, str]) -> bytes:
             info.size = len(content.encode())
             tar.addfile(info, io.BytesIO(content.encode()))
     return buffer.getvalue()
+
+
+def stretches(encoded, tokenizer, trained=True):
+    """Decodes the stretches of a document that are trained."""
+    found, current = [], []
+    for token, flag in zip(*encoded, strict=True):
+        if flag == trained:
+            current.append(int(token))
+        elif current:
+            found.append(tokenizer.decode(current))
+            current = []
+    return [*found, tokenizer.decode(current)] if current else found

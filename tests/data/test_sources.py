@@ -258,3 +258,13 @@ def test_harm_pairs_of_a_prompt_are_capped(harm_file):
     pairs = harm.harm_pairs("all", num_pairs=100, max_per_prompt=5, seed=0)
     assert len(pairs) == 5
     assert all(row["margin"] >= 0.25 for row in pairs)
+
+
+def test_archives_have_the_documented_rows():
+    drops = DropCounts()
+    rows = load_rows("sft", "chitchat", "all", drops=drops)
+    # 3,150 conversations with one speaker, and one whose second speaker sent no word.
+    assert drops["nobody answered"] == 3_151
+    words = sum(len(m["content"].split()) for row in rows for m in row["messages"])
+    assert 2_300_000 < words < 2_400_000
+    assert len(load_rows("prompt", "pyrit", "all", allow_harmful=True)) == 390

@@ -1,0 +1,101 @@
+"""Loss masks of several styles of chat template."""
+
+import numpy as np
+import pytest
+
+from rlhf_jax.data import chat
+from tests.data import conftest as templates
+from tests.data.conftest import TALK, stretches
+
+ANSWERS = ["I like the sea.", "they are kind!"]
+
+
+@pytest.fixture(params=["plain", "chatml", "no_switch", "headers", "brackets", "thinking"])
+def family(request, plain, with_template):
+    """(tokenizer, stop token, what the template writes before an answer, messages)."""
+    if request.param == "plain":
+        return plain, "<eos>", "", TALK
+    style = {
+        "chatml": (templates.CHATML, "<|im_end|>", "", TALK),
+        "no_switch": (templates.CHATML_NO_SWITCH, "<|im_end|>", "", TALK),
+        "headers": (templates.HEADERS, "<|eot|>", "", TALK),
+        "brackets": (templates.BRACKETS, "<eos>", " ", TALK[1:]),
+        "thinking": (templates.THINKING, "<|im_end|>", "", TALK),
+    }[request.param]
+    return with_template(style[0]), *style[1:]
+
+
+def test_every_turn_of_the_assistant_is_trained_with_its_stop_token(family):
+    tokenizer, stop, before, messages = family
+    encoded = chat.encode_messages(messages, tokenizer, 500)
+    assert encoded.tokens.dtype == np.int32
+    assert encoded.loss_mask.dtype == bool
+    assert stretches(encoded, tokenizer) == [before + answer + stop for answer in ANSWERS]
+    read = "".join(stretches(encoded, tokenizer, trained=False))
+    assert "what do you think?" in read
+    assert "and the people" in read
+
+
+def test_document_is_the_rendered_template_up_to_the_last_stop_token(family):
+    tokenizer, stop, _, messages = family
+    encoded = chat.encode_messages(messages, tokenizer, 500)
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(encoded.tokens) == rendered[: rendered.rindex(stop) + len(stop)]
+
+
+def test_prompt_is_a_prefix_of_the_whole_and_opens_the_turn(family):
+    tokenizer, _, _, messages = family
+    encoded = chat.encode_messages(messages, tokenizer, 500)
+    starts = np.flatnonzero(encoded.loss_mask & ~np.append(False, encoded.loss_mask[:-1]))
+    for turn, start in zip((-3, -1), starts, strict=True):
+        prompt = chat.encode_prompt(messages[:turn], tokenizer, 500)
+        assert prompt.tolist() == encoded.tokens[:start].tolist()
+
+
+def test_stop_tokens_are_those_of_the_template_and_eos(family, with_template):
+    tokenizer, stop, _, _ = family
+    stops = chat.stop_tokens(tokenizer)
+    assert stops[0] == tokenizer.convert_tokens_to_ids(stop)
+    assert tokenizer.eos_token_id in stops
+
+
+def test_thoughts_that_a_template_drops_from_earlier_turns(with_template):
+    tokenizer = with_template(templates.THINKING)
+    messages = [dict(message) for message in TALK]
+    messages[2]["content"] = "hm</think>I like the sea."
+    messages[4]["content"] = "well</think>they are kind!"
+    encoded = chat.encode_messages(messages, tokenizer, 500)
+    assert stretches(encoded, tokenizer) == [
+        "I like the sea.<|im_end|>",
+        "well</think>they are kind!<|im_end|>",
+    ]
+
+
+def test_template_that_never_stops_is_refused(with_template):
+    tokenizer = with_template(templates.NEVER_STOPS)
+    with pytest.raises(ValueError, match="stop token would be outside the loss mask"):
+        chat.encode_messages(TALK, tokenizer, 500)
+
+
+def test_template_that_stops_only_at_the_end_is_refused(with_template):
+    only_last = "{% if loop.last %}{{ eos_token }}{% endif %}"
+    template = templates.BRACKETS.replace("+ eos_token }}", "}}" + only_last)
+    tokenizer = with_template(template)
+    assert stretches(chat.encode_messages(TALK[1:3], tokenizer, 500), tokenizer) == [
+        " I like the sea.<eos>"
+    ]
+    with pytest.raises(ValueError, match="without its stop token '<eos>'"):
+        chat.encode_messages(TALK[1:], tokenizer, 500)
+
+
+def test_template_that_refuses_a_role_is_one_line(with_template):
+    tokenizer = with_template(templates.BRACKETS)
+    with pytest.raises(ValueError, match=r"refuses the roles \[system.*only user and assistant"):
+        chat.encode_messages(TALK, tokenizer, 500)
+
+
+def test_changed_template_is_noticed(with_template):
+    tokenizer = with_template(templates.CHATML)
+    first = chat.stop_tokens(tokenizer)
+    tokenizer.chat_template = templates.HEADERS
+    assert chat.stop_tokens(tokenizer) != first
