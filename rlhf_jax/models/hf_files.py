@@ -141,7 +141,10 @@ def write_tensors(
 
     def flush() -> None:
         file = folder / f"part-{len(parts)}.safetensors"
+        file.touch()
+        mode = file.stat().st_mode
         save_file(pending, file, metadata={"format": "pt"})
+        file.chmod(mode)  # safetensors leaves it to the owner alone
         parts.append((file, list(pending)))
         pending.clear()
 

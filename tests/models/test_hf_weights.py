@@ -110,6 +110,11 @@ def test_kernels_are_transposed_and_numbered_on_file(saved):
     assert len(tensors) == 2 + 3 * 9
 
 
+def test_weights_may_be_read_by_whoever_may_read_the_config(saved):
+    modes = {file.name: file.stat().st_mode for file in saved.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_large_models_are_split_with_an_index(tmp_path):
     model = random_model(tie_embeddings=False)
     save_model(model, tmp_path / "model", max_shard_bytes=6000)
