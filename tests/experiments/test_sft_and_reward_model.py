@@ -17,6 +17,13 @@ from rlhf_jax.models import hf_weights
 from rlhf_jax.models.heads import next_token_log_probs
 
 
+def padded(tokens: np.ndarray, length: int = 96) -> tuple[jax.Array, jax.Array]:
+    """One document as `[1, length]` tokens and mask: one compiled program for all lengths."""
+    row = np.zeros((1, length), np.int32)
+    row[0, : len(tokens)] = tokens
+    return jnp.asarray(row), jnp.asarray(np.arange(length)[None] < len(tokens), jnp.int32)
+
+
 def test_sft_learns_and_saves_what_it_evaluated(chain):
     log = read_metrics(chain.sft.parent)
     perplexity = log["eval/perplexity"][~np.isnan(log["eval/perplexity"])]
@@ -24,11 +31,12 @@ def test_sft_learns_and_saves_what_it_evaluated(chain):
     config = sft_configs.get_config("tiny")
     tokenizer = load_tokenizer(chain.sft)
     model = hf_weights.load_model(chain.sft)
+    distributions = jax.jit(
+        lambda tokens, mask: jax.nn.log_softmax(model.logits(model(tokens, mask)))
+    )
     nll = count = 0.0
     for document in data.sft_documents(config, tokenizer, "validation"):
-        tokens = jnp.asarray(document.tokens)[None]
-        logits = model.logits(model(tokens, jnp.ones_like(tokens)))[0]
-        table = jax.nn.log_softmax(logits)
+        table = np.asarray(distributions(*padded(document.tokens)))[0]
         for t in np.flatnonzero(document.loss_mask):
             nll -= float(table[t - 1, document.tokens[t]])
             count += 1
@@ -55,9 +63,10 @@ def test_reward_model_is_normalised_on_its_references(chain):
     config.data.update(chain.reward_data)
     tokenizer = load_tokenizer(chain.reward_model)
     model = hf_weights.load_scalar_model(chain.reward_model)
+    score = jax.jit(model.scores)
     scores = [
-        float(model.scores(jnp.asarray(d.tokens)[None], jnp.ones((1, len(d.tokens)), jnp.int32))[0])
-        for d in data.reference_documents(config, tokenizer)
+        float(score(*padded(document.tokens))[0])
+        for document in data.reference_documents(config, tokenizer)
     ]
     np.testing.assert_allclose([np.mean(scores), np.std(scores)], [0, 1], atol=1e-3)
 
