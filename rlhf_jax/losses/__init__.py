@@ -31,6 +31,7 @@ from rlhf_jax.losses.kl import (
     adaptive_penalty_coef,
     kl_divergence,
     kl_estimate,
+    old_policy_kl,
 )
 from rlhf_jax.losses.log_probs import (
     entropy,
@@ -138,6 +139,7 @@ __all__ = [
     "merge_moments",
     "normalize_advantages",
     "normalize_rewards",
+    "old_policy_kl",
     "orpo_loss",
     "outcome_loss",
     "pairwise_ranking_loss",

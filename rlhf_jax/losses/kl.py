@@ -44,6 +44,37 @@ def kl_estimate(log_probs: jax.Array, ref_log_probs: jax.Array, *, estimator: st
     return jnp.expm1(-log_ratio) + log_ratio
 
 
+def old_policy_kl(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
+    """Per-token estimate of KL(π_old ‖ π_θ) on tokens drawn from π_old: PPO-penalty's distance.
+
+        ρ − 1 − log ρ,   ρ = π_θ / π_old
+
+    This is k3 of the old policy against the new, but differentiated in the second: its gradient
+    is that of the exact KL in expectation, (ρ − 1) ∇log π_θ, and 0 at ρ = 1. `kl_estimate` is for
+    the other case, where the sampled policy is the one that learns.
+
+    Source: Schulman, "Approximating KL Divergence" (2020); Schulman et al. 2017 (arXiv
+    1707.06347), eq 8.
+
+    Args:
+      log_probs: log π_θ, [...] float, differentiated.
+      old_log_probs: log π_old, same shape, constant. The tokens must come from this policy.
+
+    Returns:
+      [...], unreduced, never negative.
+
+    Raises:
+      AssertionError: shapes differ, or a type is not float.
+
+    >>> print(old_policy_kl(jnp.log(jnp.array([1.0])), jnp.log(jnp.array([0.5]))).round(3))
+    [0.307]
+    """
+    chex.assert_equal_shape([log_probs, old_log_probs])
+    chex.assert_type([log_probs, old_log_probs], float)
+    log_ratio = log_probs - jax.lax.stop_gradient(old_log_probs)
+    return jnp.expm1(log_ratio) - log_ratio
+
+
 def kl_divergence(logits_p: jax.Array, logits_q: jax.Array) -> jax.Array:
     """KL between two next-token distributions, exact over the vocabulary.
 

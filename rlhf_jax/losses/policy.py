@@ -123,7 +123,7 @@ def ppo_penalty_loss(
       old_log_probs: log π_old, same shape, constant.
       advantages: A, same shape, constant.
       kl: KL(π_old ‖ π_θ) at each token, same shape, differentiated: `kl_divergence(old, new)` of
-        logits, or expm1(log ρ) − log ρ from sampled tokens.
+        logits, or `old_policy_kl` of the sampled tokens.
       kl_coef: β.
 
     Returns:

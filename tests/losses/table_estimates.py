@@ -29,6 +29,7 @@ def _tokens() -> list[Case]:
     targets = {"logits": "real:TV", "targets": "token:T"}
     both = {"logits_p": "real:V", "logits_q": "real:V"}
     two = {"log_probs": "log_prob:T", "ref_log_probs": "log_prob:T"}
+    ratio = {"log_probs": "log_prob:T", "old_log_probs": "log_prob:T"}
     coef = {"coef": "positive:-", "kl": "positive:-"}
     t = tokens
     return [
@@ -74,6 +75,7 @@ def _tokens() -> list[Case]:
             Case("kl_estimate", two, t.kl_estimate, {"estimator": k}, "element", lp_diff)
             for k in ("k1", "k2", "k3")
         ),
+        Case("old_policy_kl", ratio, t.old_policy_kl, {}, "element", lp_diff),
         Case("kl_divergence", both, t.kl_divergence, {}, "row", ("logits_p", "logits_q")),
         Case(
             "adaptive_kl_coef",

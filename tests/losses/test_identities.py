@@ -134,14 +134,26 @@ def test_every_ppo_gradient_at_ratio_1_is_the_policy_gradient(name):
             return losses.ppo_clip_loss(log_probs, OLD, advantages, clip_eps=0.2).sum()
         if name == "surrogate":
             return -losses.trpo_surrogate(log_probs, OLD, advantages).sum()
-        log_ratio = log_probs - OLD
-        kl = jnp.expm1(log_ratio) - log_ratio
+        kl = losses.old_policy_kl(log_probs, OLD)
         return losses.ppo_penalty_loss(log_probs, OLD, advantages, kl, kl_coef=5.0).sum()
 
     def policy_gradient(log_probs):
         return losses.policy_gradient_loss(log_probs, advantages).sum()
 
     close(jax.grad(objective)(OLD), jax.grad(policy_gradient)(OLD))
+
+
+def test_the_sampled_kl_to_the_old_policy_has_the_gradient_of_the_exact_one():
+    new, old = (jax.nn.log_softmax(jnp.asarray(RNG.normal(size=7), jnp.float32)) for _ in range(2))
+
+    def sampled(logits):  # every token of the vocabulary, as often as the old policy draws it
+        return jnp.sum(jnp.exp(old) * losses.old_policy_kl(jax.nn.log_softmax(logits), old))
+
+    def exact(logits):
+        return losses.kl_divergence(old, logits)
+
+    close(sampled(new), exact(new))
+    close(jax.grad(sampled)(new), jax.grad(exact)(new))
 
 
 def test_penalty_without_a_penalty_is_the_surrogate_and_so_is_clip_without_a_clip():

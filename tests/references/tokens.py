@@ -81,6 +81,11 @@ def kl_estimate(log_probs, ref_log_probs, estimator):
     return {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[estimator]
 
 
+def old_policy_kl(log_probs, old_log_probs):
+    ratio = math.exp(log_probs) / math.exp(old_log_probs)
+    return ratio - 1 - math.log(ratio)
+
+
 def kl_divergence(logits_p, logits_q):
     p, q = log_softmax(logits_p), log_softmax(logits_q)
     return sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
