@@ -60,7 +60,7 @@ def adapt(state: PPOState, config: ConfigDict, statistics: dict, approx_kl: Any)
             steps=rollout_batch(config),
         )
         state = state.replace(kl_coef=coef)
-    if config.penalty.target:
+    if config.penalty.target and approx_kl is not None:  # None while the critic trains alone
         coef = losses.adaptive_penalty_coef(
             state.penalty_coef, approx_kl, target=config.penalty.target
         )
