@@ -47,10 +47,12 @@ def _task(scale: str) -> ConfigDict:
 
 def _quickstart() -> ConfigDict:
     config = _task("quickstart")
+    # One epoch: every pair costs a forward pass of the reference, whether it is used or not.
+    config.data.pairs = 6_800
     config.dpo = ConfigDict({"objective": "dpo", "beta": 0.1, "label_smoothing": 0.0})
     # A step takes as many pairs as fit into `max_tokens`, at least min_pairs, at most max_pairs.
     config.train = ConfigDict(
-        {"steps": 300, "max_tokens": 4096, "min_pairs": 8, "max_pairs": 64, "microbatches": 1}
+        {"steps": 200, "max_tokens": 4096, "min_pairs": 8, "max_pairs": 64, "microbatches": 1}
     )
     config.optimizer = ConfigDict(
         {"learning_rate": 3e-4, "schedule": "cosine", "warmup_fraction": 0.1, "b2": 0.98}
