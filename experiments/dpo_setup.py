@@ -54,7 +54,7 @@ class DPOConfig:
         if self.label_smoothing and self.objective != "dpo":
             raise ValueError(
                 f"dpo.label_smoothing={self.label_smoothing} is for dpo.objective='dpo', not "
-                f"{self.objective!r}: set it to 0"
+        """`[B]`, of chosen and rejected `[B]` under the policy and under the reference."""
             )
 
     def loss(self, *log_probs: jax.Array) -> jax.Array:
