@@ -49,7 +49,7 @@ def win_tie_lose(
 ) -> WinRate:
     """Compares two policies prompt by prompt, with a paired 95% bootstrap interval.
 
-    o_i = 1[a_i - b_i > tol] + ½ 1[|a_i - b_i| <= tol],  win rate = mean o_i
+        o_i = 1[a_i − b_i > tol] + ½ 1[|a_i − b_i| ≤ tol],  win rate = mean o_i
 
     The outcomes o_i, one a prompt, are what is resampled, so the pairing is kept.
 

@@ -90,7 +90,7 @@ def response_statistics(tokens: Any, *, where: Any, ended: Any = None) -> dict[s
 def response_perplexity(log_probs: Any, *, where: Any) -> float:
     """Perplexity of responses: exp of the mean negative log-likelihood of their tokens.
 
-    exp( -Σ_i Σ_t log π(y_it | x_i, y_i<t) / Σ_i |y_i| )
+        exp(−Σ_i Σ_t log π(y_{i,t} | x_i, y_{i,<t}) / Σ_i |y_i|)
 
     Args:
       log_probs: float [N, T].
@@ -109,7 +109,7 @@ def response_perplexity(log_probs: Any, *, where: Any) -> float:
 def moss_perplexity(log_probs: Any, *, where: Any, lengths: Any = None) -> float:
     """The quantity that Zheng et al. 2023 plot as 'perplexity'; only for laying curves over theirs.
 
-    exp( Σ_i mean_t(-log π_it) / Σ_i |y_i| )
+        exp(Σ_i mean_t(−log π_{i,t}) / Σ_i |y_i|)
 
     The mean NLL of each sequence is divided by lengths once more, so this falls towards 1 as
     responses grow, whatever the model: at a mean NLL of 2, length 100 gives e^0.02 and length 500
@@ -145,7 +145,9 @@ def sequence_kl(
 ) -> np.ndarray:
     """Estimates KL(π(·|x) ‖ π_ref(·|x)) of whole responses from samples y ~ π.
 
-    k1 = Σ_t d_t,  k3 = Σ_t (e^(-d_t) - 1 + d_t),  d_t = log π(y_t|·) - log π_ref(y_t|·)
+        d_t = log π(y_t | x, y_{<t}) − log π_ref(y_t | x, y_{<t})
+        k1 = Σ_t d_t
+        k3 = Σ_t (exp(−d_t) − 1 + d_t)
 
     k1 is unbiased for the KL of the sequences; a sample, and for a tiny KL the mean as well, can be
     negative. k3 (Schulman 2020, "Approximating KL Divergence") is never negative and has less

@@ -1,7 +1,7 @@
 """Direct preference optimisation and its variants, on log-probabilities of whole responses.
 
-Inputs are sums over response tokens (`sequence_log_prob`). The deck calls the reference π_θold: it
-is the frozen SFT policy, not the old policy of PPO.
+Inputs are sums over response tokens (`sequence_log_prob`). The deck calls the reference π_{θ_old}:
+it is the frozen SFT policy, not the old policy of PPO.
 """
 
 import chex
