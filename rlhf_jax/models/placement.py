@@ -9,13 +9,9 @@ import functools
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.sharding import tensor_spec, weight_name
-
-# Gathered weights carry this name: rematerialisation must not keep them for the backward pass.
-GATHERED = "gathered"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -24,7 +20,12 @@ def _placed(x: jax.Array, spec: P) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-_placed.defvjp(lambda x, spec: (_placed(x, spec), None), lambda spec, _, g: (g,))
+def _placed_forward(x: jax.Array, spec: P) -> tuple[jax.Array, None]:
+    # The primitive itself, not `_placed`: `all_but_gathered` must recognise it.
+    return jax.lax.with_sharding_constraint(x, spec), None
+
+
+_placed.defvjp(_placed_forward, lambda spec, _, g: (g,))
 
 
 def gathered(weights: Any, name: str = "") -> Any:
@@ -42,7 +43,7 @@ def gathered(weights: Any, name: str = "") -> Any:
 
     def leaf(path, x):
         spec = tensor_spec(weight_name(path) or name, x.shape, axes.get("tensor", 1))
-        return checkpoint_name(_placed(x, spec), GATHERED)
+        return _placed(x, spec)
 
     return jax.tree_util.tree_map_with_path(leaf, weights)
 
@@ -53,6 +54,14 @@ def by_rows(x: jax.Array) -> jax.Array:
     if not axes or x.shape[0] % axes["data"]:
         return x
     return jax.lax.with_sharding_constraint(x, P("data", *[None] * (x.ndim - 1)))
+
+
+def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for `jax.checkpoint`: keep every result but those of `gathered` and `by_rows`.
+
+    The backward pass gathers a layer's weights again; kept, they would be whole stacks of them.
+    """
+    return primitive.name != "sharding_constraint"
 
 
 def is_bound() -> bool:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from rlhf_jax.models import layers
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.placement import GATHERED, by_rows, gathered, is_bound
+from rlhf_jax.models.placement import all_but_gathered, by_rows, gathered, is_bound
 
 
 @flax.struct.dataclass
@@ -226,9 +226,8 @@ class Transformer(nnx.Module):
 def remat(layer: Callable, policy: str) -> Callable:
     """Wraps a scanned layer in rematerialisation: "none", "dots" or "full"."""
     policies = jax.checkpoint_policies
-    # "none" keeps everything but weights that were gathered for one layer.
     saveable = {
-        "none": policies.save_anything_except_these_names(GATHERED),
+        "none": all_but_gathered,
         "dots": policies.dots_with_no_batch_dims_saveable,
         "full": None,
     }[policy]
