@@ -182,12 +182,12 @@ def _add_scaled(a: Params, scale: jax.Array, b: Params) -> Params:
 
 def _dot(a: Params, b: Params) -> jax.Array:
     """Inner product over all leaves, in float32 at least."""
-    products = jax.tree.map(lambda x, y: jnp.sum((x * y).astype(_wide(x.dtype))), a, b)
+    products = jax.tree.map(lambda x, y: jnp.sum(_widen(x) * _widen(y)), a, b)
     return jax.tree.reduce(operator.add, products, jnp.float32(0))
 
 
-def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
+def _widen(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _check_ranges(damping: float, cg_iterations: int, backtracks: int, shrink: float) -> None:

@@ -104,7 +104,7 @@ def kl_divergence(logits_p: jax.Array, logits_q: jax.Array) -> jax.Array:
     log_q = jax.nn.log_softmax(logits_q.astype(wide), axis=-1)
     possible = log_p > -jnp.inf
     log_p, log_q = jnp.where(possible, log_p, 0.0), jnp.where(possible, log_q, 0.0)
-    return jnp.sum(jnp.where(possible, jnp.exp(log_p) * (log_p - log_q), 0.0), axis=-1)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)  # impossible: 1 · (0 − 0)
 
 
 def adaptive_kl_coef(

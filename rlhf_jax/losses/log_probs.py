@@ -122,9 +122,8 @@ def entropy(logits: jax.Array) -> jax.Array:
     """
     chex.assert_type(logits, float)
     log_p = jax.nn.log_softmax(_widen(logits), axis=-1)
-    possible = log_p > -jnp.inf
-    log_p = jnp.where(possible, log_p, 0.0)
-    return -jnp.sum(jnp.where(possible, jnp.exp(log_p) * log_p, 0.0), axis=-1)
+    log_p = jnp.where(log_p > -jnp.inf, log_p, 0.0)  # the term is then 1 · 0
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
 def _widen(logits: jax.Array) -> jax.Array:

@@ -40,7 +40,7 @@ class RunningMoments(NamedTuple):
     @property
     def std_or_one(self) -> jax.Array:
         """Standard deviation, or 1 where nothing has varied yet, to divide by: [] float32."""
-        return jnp.where(self.var > 0, jnp.sqrt(jnp.where(self.var > 0, self.var, 1.0)), 1.0)
+        return jnp.sqrt(jnp.where(self.var > 0, self.var, 1.0))
 
 
 def merge_moments(a: RunningMoments, b: RunningMoments) -> RunningMoments:

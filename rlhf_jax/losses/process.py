@@ -41,8 +41,7 @@ def step_label_loss(logits: jax.Array, labels: jax.Array, *, where: jax.Array) -
     chex.assert_type([logits, labels, where], [float, int, bool])
     chex.assert_equal_shape_prefix([logits, where[..., None]], where.ndim)
     log_p = jax.nn.log_softmax(jnp.where(where[..., None], logits, 0), axis=-1)
-    label = jnp.where(where, labels, 0)[..., None]
-    return masked_fill(-jnp.take_along_axis(log_p, label, axis=-1)[..., 0], where=where)
+    return masked_fill(-jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0], where=where)
 
 
 def outcome_loss(logits: jax.Array, correct: jax.Array, *, where: jax.Array) -> jax.Array:

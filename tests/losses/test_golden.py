@@ -22,8 +22,11 @@ def test_masked_mean_divides_by_the_real_tokens_not_by_the_array():
 
 
 def test_masked_mean_counts_beyond_256_in_bfloat16():
-    x = jnp.ones(1000, jnp.bfloat16)
-    close(losses.masked_mean(x, where=jnp.ones(1000, bool)).astype(jnp.float32), 1.0)
+    # 257 and 257 · (1 + 1/128) = 259.008 would be rounded to 256 and 260 and give 1 + 2/128.
+    x = jnp.full(257, 1 + 1 / 128, jnp.bfloat16)
+    found = losses.masked_mean(x, where=jnp.ones(257, bool))
+    assert found.dtype == jnp.bfloat16
+    close(found.astype(jnp.float32), 1 + 1 / 128)
 
 
 def test_whiten():
@@ -133,6 +136,14 @@ def test_ppo_diagnostics_see_both_sides_of_the_clip():
     close(found["policy/ratio_min"], 0.5)
     # k3: (0.5 − ln 1.5 − 0.5 − ln 0.5 + 0.1 − ln 1.1) / 3 = (0.0945 + 0.1931 + 0.0047) / 3
     close(found["policy/approx_kl"], 0.0974573, 1e-5)
+
+
+def test_ratio_extremes_are_those_of_real_tokens():
+    where = jnp.array([True, True, False])
+    for ratio in (jnp.array([0.5, 0.25, 1.0]), jnp.array([2.0, 4.0, 1.0])):  # padding has ratio 1
+        found = losses.ppo_diagnostics(jnp.log(ratio), jnp.zeros(3), clip_eps=0.2, where=where)
+        close(found["policy/ratio_max"], ratio[:2].max())
+        close(found["policy/ratio_min"], ratio[:2].min())
 
 
 def test_clipped_value_loss():

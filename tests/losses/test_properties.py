@@ -152,12 +152,15 @@ def test_last_token_is_the_last_real_one(drawn):
 
 def test_absent_candidates_change_nothing():
     rng = np.random.default_rng(2)
-    log_probs, scores = -rng.uniform(0.1, 2, (4, 3)), np.array([3.0, 2.0, 1.0, 0.5])
+    log_probs = -rng.uniform(0.1, 2, (4, 3))
     where = np.ones((4, 3), bool)
     where[2:] = False
-    arrays = jnp.asarray(log_probs, jnp.float32), jnp.asarray(scores, jnp.float32)
-    for name, weights in (("rrhf_loss", {"rank_weight": 1.0}), ("pro_loss", {"sft_weight": 0.1})):
+    for name, scores, weights in (
+        ("rrhf_loss", [3.0, 2.0, 9.0, 0.5], {"rank_weight": 1.0}),  # the best score is of no one
+        ("pro_loss", [3.0, 2.0, 1.0, 0.5], {"sft_weight": 0.1}),
+    ):
         loss = getattr(losses, name)
+        arrays = jnp.asarray(log_probs, jnp.float32), jnp.asarray(scores)
         all_four = loss(*arrays, where=jnp.asarray(where), **weights)
         first_two = loss(*(x[:2] for x in arrays), where=jnp.asarray(where[:2]), **weights)
         np.testing.assert_allclose(all_four, first_two, rtol=1e-6)

@@ -31,9 +31,12 @@ def test_natural_gradient_of_a_quadratic_bound():
 
 
 def test_damping_shortens_the_step():
-    free, _ = trust_region_step(jnp.zeros(2), linear, quadratic, max_kl=0.01, damping=0.0)
+    # x = (F + 5)⁻¹ g for F + 5 = [[9, 1], [1, 7]]: (4, 26)/62; the bound is taken with F + 5 too.
+    direction = np.array([4.0, 26.0]) / 62
+    length = np.sqrt(2 * 0.01 / (direction @ np.asarray(SLOPE)))
     damped, _ = trust_region_step(jnp.zeros(2), linear, quadratic, max_kl=0.01, damping=5.0)
-    assert quadratic(damped) < 0.9 * quadratic(free)
+    np.testing.assert_allclose(damped, length * direction, rtol=1e-4)
+    assert quadratic(damped) < 0.9 * 0.01
 
 
 def test_backtracks_until_the_bound_holds():
