@@ -42,9 +42,12 @@ python_maximum_signature_line_length = 120
 # Dashes only: quotes and [..., T] stay as they are typed.
 smartquotes_action = "D"
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
 napoleon_use_rtype = False
-napoleon_custom_sections = [("Fields", "params_style"), ("Raises (when traced)", "Raises")]
+napoleon_custom_sections = [
+    ("Attributes", "params_style"),
+    ("Fields", "params_style"),
+    ("Raises (when traced)", "Raises"),
+]
 
 # Notebooks are shown with the outputs that they were committed with; tests run them.
 nb_execution_mode = "off"

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from docutils import nodes
 from equations import EquationError, block_to_latex, to_latex
 from sphinx.application import Sphinx
 from sphinx.util import logging
+from sphinx.util.inspect import stringify_signature
 from sphinx.util.nodes import make_refnode
 
 logger = logging.getLogger(__name__)
@@ -113,6 +115,18 @@ def _mark(match: re.Match[str]) -> str:
     return f"`{code}`" if _NAME.fullmatch(code) else f"``{code}``"
 
 
+def constructor(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
+) -> tuple[str, str] | None:
+    """The arguments of `__init__`, where a metaclass hides them behind *args and **kwargs."""
+    del app, name, options
+    if what != "class" or not (signature or "").startswith("(*args"):
+        return None
+    hidden = inspect.signature(obj.__init__)
+    shown = hidden.replace(parameters=list(hidden.parameters.values())[1:])
+    return stringify_signature(shown, unqualified_typehints=True), returns
+
+
 def skip(
     app: Sphinx, what: str, name: str, obj: Any, is_skipped: bool, options: Any
 ) -> bool | None:
@@ -146,6 +160,7 @@ def resolve(app: Sphinx, env: Any, node: Any, content: nodes.Node) -> nodes.Node
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connects the functions above."""
     app.connect("autodoc-process-docstring", process, priority=400)
+    app.connect("autodoc-process-signature", constructor)
     app.connect("autodoc-skip-member", skip)
     app.connect("missing-reference", resolve)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
