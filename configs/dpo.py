@@ -14,6 +14,7 @@ Variants:
   hinge                   pairs that are right by 1 are left alone (Liu et al. 2023)
   label_smoothing         one label in ten is thought to be flipped (Mitchell 2023)
   beta_0.05, beta_0.5     a weaker and a stronger pull to the reference
+  sft                     with -0.01 log pi(chosen), the other term of the deck's L_total
 
 Pairs are the reward model's and prompts are PPO-max's: both are read from their configs, so that
 the methods can be compared.
@@ -37,6 +38,8 @@ def _task(scale: str) -> ConfigDict:
     config.model = pairs.model
     shared = ("source", "domains", "limit", "max_length", "min_gap", "pairs", "eval_pairs")
     config.data = ConfigDict({name: pairs.data[name] for name in shared})
+    # For the curves; `eval_pairs` of the test split are for the report.
+    config.data.validation_pairs = pairs.data.eval_pairs
     config.data.prompt_buckets = prompts.data.prompt_buckets
     config.sampling = prompts.sampling
     # The same prompts in the same batches get the same keys, and so the same SFT responses.
@@ -48,14 +51,15 @@ def _task(scale: str) -> ConfigDict:
 def _quickstart() -> ConfigDict:
     config = _task("quickstart")
     # One epoch: every pair costs a forward pass of the reference, whether it is used or not.
-    config.data.pairs = 6_800
+    config.data.update(pairs=5_000, validation_pairs=500)
     config.dpo = ConfigDict({"objective": "dpo", "beta": 0.1, "label_smoothing": 0.0})
+    config.dpo.sft_coef = 0.0
     # A step takes as many pairs as fit into `max_tokens`, at least min_pairs, at most max_pairs.
     config.train = ConfigDict(
-        {"steps": 200, "max_tokens": 4096, "min_pairs": 8, "max_pairs": 64, "microbatches": 1}
+        {"steps": 150, "max_tokens": 4096, "min_pairs": 8, "max_pairs": 64, "microbatches": 1}
     )
     config.optimizer = ConfigDict(
-        {"learning_rate": 3e-4, "schedule": "cosine", "warmup_fraction": 0.1, "b2": 0.98}
+        {"learning_rate": 5e-4, "schedule": "cosine", "warmup_fraction": 0.1, "b2": 0.98}
     )
     config.optimizer.max_grad_norm = 1.0
     config.eval.every = 50
@@ -67,7 +71,7 @@ def _tiny() -> ConfigDict:
     task = _task("tiny")
     for group in ("inputs", "data", "sampling", "eval"):
         config[group] = task[group]
-    config.train.update(steps=6, max_tokens=1024, min_pairs=8, max_pairs=16)
+    config.train.update(steps=6, max_tokens=2048, min_pairs=8, max_pairs=16)
     config.eval.every = 3
     config.checkpoint.every = 2
     return config
@@ -104,6 +108,7 @@ VARIANTS = {
     "label_smoothing": _dpo(label_smoothing=0.1),
     "beta_0.05": _dpo(beta=0.05),
     "beta_0.5": _dpo(beta=0.5),
+    "sft": _dpo(sft_coef=0.01),
 }
 
 

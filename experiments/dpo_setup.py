@@ -33,12 +33,15 @@ class DPOConfig:
     Attributes:
       objective: One of `OBJECTIVES`.
       beta: β, the strength of the pull to the reference.
-      label_smoothing: Share of labels that are thought to be flipped; for "dpo" only.
+      label_smoothing: Share of labels that are thought to be flipped, below ½; for "dpo" only.
+      sft_coef: Weight of -log π(y⁺|x), which keeps up the likelihood of chosen responses: the
+        deck's L_total has this term and DPO's as its auxiliary one.
     """
 
     objective: str
     beta: float
     label_smoothing: float = 0.0
+    sft_coef: float = 0.0
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
@@ -47,6 +50,10 @@ class DPOConfig:
             )
         if not self.beta > 0:
             raise ValueError(f"dpo.beta={self.beta} must be positive")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(
+                f"dpo.label_smoothing={self.label_smoothing} must be at least 0 and below 0.5"
+            )
         if self.label_smoothing and self.objective != "dpo":
             raise ValueError(
                 f"dpo.label_smoothing={self.label_smoothing} is for dpo.objective='dpo', not "
@@ -71,9 +78,9 @@ class PairSet(NamedTuple):
     batches: list[dict]
 
 
-def held_out_pairs(config: ConfigDict, tokenizer, split: str, devices: int) -> PairSet:
+def held_out_pairs(config: ConfigDict, tokenizer, split: str, count: int, devices: int) -> PairSet:
     """Pairs of a split that is not trained on."""
-    pairs = data.preference_pairs(config, tokenizer, split, config.data.eval_pairs)
+    pairs = data.preference_pairs(config, tokenizer, split, count)
     return PairSet(pairs, data.all_pairs(pairs, tokenizer, config.train, devices))
 
 
