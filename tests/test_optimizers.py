@@ -63,7 +63,7 @@ def test_only_matrices_decay():
     model = tiny.scalar_model(tiny.model_config(qkv_bias=True, qk_norm=True, tie_embeddings=False))
     optimizer, _ = make_optimizer(OptimizerConfig(0.5, warmup_fraction=0.0, weight_decay=0.1), 10)
     zeros = jax.tree.map(jnp.zeros_like, model)
-    updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(model), model)
+    updates, _ = tiny.jit(optimizer.update)(zeros, optimizer.init(model), model)
     before, after = names_of(model), names_of(updates)
     decayed = {name for name, update in after.items() if np.any(update)}
     matrices = {"q", "k", "v", "o", "gate", "up", "down"}

@@ -138,7 +138,7 @@ def test_first_batch_of_equal_scores_is_finite():
         assert np.isfinite(rewards).all()
 
 
-advantages_of = jax.jit(experience.advantages, static_argnames="config")
+advantages_of = tiny.jit(experience.advantages, static_argnames="config")
 
 
 def phi(config: AdvantageConfig, fill: float = 0.0, values=VALUES):

@@ -1,0 +1,79 @@
+"""What must hold before the first update, for every way of sampling: ratio 1, KL 0; and what more
+padding must not change."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import experience, losses, ppo
+from rlhf_jax.experience import AdvantageConfig, Evaluation, Experience, RewardConfig
+from rlhf_jax.ppo import PPOConfig
+from rlhf_jax.rollout import Rollout
+from tests import tiny
+from tests.test_experience import evaluation, padded_pair
+
+CONFIG = PPOConfig(normalize_advantages=True, entropy_coef=0.1, value_clip_eps=0.2)
+
+
+def build(rollout: Rollout, result: Evaluation) -> Experience:
+    rewards, _ = experience.shape_rewards(
+        rollout,
+        result,
+        losses.RunningMoments.zeros(),
+        config=RewardConfig("normalize", clip=0.8, missing_eos_penalty=1.0),
+        discount=1.0,
+        kl_coef=0.1,
+    )
+    phi, returns = experience.advantages(
+        rewards, result.values, rollout.response_mask, config=AdvantageConfig("gae", lambda_=0.9)
+    )
+    return Experience(rollout, result, rewards, phi, returns)
+
+
+@tiny.jit
+def losses_of(model, critic, rollout, result, temperature):
+    """Losses and metrics of policy and critic on the whole rollout as one minibatch."""
+    batch = ppo.prepare((build(rollout, result), None), config=CONFIG)
+    loss, metrics = ppo.policy_loss(
+        model, batch, jnp.float32(0.0), config=CONFIG, temperature=temperature
+    )
+    value_loss, value_metrics = ppo.critic_loss(critic, batch, config=CONFIG)
+    return {"loss": loss, "value loss": value_loss} | metrics | value_metrics
+
+
+@pytest.mark.parametrize("setting", tiny.SETTINGS)
+def test_ratio_is_one_and_kl_zero(setting):
+    metrics = losses_of(
+        tiny.language_model(),
+        tiny.scalar_model(seed=8),
+        tiny.rollout(setting),
+        evaluation(setting),
+        tiny.SETTINGS[setting].policy_temperature,
+    )
+    wanted = {
+        "policy/ratio_max": 1.0,
+        "policy/ratio_min": 1.0,
+        "policy/approx_kl": 0.0,
+        "policy/clip_fraction": 0.0,
+        "critic/clip_fraction": 0.0,
+    }
+    tiny.close({name: metrics[name] for name in wanted}, wanted)
+
+
+def test_another_policy_has_another_ratio():
+    metrics = losses_of(
+        tiny.language_model(seed=1), tiny.scalar_model(seed=8), tiny.rollout(), evaluation(), 1.0
+    )
+    assert metrics["policy/ratio_max"] > 1.1 and metrics["policy/approx_kl"] > 0.01
+
+
+def test_padding_changes_no_advantage_and_no_loss():
+    narrow, wide = build(tiny.rollout(), evaluation()), build(*padded_pair())
+    for name in ("rewards", "advantages", "returns"):
+        tiny.close(getattr(wide, name)[:, : tiny.RESPONSE], getattr(narrow, name))
+        assert not np.any(getattr(wide, name)[:, tiny.RESPONSE :])
+    models = tiny.language_model(), tiny.scalar_model(seed=8)
+    tiny.close(
+        losses_of(*models, *padded_pair(), 1.0),
+        losses_of(*models, tiny.rollout(), evaluation(), 1.0),
+    )
