@@ -1,6 +1,8 @@
 """The tiny chain through the experiments' own `main`: results, invariants, resume, wrong input."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -48,6 +50,27 @@ def test_kl_to_the_reference_starts_at_zero(finished):
     # Iterations 0 and 1 sample from the SFT policy: the critic trains alone in iteration 0.
     np.testing.assert_allclose(log["policy/kl_ref"][:2], 0, atol=1e-5)
     assert abs(log["policy/kl_ref_sequence"][2]) > 1e-6
+
+
+def test_same_numbers_also_after_a_stop(chain, finished, tmp_path, monkeypatch):
+    calls = []
+    original = harness.Run.log
+
+    def stop_in_the_middle(self, step, metrics):
+        original(self, step, metrics)
+        calls.append(step)
+        if step == 1 and len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(harness.Run, "log", stop_in_the_middle)
+    with pytest.raises(harness.Stopped, match="stopped at step 2 of 4"):
+        ppo_max.main(tiny(chain, tmp_path / "again"))
+    ppo_max.main(tiny(chain, tmp_path / "again"))
+    assert calls == [0, 1, 2, 3]
+    one, other = read_metrics(finished), read_metrics(tmp_path / "again")
+    assert one.keys() == other.keys()
+    for name in one.keys() - {"time"}:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
 def test_a_finished_run_is_not_run_again(chain, finished, capsys):
