@@ -92,7 +92,8 @@ def shared() -> ConfigDict:
     config.scale = ""
     # How reports and plots call the result; the names of the variants, if there are any.
     config.label = ""
-    config.sharding = ConfigDict({"devices": 0, "mode": "zero2"})
+    # 0 devices is all; `tensor` of them share a layer, in mode "tensor".
+    config.sharding = ConfigDict({"devices": 0, "mode": "zero2", "tensor": 1})
     config.log = ConfigDict({"tensorboard": True, "wandb": False, "wandb_project": "rlhf_jax"})
     config.checkpoint = ConfigDict({"every": 100, "keep": 1})
     return config

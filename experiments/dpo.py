@@ -49,7 +49,9 @@ def loss_fn(model: Transformer, batch: dict, *, config: DPOConfig) -> tuple[jax.
     """
     log_probs = sequence_log_probs(model, batch)
     metrics = pair_metrics(log_probs, batch["ref_log_probs"], batch["pair_weights"], config=config)
-    return metrics["loss/dpo"], metrics
+    if not config.sft_coef:
+        return metrics["loss/dpo"], metrics
+    return metrics["loss/dpo"] - config.sft_coef * metrics["dpo/chosen_log_prob"], metrics
 
 
 def pair_metrics(
@@ -118,8 +120,10 @@ def main(config: ConfigDict) -> None:
     # 2. Pairs that people have ranked; pairs and prompts to measure with.
     pairs = data.preference_pairs(config, tokenizer, "train", config.data.pairs)
     batches = data.pair_batches(pairs, tokenizer, train, config.seed, devices)
-    validation = dpo_setup.held_out_pairs(config, tokenizer, "validation", devices)
-    test = dpo_setup.held_out_pairs(config, tokenizer, "test", devices)
+    validation = dpo_setup.held_out_pairs(
+        config, tokenizer, "validation", config.data.validation_pairs, devices
+    )
+    test = dpo_setup.held_out_pairs(config, tokenizer, "test", config.data.eval_pairs, devices)
     scorer = dpo_setup.load_reward_model(config, sharding)
     respond = dpo_setup.make_respondents(config, tokenizer, reference, scorer, sharding)
 

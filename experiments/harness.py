@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -15,10 +16,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from experiments import run_folder
+from rlhf_jax import distributed
 from rlhf_jax.checkpoint import Checkpointer, GracefulStop
 from rlhf_jax.metrics import MetricsWriter, NonFiniteError, check_finite
-from rlhf_jax.progress import progress
-from rlhf_jax.run_info import run_info
+from rlhf_jax.progress import Progress, progress
 
 # transformers advises to install PyTorch at import; nothing here needs it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -33,9 +35,13 @@ class Stopped(Exception):
 
 
 def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
-    """Runs `main(config)` with the flag `--config FILE[:VARIANTS]` and `--config.key=value`."""
+    """Runs `main(config)` with the flag `--config FILE[:VARIANTS]` and `--config.key=value`.
+
+    With `--distributed` this is one of several processes: only process 0 prints and writes.
+    """
     config = config_flags.DEFINE_config_file("config", default)
     debug = flags.DEFINE_bool("debug", False, "show the traceback of errors in the input")
+    several = flags.DEFINE_bool("distributed", False, "join the other processes of this job")
 
     def run(argv: list[str]) -> None:
         if len(argv) > 1:
@@ -46,11 +52,15 @@ def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
         if not isinstance(config.value, ConfigDict):  # a stand-in that fails when it is used
             sys.exit(f"error: no config file {flags.FLAGS['config'].config_filename!r}")
         try:
+            if several.value:
+                distributed.initialize()
             main(config.value)
         except Stopped as stopped:
             print(stopped)
             sys.exit(130)
         except USER_ERRORS as error:
+            if several.value and jax.distributed.is_initialized():
+                distributed.leave(error)
             if debug.value:
                 raise
             sys.exit(f"error: {str(error).strip() or type(error).__name__}")
@@ -116,7 +126,7 @@ class Run:
 
     def __enter__(self) -> Run:
         self.workdir.mkdir(parents=True, exist_ok=True)
-        _check_same_config(self.workdir / "config.json", self._config)
+        run_folder.check_settings(self.workdir / "config.json", self._config)
         self._checkpointer = Checkpointer(
             self.workdir / "checkpoints", keep=self._config.checkpoint.keep
         )
@@ -143,16 +153,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """Step numbers that are left; raises `Stopped` after a signal, once the state is saved."""
-        log = self._config.log
-        self._writer = MetricsWriter(
-            self.workdir,
-            resume_step=self._next,
-            tensorboard=log.tensorboard,
-            wandb=log.wandb,
-            wandb_project=log.wandb_project,
-            config=self._config.to_dict(),
-        )
-        with progress(self.total, self._desc, initial=self._next) as self._bar:
+        with self._open_logs() as self._bar:
             begun = time.time()
             for step in range(self._next, self.total):
                 yield step
@@ -162,6 +163,21 @@ class Run:
                 self._bar.set_postfix(self._shown)
                 self._bar.update(1)
             self.flush()
+
+    def _open_logs(self) -> Progress:
+        """Opens the metrics of process 0, and its progress bar."""
+        if not distributed.is_main():
+            return Progress(self.total, self._desc, self._next, stream=io.StringIO())
+        log = self._config.log
+        self._writer = MetricsWriter(
+            self.workdir,
+            resume_step=self._next,
+            tensorboard=log.tensorboard,
+            wandb=log.wandb,
+            wandb_project=log.wandb_project,
+            config=self._config.to_dict(),
+        )
+        return progress(self.total, self._desc, initial=self._next)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Hands in a step's metrics; they are fetched while the next step computes.
@@ -179,8 +195,8 @@ class Run:
         step, metrics = self._pending
         self._pending = None
         fetched = {name: float(value) for name, value in metrics.items()}
-        assert self._writer is not None
-        self._writer.write(step, fetched)
+        if self._writer is not None:
+            self._writer.write(step, fetched)
         check_finite(fetched, step)
         self._shown |= {n.split("/")[-1]: fetched[n] for n in self._show if n in fetched}
 
@@ -193,12 +209,14 @@ class Run:
         done = step + 1
         every = self._config.checkpoint.every
         due = done == self.total or (every and done % every == 0)
-        if not due and not self._stop.requested:
+        # A signal may reach one process alone, and all must save the same step.
+        stop = distributed.any_process(self._stop.requested)
+        if not due and not stop:
             return
         self.flush()
         position = {"cursors": [cursor.state() for cursor in cursors]}
         self._checkpointer.save(done, state, position)
-        if self._stop.requested and done < self.total:
+        if stop and done < self.total:
             raise Stopped(f"stopped at step {done} of {self.total}; the same command resumes")
 
     @property
@@ -211,14 +229,16 @@ class Run:
         return json.loads((self.workdir / "config.json").read_text())["command"]
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Writes `summary.json`, which marks the run as done."""
+        """Writes `summary.json`, which marks the run as done; then all processes go on."""
         usage = {
             "seconds": round(self.seconds, 1),
             "first_step_seconds": round(self.first_step_seconds or 0.0, 1),
             "peak_memory_gib": round(peak_memory_gib(), 2),
         }
-        text = json.dumps({**usage, **summary}, indent=2)
-        (self.workdir / "summary.json").write_text(text + "\n")
+        if distributed.is_main():
+            text = json.dumps({**usage, **summary}, indent=2)
+            (self.workdir / "summary.json").write_text(text + "\n")
+        distributed.barrier("the run is finished")
 
 
 def peak_memory_gib() -> float:
@@ -254,34 +274,3 @@ def banner(title: str, numbers: Mapping[str, Any]) -> None:
     width = max(len(name) for name in numbers)
     for name, value in numbers.items():
         print(f"  {name:<{width}}  {value}")
-
-
-def _check_same_config(path: Path, config: ConfigDict) -> None:
-    """Writes config.json, or compares with it: a folder holds one run of one config."""
-    settings = json.loads(json.dumps(config.to_dict(), default=str))
-    if path.exists():
-        before, now = (_flat(c) for c in (json.loads(path.read_text())["config"], settings))
-        changed = sorted(
-            k
-            for k in before | now
-            if before.get(k) != now.get(k) and not k.startswith(("log.", "checkpoint."))
-        )
-        if changed:
-            key = changed[0]
-            raise ValueError(
-                f"{path.parent} holds a run with other settings ({key} was {before.get(key)!r}, "
-                f"now {now.get(key)!r}; {len(changed)} differ): choose another --config.workdir or "
-                "remove the folder"
-            )
-        return
-    path.write_text(json.dumps(run_info(settings), indent=2, default=str) + "\n")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -19,12 +19,11 @@ from ml_collections import ConfigDict
 from experiments import data, harness, ppo_setup, reporting, stages
 from experiments.ppo_setup import rollout_batch
 from experiments.responses import Respondent, make_generate, rollout_statistics
-from rlhf_jax import losses, ppo
+from rlhf_jax import distributed, losses, ppo
 from rlhf_jax.comparison import win_tie_lose
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.experience import AdvantageConfig, take
 from rlhf_jax.judges import VaderJudge
-from rlhf_jax.models import hf_weights
 from rlhf_jax.train import TrainState, create_state
 
 experience_metrics = jax.jit(ppo.experience_metrics)
@@ -83,11 +82,11 @@ def update(state, experience, config, iteration, steps, ptx_batches, sharding):
       The new state, and metrics of the last minibatch plus approx_kl of the first, which is 0
       when sampler and trainer agree.
     """
-    policy_step, critic_step = steps
+    policy_step, critic_step, take_rows = steps
     metrics: dict[str, Any] = {}
     pretraining = iteration < config.train.critic_pretrain_iterations
     for number, rows in enumerate(minibatches(config, iteration)):
-        minibatch = take(experience, jnp.asarray(rows))
+        minibatch = take_rows(experience, rows)
         if state.critic is not None:
             critic, critic_metrics = critic_step(state.critic, (minibatch, None))
             state = state.replace(critic=critic)
@@ -111,7 +110,7 @@ def main(config: ConfigDict) -> None:
         return
     train, inputs, sharding = config.train, config.inputs, stages.make_sharding(config)
     advantage = AdvantageConfig(samples_per_prompt=train.samples_per_prompt, **config.advantage)
-    ppo_setup.check(config, advantage, sharding.mesh.size)
+    ppo_setup.check(config, advantage, sharding.data)
 
     # 1. What the stages before left: reference and policy from SFT, reward model.
     ppo_setup.require_inputs(config)
@@ -122,9 +121,9 @@ def main(config: ConfigDict) -> None:
     critic = ppo_setup.create_critic(config, policy, sharding)
 
     # 2. Prompts to train on, SFT text for the ptx loss, and prompts that no stage has seen.
-    prompts = data.prompt_batches(config, tokenizer, "train")
-    ptx_batches = data.ptx_batches(config, tokenizer)
-    judge, generate = VaderJudge(), make_generate(tokenizer, config)
+    prompts = data.prompt_batches(config, tokenizer, "train").share(sharding.local_rows)
+    ptx_batches = data.ptx_batches(config, tokenizer).share(sharding.local_rows)
+    judge, generate = VaderJudge(), make_generate(tokenizer, config, sharding)
     respond = {
         split: Respondent(
             generate,
@@ -141,18 +140,27 @@ def main(config: ConfigDict) -> None:
 
     # 3. Compiled functions and the state.
     per_iteration = train.epochs * rollout_batch(config) // train.minibatch
-    score = ppo_setup.make_score(config, advantage)
+    score = ppo_setup.make_score(config, advantage, sharding)
+    take_rows = jax.jit(take, out_shardings=sharding.batch)
     policy_step, policy_optimizer, critic_step, critic_optimizer, schedule = ppo_setup.make_updates(
         config, sharding, train.iterations * per_iteration
     )
     state = PPOState(
         policy=create_state(policy, policy_optimizer, sharding),
         critic=None if critic is None else create_state(critic, critic_optimizer, sharding),
-        moments=losses.RunningMoments.zeros(),
-        kl_coef=jnp.float32(config.kl.coef),
-        penalty_coef=jnp.float32(config.penalty.coef),
+        moments=sharding.put_everywhere(losses.RunningMoments.zeros()),
+        kl_coef=sharding.put_everywhere(jnp.float32(config.kl.coef)),
+        penalty_coef=sharding.put_everywhere(jnp.float32(config.penalty.coef)),
     )
-    harness.banner("PPO", ppo_setup.derived_numbers(config, policy, sharding, prompts))
+    states = {"policy": state.policy, "critic": state.critic}
+    frozen = {"reference": reference, "reward model": reward_model}
+    harness.banner(
+        "PPO",
+        ppo_setup.derived_numbers(config, policy, sharding, prompts)
+        | stages.memory_lines(
+            sharding, states, frozen, accumulated=train.microbatch < train.minibatch
+        ),
+    )
     sample_key, eval_key = jax.random.split(jax.random.key(config.seed))
     sft_valid = respond["validation"](reference, eval_key, config.eval.prompts)
 
@@ -173,13 +181,14 @@ def main(config: ConfigDict) -> None:
                 rollout, reference, reward_model, critic_model, state.moments, state.kl_coef
             )
             state = state.replace(moments=moments)
-            statistics = rollout_statistics(*jax.device_get((rollout, experience.evaluation)))
+            fetched = distributed.fetch((rollout, experience.evaluation))
+            statistics = rollout_statistics(*fetched)
             state, metrics = update(
                 state,
                 experience,
                 config,
                 iteration,
-                (policy_step, critic_step),
+                (policy_step, critic_step, take_rows),
                 ptx_batches,
                 sharding,
             )
@@ -197,7 +206,7 @@ def main(config: ConfigDict) -> None:
             run.checkpoint(iteration, state, prompts, ptx_batches)
 
     # 5. Save, compare with SFT on prompts that no stage has seen, report.
-    hf_weights.save_model(state.policy.model, run.workdir / "model", tokenizer)
+    stages.save(state.policy.model, run.workdir / "model", tokenizer)
     answers = {
         "SFT": respond["test"](reference, eval_key, config.eval.final_prompts),
         config.label: respond["test"](state.policy.model, eval_key, config.eval.final_prompts),

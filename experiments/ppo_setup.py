@@ -79,14 +79,13 @@ def derived_numbers(config: ConfigDict, policy, sharding, prompts) -> dict[str, 
     }
 
 
-def make_score(config: ConfigDict, advantage: AdvantageConfig):
+def make_score(config: ConfigDict, advantage: AdvantageConfig, sharding):
     """Jits: rollout -> Experience (lines 3 and 4 of Algorithm 1) and the new reward moments."""
     reward = RewardConfig(**config.reward)
     microbatches = harness.divide(
         "rollout batch", rollout_batch(config), min(rollout_batch(config), config.train.microbatch)
     )
 
-    @jax.jit
     def score(rollout, reference, reward_model, critic, moments, kl_coef):
         evaluation = evaluate(
             rollout,
@@ -109,7 +108,7 @@ def make_score(config: ConfigDict, advantage: AdvantageConfig):
         )
         return Experience(rollout, evaluation, rewards, phi, returns), moments
 
-    return score
+    return jax.jit(sharding.bind(score))
 
 
 def rollout_batch(config: ConfigDict) -> int:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from experiments import harness
 from experiments.responses import Responses
-from rlhf_jax import plots, report
+from rlhf_jax import distributed, plots, report
 from rlhf_jax.comparison import WinRate, win_tie_lose
 from rlhf_jax.report import Target
 
@@ -104,6 +104,9 @@ def write(
       notes: More lines for the report.
       summary: More entries of summary.json.
     """
+    if not distributed.is_main():
+        run.finish({})
+        return
     names = list(answers)
     title = f"{names[1]} against {names[0]} ({config.scale}, seed {config.seed})"
     baseline, policy = answers[names[0]], answers[names[1]]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax import evaluation, experience, rollout
+from rlhf_jax import distributed, evaluation, experience, rollout
 from rlhf_jax.data.chat import stop_tokens
 from rlhf_jax.judges import Judge
 from rlhf_jax.rollout import Rollout, SamplingConfig
@@ -35,16 +35,20 @@ class Responses(NamedTuple):
     statistics: dict[str, float]
 
 
-def make_generate(tokenizer: Any, config: ConfigDict) -> Callable[..., Rollout]:
+def make_generate(
+    tokenizer: Any, config: ConfigDict, sharding: Sharding | None = None
+) -> Callable[..., Rollout]:
     """`rollout.generate` jitted for a tokenizer and `config.sampling`: one program per shape."""
-    return jax.jit(
-        functools.partial(
-            rollout.generate,
-            config=SamplingConfig(**config.sampling),
-            eos_ids=tuple(stop_tokens(tokenizer)),
-            pad_id=tokenizer.pad_token_id,
-        )
-    )
+    return jit_generate(config, tuple(stop_tokens(tokenizer)), tokenizer.pad_token_id, sharding)
+
+
+def jit_generate(
+    config: ConfigDict, eos_ids: tuple[int, ...], pad_id: int, sharding: Sharding | None
+) -> Callable[..., Rollout]:
+    """The same from the ids of the tokens that end and pad a response."""
+    sampling = SamplingConfig(**config.sampling)
+    generate = functools.partial(rollout.generate, config=sampling, eos_ids=eos_ids, pad_id=pad_id)
+    return jax.jit(generate if sharding is None else sharding.bind(generate))
 
 
 @flax.struct.dataclass
@@ -89,23 +93,21 @@ class Respondent:
         self._scored = reward_model is not None
         self._reward_model = reward_model if self._scored else NoRewardModel()
         self._sharding = sharding
-        self._evaluate = jax.jit(
-            functools.partial(experience.evaluate, critic=None, temperature=temperature)
-        )
+        evaluate = functools.partial(experience.evaluate, critic=None, temperature=temperature)
+        self._evaluate = jax.jit(sharding.bind(evaluate))
 
     def __call__(self, policy: Any, key: jax.Array, count: int) -> Responses:
         """Samples one response for each of the first `count` prompts (whole batches)."""
         rollouts, evaluations = [], []
         size = self._batches[0]["tokens"].shape[0]
         for index, batch in enumerate(self._batches[: -(-count // size)]):
-            placed = self._sharding.put_batch(batch)
+            placed = self._sharding.put_whole(batch)
             sampled = self._generate(
                 policy, placed["tokens"], placed["mask"], jax.random.fold_in(key, index)
             )
-            evaluations.append(
-                jax.device_get(self._evaluate(sampled, self._reference, self._reward_model))
-            )
-            rollouts.append(jax.device_get(sampled))
+            evaluated = self._evaluate(sampled, self._reference, self._reward_model)
+            evaluations.append(distributed.fetch(evaluated))
+            rollouts.append(distributed.fetch(sampled))
         return self._measure(_stack(rollouts), _stack(evaluations))
 
     def _measure(self, sampled: Rollout, evaluated: experience.Evaluation) -> Responses:

@@ -16,13 +16,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import data, harness, stages
-from rlhf_jax import plots
+from rlhf_jax import distributed, plots
 from rlhf_jax.comparison import bootstrap_interval, paired_outcomes
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.data.types import EncodedPair
 from rlhf_jax.losses import bradley_terry_loss, preference_accuracy
 from rlhf_jax.metrics import read_metrics
-from rlhf_jax.models import hf_weights
 from rlhf_jax.models.heads import ScalarModel, hidden_at, last_real_index, log_probs_of
 from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.reductions import reduction_weights, weighted_sum
@@ -79,10 +78,10 @@ def score_pairs(model: ScalarModel, batches: list[dict], sharding) -> tuple[np.n
     """Scores of all chosen and all rejected responses."""
     chosen, rejected = [], []
     for batch in batches:
-        placed = sharding.put_batch({k: batch[k] for k in ("tokens", "segments")})
+        placed = sharding.put_whole({k: batch[k] for k in ("tokens", "segments")})
         for side, scores in enumerate((chosen, rejected)):
             values = score(model, placed["tokens"][:, side], placed["segments"][:, side])
-            scores.append(np.asarray(values)[batch["valid"]])
+            scores.append(distributed.fetch(values)[batch["valid"]])
     return np.concatenate(chosen), np.concatenate(rejected)
 
 
@@ -115,8 +114,9 @@ def main(config: ConfigDict) -> None:
     model = stages.load_scalar(folder, config, sharding, key=jax.random.key(config.seed))
     pairs = data.preference_pairs(config, tokenizer, "train", config.data.pairs)
     held_out = data.preference_pairs(config, tokenizer, "test", config.data.eval_pairs)
-    batches = data.pair_batches(pairs, tokenizer, train, config.seed, sharding.mesh.size)
-    eval_batches = data.all_pairs(held_out, tokenizer, train, sharding.mesh.size)
+    batches = data.pair_batches(pairs, tokenizer, train, config.seed, sharding.data)
+    batches = batches.share(sharding.local_rows)
+    eval_batches = data.all_pairs(held_out, tokenizer, train, sharding.data)
 
     # 2. Optimizer and the compiled step.
     optimizer, schedule = make_optimizer(OptimizerConfig(**config.optimizer), train.steps)
@@ -139,7 +139,8 @@ def main(config: ConfigDict) -> None:
             "updates": f"{train.steps:,}, {train.steps / batches.steps_per_epoch:.2f} epochs",
             "devices": f"{sharding.mesh.size}, {sharding.mode}",
             "run folder": config.workdir,
-        },
+        }
+        | stages.memory_lines(sharding, {"model": state}, accumulated=train.microbatches > 1),
     )
 
     # 3. Train.
@@ -161,7 +162,7 @@ def main(config: ConfigDict) -> None:
         EncodedPair(document, document, 0.0)
         for document in data.reference_documents(config, tokenizer)
     ]
-    reference_batches = data.all_pairs(references, tokenizer, train, sharding.mesh.size)
+    reference_batches = data.all_pairs(references, tokenizer, train, sharding.data)
     scores, _ = score_pairs(state.model, reference_batches, sharding)
     model = state.model.normalized(scores.mean(), scores.std())
     chosen, rejected = score_pairs(model, eval_batches, sharding)
@@ -174,8 +175,9 @@ def main(config: ConfigDict) -> None:
     }
 
     # 5. Save.
-    hf_weights.save_model(model, run.workdir / "model", tokenizer)
-    draw_figures(run.workdir, chosen, rejected)
+    stages.save(model, run.workdir / "model", tokenizer)
+    if distributed.is_main():
+        draw_figures(run.workdir, chosen, rejected)
     run.finish(summary)
     gap = summary["accuracy"] - summary["vader_accuracy"]
     print(

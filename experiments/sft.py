@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 from experiments import data, harness, stages
 from rlhf_jax.data.batching import PackedBatches
 from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
-from rlhf_jax.models import hf_weights
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
@@ -49,7 +48,7 @@ def negative_log_likelihood(model: Transformer, batch: dict) -> tuple[jax.Array,
 
 def perplexity(model: Transformer, batches: list[dict], sharding) -> float:
     """exp of the mean negative log-likelihood over all batches."""
-    sums = [negative_log_likelihood(model, sharding.put_batch(batch)) for batch in batches]
+    sums = [negative_log_likelihood(model, sharding.put_whole(batch)) for batch in batches]
     return math.exp(sum(float(nll) for nll, _ in sums) / sum(int(count) for _, count in sums))
 
 
@@ -81,7 +80,7 @@ def main(config: ConfigDict) -> None:
         length=train.row_length,
         seed=config.seed,
         pad_id=tokenizer.pad_token_id,
-    )
+    ).share(sharding.local_rows)
     eval_batches = data.evaluation_batches(held_out, tokenizer, train)
 
     # 2. Optimizer and the compiled step.
@@ -103,7 +102,10 @@ def main(config: ConfigDict) -> None:
             "updates": f"{train.steps:,}, {train.steps / batches.steps_per_epoch:.1f} epochs",
             "devices": f"{sharding.mesh.size}, {sharding.mode}",
             "run folder": config.workdir,
-        },
+        }
+        | stages.memory_lines(
+            sharding, {"model": state}, accumulated=train.microbatch < train.minibatch
+        ),
     )
 
     # 3. Train.
@@ -120,7 +122,7 @@ def main(config: ConfigDict) -> None:
             run.checkpoint(step, state, batches)
 
     # 4. Save what the next stage loads.
-    hf_weights.save_model(state.model, run.workdir / "model", tokenizer)
+    stages.save(state.model, run.workdir / "model", tokenizer)
     result = perplexity(state.model, eval_batches, sharding)
     run.finish({"perplexity": result})
     print(f"SFT: held-out perplexity {result:.1f}; model in {run.workdir / 'model'}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from experiments import harness
+from rlhf_jax import distributed, memory
 from rlhf_jax.models import hf_weights
 from rlhf_jax.sharding import Sharding, make_mesh
 
@@ -25,7 +27,8 @@ def require(folder: str, *, stage: str, variant: str, build: bool) -> str:
     Raises:
       FileNotFoundError: the folder is missing and is not to be built; names the command to run.
     """
-    if (Path(folder) / "config.json").exists() or not folder.startswith("runs/"):
+    there = distributed.from_main((Path(folder) / "config.json").exists())
+    if there or not folder.startswith("runs/"):
         return folder
     command = f"python -m experiments.{stage} --config configs/{stage}.py:{variant}"
     if not build:
@@ -38,7 +41,8 @@ def require(folder: str, *, stage: str, variant: str, build: bool) -> str:
 
 def make_sharding(config: ConfigDict) -> Sharding:
     """Mesh and mode from `config.sharding`."""
-    return Sharding(make_mesh(config.sharding.devices or None), config.sharding.mode)
+    settings = config.sharding
+    return Sharding(make_mesh(settings.devices or None, tensor=settings.tensor), settings.mode)
 
 
 def load_policy(folder: str, config: ConfigDict, sharding: Sharding, *, frozen: bool = False):
@@ -55,10 +59,46 @@ def load_scalar(
     return hf_weights.load_scalar_model(folder, key=key, shardings=shardings, **config.model)
 
 
+def memory_lines(
+    sharding: Sharding,
+    states: Mapping[str, Any],
+    frozen: Mapping[str, Any] | None = None,
+    *,
+    accumulated: bool,
+) -> dict[str, str]:
+    """For the banner: what each device holds; nothing where there is one device.
+
+    Args:
+      sharding: Mesh and mode.
+      states: Train states by name; None is left out.
+      frozen: Models that do not train, by name.
+      accumulated: Gradients are summed over microbatches.
+    """
+    if sharding.mesh.size == 1:
+        return {}
+    holdings = [
+        item
+        for name, state in states.items()
+        if state is not None
+        for item in memory.state_holdings(name, state, sharding, accumulated=accumulated)
+    ]
+    holdings += [
+        memory.frozen_holding(name, model, sharding) for name, model in (frozen or {}).items()
+    ]
+    return memory.describe(holdings)
+
+
+def save(model: Any, folder: str | Path, tokenizer: Any) -> None:
+    """Writes a model from process 0; the others help to gather it and wait."""
+    whole = distributed.gathered_on_main(model)
+    if whole is not None:
+        hf_weights.save_model(whole, folder, tokenizer)
+    distributed.barrier("the model is saved")
+
+
 def skip_if_finished(config: ConfigDict, title: str) -> bool:
     """Whether the run folder holds a finished run; says so."""
-    summary = harness.read_summary(config.workdir)
-    if summary is None:
+    if not distributed.from_main(harness.read_summary(config.workdir) is not None):
         return False
     print(f"{title}: {config.workdir} has finished already (remove the folder to run it again)")
     return True

@@ -201,6 +201,18 @@ class Sharding:
 
         return bound
 
+    def put_everywhere(self, tree: Any) -> Any:
+        """Places arrays whole on every device."""
+        return jax.tree.map(lambda x: jax.device_put(np.asarray(x), self.replicated), tree)
+
+    def put_whole(self, tree: Any) -> Any:
+        """Places a batch of which every process holds all rows, as `put_batch` does its part."""
+
+        def mine(x):
+            return np.asarray(x)[self.local_rows(x.shape[0])]
+
+        return self.put_batch(jax.tree.map(mine, tree))
+
     def put_batch(self, batch: Any) -> Any:
         """Places a tree of NumPy arrays with the batch axis over `data`.
 
