@@ -1,0 +1,218 @@
+"""Does a run fit, what decides, how fast can it be, and does its traffic agree with theory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_jax.memory import Holding, show
+from rlhf_jax.preflight.programs import Measured
+from rlhf_jax.preflight.topologies import Topology
+
+# Beside what XLA plans: CUDA context, NCCL's buffers, kernels, workspaces of libraries.
+RESERVE = 2 * 2**30
+# Collectives of at most this many bytes are metrics and norms, not weights or gradients.
+SMALL = 2**20
+# Times the bytes of the parameters that an update exchanges (Rajbhandari et al. 2020, section 7):
+# scattering gradients and gathering parameters are one each, an all-reduce is both; zero3 gathers
+# in the forward and the backward pass.
+THEORY = {"zero0": 2, "zero1": 2, "zero2": 2, "zero3": 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The result of a preflight.
+
+    Attributes:
+      topology: The machine.
+      mode: Sharding mode.
+      holdings: Trees that stay on the devices between programs.
+      programs: All programs of an iteration.
+      samples: Responses of an iteration.
+    """
+
+    topology: Topology
+    mode: str
+    holdings: tuple[Holding, ...]
+    programs: tuple[Measured, ...]
+    samples: int
+
+    @property
+    def resident(self) -> int:
+        """Bytes per device between programs."""
+        return sum(item.per_device for item in self.holdings)
+
+    def peak(self, program: Measured) -> int:
+        """Bytes per device while a program runs: its own need on top of what is resident."""
+        return self.resident + program.extra
+
+    @property
+    def deciding(self) -> Measured:
+        """The program with the highest peak."""
+        return max(self.programs, key=self.peak)
+
+    @property
+    def room(self) -> int:
+        """Bytes per device that XLA may plan with."""
+        return self.topology.chip.memory - RESERVE
+
+    @property
+    def missing(self) -> int:
+        """Bytes per device that are missing; 0 or less when the run fits."""
+        return self.peak(self.deciding) - self.room
+
+    @property
+    def fraction(self) -> float:
+        """Share of the memory that must be given to XLA, rounded up to hundredths."""
+        return -(-100 * self.peak(self.deciding) // self.topology.chip.memory) / 100
+
+    @property
+    def seconds(self) -> float:
+        """The least time of an iteration."""
+        return sum(p.calls * p.seconds(self.topology) for p in self.programs)
+
+    def traffic(self, program: Measured) -> dict[str, float] | None:
+        """Bytes that an update exchanges against theory; None where there is none.
+
+        In units of an all-gather of the parameters, so that the count of devices drops out.
+        """
+        if not program.weights or self.mode not in THEORY:
+            return None
+        exchanged = sum(
+            c.times * c.size * (2 if c.kind == "all-reduce" else 1) for c in program.collectives
+        )
+        theory = THEORY[self.mode] * program.weights
+        return {"bytes": exchanged, "theory": theory, "ratio": exchanged / theory}
+
+    def gradient_all_reduces(self) -> list[str]:
+        """Programs that all-reduce something as large as gradients, with its size."""
+        return [
+            f"{program.name}: {show(c.size)} x {c.times}"
+            for program in self.programs
+            for c in program.collectives
+            if c.kind == "all-reduce" and c.size > SMALL
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as numbers."""
+        return {
+            "topology": self.topology.name,
+            "devices": self.topology.size,
+            "mode": self.mode,
+            "fits": self.missing <= 0,
+            "missing_bytes": max(self.missing, 0),
+            "memory_bytes": self.topology.chip.memory,
+            "reserve_bytes": RESERVE,
+            "memory_fraction": self.fraction,
+            "resident_bytes": {item.name: item.per_device for item in self.holdings},
+            "whole": {item.name: dict(item.whole) for item in self.holdings if item.whole},
+            "deciding_program": self.deciding.name,
+            "peak_bytes": self.peak(self.deciding),
+            "samples": self.samples,
+            "iteration_seconds_at_least": self.seconds,
+            "samples_per_second_at_most": self.samples / self.seconds,
+            "all_reduces": self.gradient_all_reduces(),
+            "programs": [self._program(program) for program in self.programs],
+        }
+
+    def _program(self, program: Measured) -> dict[str, Any]:
+        return {
+            "name": program.name,
+            "calls": program.calls,
+            "peak_bytes": self.peak(program),
+            "extra_bytes": program.extra,
+            "flops": program.flops,
+            "sent_bytes": program.sent,
+            "seconds_at_least": program.seconds(self.topology),
+            "bounds": program.bounds(self.topology),
+            "compile_seconds": round(program.compile_seconds, 1),
+            "update_traffic": self.traffic(program),
+            "collectives": [
+                {**dataclasses.asdict(c), "sent_bytes": c.sent} for c in program.collectives
+            ],
+        }
+
+
+def text(verdict: Verdict, *, layers: int) -> str:
+    """The report for people.
+
+    Args:
+      verdict: The result.
+      layers: Layers of the model: a loop with so many trips is the loop over layers.
+    """
+    topology, chip = verdict.topology, verdict.topology.chip
+    lines = [f"\n{topology.name}: {topology.size} devices of {show(chip.memory)}, {verdict.mode}"]
+    lines.append("\nresident on each device")
+    lines += _table((item.name, show(item.per_device)) for item in verdict.holdings)
+    lines += _table([("together", show(verdict.resident))])
+    for item in verdict.holdings:
+        if item.whole and sum(size for _, size in item.whole) > SMALL:
+            lines.append(f"  {item.name}: {len(item.whole)} leaves are whole ({item.reason})")
+    lines.append("\npeak of each program, its work and its least time")
+    lines += [f"  {'':<26} {'peak':>10} {'TFLOP':>8} {'sent':>10} {'seconds':>8}  bound by"]
+    for program in verdict.programs:
+        bounds = program.bounds(topology)
+        lines.append(
+            f"  {program.name:<26} {show(verdict.peak(program)):>10} {program.flops / 1e12:>8.1f} "
+            f"{show(program.sent):>10} {program.seconds(topology):>8.3f}  "
+            f"{max(bounds, key=bounds.__getitem__)}, {program.calls} an iteration"
+        )
+    lines.append("\ncollectives above 1 MiB")
+    for program in verdict.programs:
+        lines += _collectives(program, layers)
+    lines.append("\ntraffic of an update, against theory")
+    for program in verdict.programs:
+        traffic = verdict.traffic(program)
+        if traffic is not None:
+            lines.append(
+                f"  {program.name}: {show(traffic['bytes'])}, theory {THEORY[verdict.mode]} x "
+                f"parameters = {show(traffic['theory'])}, ratio {traffic['ratio']:.3f}"
+            )
+    reduced = verdict.gradient_all_reduces()
+    lines.append("  all-reduces above 1 MiB: " + ("; ".join(reduced) if reduced else "none"))
+    lines.append(
+        f"\nan iteration of {verdict.samples} responses takes at least {verdict.seconds:.1f} s: "
+        f"at most {verdict.samples / verdict.seconds:.1f} samples/s"
+    )
+    lines.append(summary(verdict))
+    return "\n".join(lines)
+
+
+def summary(verdict: Verdict) -> str:
+    """One line: whether it fits, what decides, by how much."""
+    peak = f"peak {show(verdict.peak(verdict.deciding))} a device in {verdict.deciding.name}"
+    if verdict.missing > 0:
+        return (
+            f"DOES NOT FIT: {peak}, {show(verdict.missing)} more than the {show(verdict.room)} "
+            f"that {verdict.topology.chip.name} leaves to XLA"
+        )
+    return (
+        f"fits: {peak}, {show(-verdict.missing)} free; run with "
+        f"XLA_PYTHON_CLIENT_MEM_FRACTION={max(verdict.fraction, 0.9):.2f}"
+    )
+
+
+def _collectives(program: Measured, layers: int) -> list[str]:
+    """One line for each kind, place and type."""
+    groups: dict[tuple[str, str, str], list] = {}
+    for collective in program.collectives:
+        if collective.size > SMALL:
+            place = _place(collective.loops, layers)
+            groups.setdefault((collective.kind, collective.dtype, place), []).append(collective)
+    return [
+        f"  {program.name:<26} {kind:<15} {dtype:<5} {place:<22} {len(found):>3} of together "
+        f"{show(sum(c.size for c in found))}, {sum(c.times for c in found)} runs, "
+        f"{show(sum(c.sent for c in found))} sent"
+        for (kind, dtype, place), found in groups.items()
+    ]
+
+
+def _place(loops: Sequence[int], layers: int) -> str:
+    if not loops:
+        return "outside of loops"
+    return "in the loop over layers" if loops[-1] == layers else "in another loop"
+
+
+def _table(rows) -> list[str]:
+    return [f"  {name:<26} {value:>10}" for name, value in rows]
