@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Runs a command on all GPUs of this machine and starts it again after a crash.
+#
+#   scripts/launch/one_machine.sh python -m experiments.ppo_max --config configs/ppo_max.py:paper_en
+#
+# Status 130 is a stop that was asked for (Ctrl-C, SIGTERM): the state is saved, and the script ends.
+# RESTARTS (3) is how often it tries again; MEM_FRACTION (0.92) is the share of memory for XLA.
+set -uo pipefail
+
+if [[ $# -lt 1 ]]; then
+  echo "usage: $0 COMMAND..." >&2
+  exit 2
+fi
+# JAX takes 75% of the memory unless told otherwise; the preflight names what a run needs.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${MEM_FRACTION:-0.92}
+
+for ((attempt = 0; attempt <= ${RESTARTS:-3}; attempt++)); do
+  "$@" &
+  pid=$!
+  trap 'kill -TERM "$pid" 2>/dev/null' INT TERM
+  status=0
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid"; status=$?; done
+  trap - INT TERM
+  if [[ $status -eq 0 || $status -eq 130 ]]; then
+    exit "$status"
+  fi
+  echo "attempt $((attempt + 1)) ended with status $status" >&2
+  sleep "${PAUSE:-10}"
+done
+exit "$status"
