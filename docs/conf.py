@@ -30,7 +30,7 @@ extensions = [
 exclude_patterns = ["_build", "_ext"]
 
 # Docstrings: `name` links where something has this name; see _ext/docstrings.py for the rest.
-default_role = "py:obj"
+default_role = "name"
 add_module_names = False
 add_function_parentheses = False
 autodoc_member_order = "bysource"

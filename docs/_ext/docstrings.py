@@ -17,6 +17,7 @@ from typing import Any
 from docutils import nodes
 from equations import EquationError, block_to_latex, to_latex
 from sphinx.application import Sphinx
+from sphinx.roles import XRefRole
 from sphinx.util import logging
 from sphinx.util.inspect import stringify_signature
 from sphinx.util.nodes import make_refnode
@@ -29,7 +30,7 @@ _NAME = re.compile(r"[A-Za-z_][\w.]*(\(\))?")
 _MARKED = re.compile(
     r"``[^`]+``|`(?P<code>[^`]+)`"
     r"|(?<![\w`\\.\"])(?P<symbol>[A-Za-zα-ωΑ-ΩÀ-ž][\u0302\u0303\u0304]?[⁺⁻]?"
-    r"(?:[_^](?:\{[^{}]*\}|[A-Za-z0-9α-ω]+)){1,2}[⁺⁻]?)(?![\w_`\"])"
+    r"(?:[_^](?:\{[^{}]*\}|[A-Za-z0-9α-ω]+(?:\.\d+)?)){1,2}[⁺⁻]?)(?![\w_`\"])"
 )
 # `length_power: a.` is a sentence, not the first item of a list.
 _ENUMERATOR = re.compile(r"^(\s*(?:\w+: )?)([A-Za-z0-9]+\.(?:\s|$))")
@@ -40,6 +41,8 @@ _TYPES = ("function", "class", "exception", "data", "module")
 def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Rewrites the lines of a docstring in place; listens to `autodoc-process-docstring`."""
     del app, options
+    if what in ("property", "attribute", "data"):
+        lines.insert(0, "")  # or napoleon takes what stands before a colon for a type
     home = obj.__name__ if what == "module" else getattr(obj, "__module__", "") or ""
     if not home.startswith("rlhf_jax"):
         return  # inherited or imported: written in another notation
@@ -139,14 +142,14 @@ def skip(
 
 def resolve(app: Sphinx, env: Any, node: Any, content: nodes.Node) -> nodes.Node | None:
     """Links `gae` or `losses.gae` to the one object whose full name ends so, if there is one."""
-    if node.get("refdomain") != "py":
+    if node.get("reftype") != "name":
         return None
     target = node["reftarget"].removesuffix("()").removeprefix("losses.")
     objects = env.domains["py"].objects
     found = [
         (full, entry)
         for full, entry in objects.items()
-        if full.endswith(f".{target}") and (entry.objtype in _TYPES or "." in target)
+        if f".{full}".endswith(f".{target}") and (entry.objtype in _TYPES or "." in target)
     ]
     found = [pair for pair in found if ".losses." in pair[0]] or found
     if len(found) != 1:
@@ -159,6 +162,7 @@ def resolve(app: Sphinx, env: Any, node: Any, content: nodes.Node) -> nodes.Node
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connects the functions above."""
+    app.add_role("name", XRefRole())
     app.connect("autodoc-process-docstring", process, priority=400)
     app.connect("autodoc-process-signature", constructor)
     app.connect("autodoc-skip-member", skip)
