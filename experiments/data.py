@@ -137,6 +137,19 @@ def prompt_batches(config: ConfigDict, tokenizer: Any, split: str) -> PromptBatc
     )
 
 
+def each_repeated(batch: dict, times: int) -> dict:
+    """Every row `times` times in a row: samples of one prompt stand side by side.
+
+    Args:
+      batch: Arrays `[B, ...]`.
+      times: Samples per prompt.
+
+    Returns:
+      Arrays `[B * times, ...]`.
+    """
+    return {name: np.repeat(rows, times, axis=0) for name, rows in batch.items()}
+
+
 def fixed_prompts(config: ConfigDict, tokenizer: Any, split: str, batch_size: int) -> list[dict]:
     """All prompts of a split in whole batches of one length, always the same."""
     prompts = _prompts(config, tokenizer, split)

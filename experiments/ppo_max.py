@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -83,6 +84,8 @@ def update(state, experience, config, iteration, steps, ptx_batches, sharding):
       when sampler and trainer agree.
     """
     policy_step, critic_step, take_rows = steps
+    # Rows past the end would not fail: the last one would be taken again and again.
+    chex.assert_axis_dimension(experience.rewards, 0, rollout_batch(config))
     metrics: dict[str, Any] = {}
     pretraining = iteration < config.train.critic_pretrain_iterations
     for number, rows in enumerate(minibatches(config, iteration)):
@@ -169,7 +172,8 @@ def main(config: ConfigDict) -> None:
     with harness.Run(config, total=train.iterations, desc="PPO", show=show) as run:
         state = run.restore(state, prompts, ptx_batches)
         for iteration in run.steps():
-            batch = sharding.put_batch(next(prompts))
+            asked = data.each_repeated(next(prompts), train.samples_per_prompt)
+            batch = sharding.put_batch(asked)
             rollout = generate(
                 state.policy.model,
                 batch["tokens"],

@@ -137,6 +137,27 @@ def test_variants_run(chain, tmp_path, changes):
     assert json.loads((tmp_path / "summary.json").read_text())["win_rate"]["num_prompts"] == 16
 
 
+def test_samples_of_a_prompt_stand_side_by_side(chain, tmp_path, monkeypatch):
+    seen = []
+    original = ppo_max.update
+
+    def watched(state, experience, *arguments):
+        rollout = experience.rollout
+        rows = np.where(rollout.mask, rollout.tokens, -1)
+        seen.append((rows[:, : rollout.prompt_length], rows[:, rollout.prompt_length :]))
+        return original(state, experience, *arguments)
+
+    monkeypatch.setattr(ppo_max, "update", watched)
+    changes = ("rloo", "train.prompts_per_iteration=4", "train.samples_per_prompt=4")
+    ppo_max.main(tiny(chain, tmp_path, *changes, "train.iterations=1", "log.tensorboard=False"))
+    ((prompts, responses),) = seen
+    assert len(prompts) == 16
+    assert len({row.tobytes() for row in prompts}) == 4
+    for group in range(0, 16, 4):
+        assert (prompts[group : group + 4] == prompts[group]).all()
+        assert len({row.tobytes() for row in responses[group : group + 4]}) > 1
+
+
 def test_trust_region_variant_keeps_its_bound(chain, tmp_path):
     config = tiny(chain, tmp_path, "trpo", "train.minibatch=16", "log.tensorboard=False")
     ppo_max.main(config)
