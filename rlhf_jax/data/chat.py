@@ -18,6 +18,7 @@ from rlhf_jax.data.rows import (
     encode_response,
     encode_text,
     require,
+    require_sft,
 )
 from rlhf_jax.data.templates import stop_tokens
 from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair, EncodedPrompt, Row
@@ -50,15 +51,11 @@ def encode_sft(
     counts = DropCounts() if drops is None else drops
 
     def encode(row: Row) -> Encoded | None:
+        require_sft(row)
         if "messages" in row:
             return encode_messages(row["messages"], tokenizer, max_length, counts)
         if "text" in row:
             return encode_text("", row["text"], tokenizer, max_length, counts)
-        if "prompt" not in row and "response" not in row:
-            found = ", ".join(sorted(row)) or "none"
-            needs = "messages, or prompt and response, or text"
-            raise ValueError(f"an SFT row needs {needs}; found: {found}")
-        require(row, ("prompt", "response"), "an SFT row")
         return encode_response(row["prompt"], row["response"], tokenizer, max_length, counts)
 
     encoded = _encode_all(rows, encode, counts)

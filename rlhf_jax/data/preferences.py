@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_jax.data.rows import require
+from rlhf_jax.data.rows import require, require_sft
 from rlhf_jax.data.types import DropCounts, Message, Row
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -113,12 +113,14 @@ def as_sft(row: Row, drops: DropCounts | None = None) -> Row | None:
         require(row, ("instruction", "output"), "an instruction row")
         answer = {"role": "assistant", "content": row["output"]}
         return {"messages": [_instruction(row), answer]}
+    require_sft(row)
     return row
 
 
 def as_prompt(row: Row, drops: DropCounts | None = None) -> Row | None:
     """Brings a row to {"prompt"}: what stands before the last answer of the assistant."""
     if "prompt" in row and "chosen" not in row:
+        require(row, ("prompt",), "a prompt row")
         return {"prompt": row["prompt"]}
     if "chosen" in row:
         pair = as_preference(row, drops)
