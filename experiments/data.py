@@ -13,16 +13,20 @@ from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair
 from rlhf_jax.judges import VaderJudge
 
 
-def _reviews(config: ConfigDict, split: str) -> list[reviews.Review]:
-    loaded = reviews.load_reviews(split, domains=tuple(config.data.domains))
+def _reviews(
+    config: ConfigDict, split: str, drops: DropCounts | None = None
+) -> list[reviews.Review]:
+    loaded = reviews.load_reviews(split, domains=tuple(config.data.domains), drops=drops)
     return loaded[: config.data.limit or None]
 
 
-def _rows(config: ConfigDict, kind: str, split: str, limit: int) -> list[dict]:
+def _rows(
+    config: ConfigDict, kind: str, split: str, limit: int, drops: DropCounts | None = None
+) -> list[dict]:
     """Rows of any other source; `datasets` is imported when it is needed."""
     from rlhf_jax.data import sources
 
-    return sources.load_rows(kind, config.data.source, split, limit=limit)
+    return sources.load_rows(kind, config.data.source, split, limit=limit, drops=drops)
 
 
 def _told(what: str, split: str, drops: DropCounts) -> None:
@@ -44,9 +48,9 @@ def sft_documents(config: ConfigDict, tokenizer: Any, split: str) -> list[Encode
     """Documents with loss masks."""
     data, drops = config.data, DropCounts()
     if data.source == "reviews":
-        rows = reviews.sft_rows(_reviews(config, split))
+        rows = reviews.sft_rows(_reviews(config, split, drops))
     else:
-        rows = _rows(config, "sft", split, data.limit)
+        rows = _rows(config, "sft", split, data.limit, drops)
     documents = chat.encode_sft(rows, tokenizer, max_length=data.max_length, drops=drops)
     _told("SFT documents", split, drops)
     return documents
@@ -71,10 +75,14 @@ def preference_pairs(
     data, drops = config.data, DropCounts()
     if data.source == "reviews":
         rows = reviews.preference_rows(
-            _reviews(config, split), min_gap=data.min_gap, num_pairs=count, seed=config.seed
+            _reviews(config, split, drops),
+            min_gap=data.min_gap,
+            num_pairs=count,
+            seed=config.seed,
+            drops=drops,
         )
     else:
-        rows = _rows(config, "preference", split, count)
+        rows = _rows(config, "preference", split, count, drops)
     pairs = chat.encode_pairs(rows, tokenizer, max_length=data.max_length, drops=drops)
     _told("pairs", split, drops)
     return pairs
@@ -169,9 +177,9 @@ def fixed_prompts(config: ConfigDict, tokenizer: Any, split: str, batch_size: in
 def _prompts(config: ConfigDict, tokenizer: Any, split: str) -> list[np.ndarray]:
     data, drops = config.data, DropCounts()
     if data.source == "reviews":
-        rows = reviews.prompt_rows(_reviews(config, split), seed=config.seed, drops=drops)
+        rows = reviews.prompt_rows(_reviews(config, split, drops), seed=config.seed, drops=drops)
     else:
-        rows = _rows(config, "prompt", split, data.limit)
+        rows = _rows(config, "prompt", split, data.limit, drops)
     prompts = chat.encode_prompts(rows, tokenizer, max_length=max(data.prompt_buckets), drops=drops)
     _told("prompts", split, drops)
     return prompts

@@ -34,6 +34,11 @@ def test_pairs(capsys, config):
     assert out.count("<eos>]]") == 2
 
 
+def test_what_the_loader_dropped_is_counted_too(capsys):
+    out = shown(capsys, sft.get_config("tiny,data.domains=('tweets',)"), count=0)
+    assert " rated differently in two files" in out
+
+
 def test_prompts_are_not_trained(capsys):
     out = shown(capsys, ppo_max.get_config("tiny"), count=3)
     assert "prompts (test): kept" in out
