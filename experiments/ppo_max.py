@@ -28,6 +28,12 @@ from rlhf_jax.judges import VaderJudge
 from rlhf_jax.train import TrainState, create_state
 
 experience_metrics = jax.jit(ppo.experience_metrics)
+# Of the first minibatch, before any update: 0, 1 and 1 where sampler and trainer agree.
+FIRST = {
+    "policy/approx_kl": "policy/approx_kl_first",
+    "policy/ratio_max": "policy/ratio_max_first",
+    "policy/ratio_min": "policy/ratio_min_first",
+}
 
 
 @flax.struct.dataclass
@@ -80,8 +86,7 @@ def update(state, experience, config, iteration, steps, ptx_batches, sharding):
     """Lines 5 and 6 of Algorithm 1: minibatch steps of critic and policy.
 
     Returns:
-      The new state, and metrics of the last minibatch plus approx_kl of the first, which is 0
-      when sampler and trainer agree.
+      The new state, and metrics of the last minibatch plus those of the first that `FIRST` names.
     """
     policy_step, critic_step, take_rows = steps
     # Rows past the end would not fail: the last one would be taken again and again.
@@ -102,8 +107,8 @@ def update(state, experience, config, iteration, steps, ptx_batches, sharding):
         policy, policy_metrics = policy_step(state.policy, (minibatch, ptx), state.penalty_coef)
         state = state.replace(policy=policy)
         metrics |= policy_metrics
-        if number == 0 and "policy/approx_kl" in policy_metrics:
-            metrics["policy/approx_kl_first"] = policy_metrics["policy/approx_kl"]
+        if number == 0:
+            metrics |= {FIRST[n]: policy_metrics[n] for n in FIRST if n in policy_metrics}
     return state, metrics
 
 
@@ -215,7 +220,7 @@ def main(config: ConfigDict) -> None:
         "SFT": respond["test"](reference, eval_key, config.eval.final_prompts),
         config.label: respond["test"](state.policy.model, eval_key, config.eval.final_prompts),
     }
-    reporting.write(config, run, answers)
+    reporting.write(config, run, answers, notes=reporting.figure_4(config, run.workdir, answers))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import harness
 from experiments.responses import Responses
-from rlhf_jax import distributed, plots, report
+from rlhf_jax import distributed, metrics, plots, report
 from rlhf_jax.comparison import WinRate, win_tie_lose
 from rlhf_jax.report import Target
 
@@ -85,6 +86,67 @@ def quickstart_targets(policy: Responses, baseline: Responses, wins: WinRate) ->
     ]
 
 
+def reward_model_target(config: ConfigDict) -> list[Target]:
+    """Held-out pair accuracy of the reward model against the VADER rule's on the same pairs."""
+    if "reward_model" not in config.inputs:
+        return []
+    summary = harness.read_summary(Path(config.inputs.reward_model).parent)
+    if summary is None or "vader_accuracy" not in summary:
+        return []
+    accuracy, rule = summary["accuracy"], summary["vader_accuracy"]
+    return [
+        Target(
+            "reward model's accuracy on held-out pairs",
+            f"> {rule:.1%}, the VADER rule's",
+            f"{accuracy:.1%} ({100 * (accuracy - rule):+.1f} points)",
+            accuracy > rule,
+        )
+    ]
+
+
+def figure_4(config: ConfigDict, workdir: Path, answers: Mapping[str, Responses]) -> list[str]:
+    """Of a run without KL penalty: whether it shows what the deck's Figure 4 shows of vanilla PPO.
+
+    There the reward climbs, and then something else gives way. Here that is: the judge's win rate
+    on held-out prompts ends 5 points or more below its best; perplexity or length of the final
+    responses are below half or above twice SFT's; distinct-2 is below 70% of SFT's.
+
+    Returns:
+      One line, or none where there is a KL penalty.
+    """
+    if config.kl.coef:
+        return []
+    baseline, policy = list(answers.values())[:2]
+    before, after = baseline.statistics, policy.statistics
+    shown = {
+        label: f"{label} {before[metric]:.3g} → {after[metric]:.3g}"
+        for metric, label in (
+            ("reward/mean", "reward"),
+            ("policy/perplexity", "perplexity"),
+            ("response/length", "length"),
+            ("response/distinct_2", "distinct-2"),
+        )
+    }
+    log = metrics.read_metrics(workdir)
+    wins = log.get("judge/win_rate", np.array([]))
+    wins = 100 * wins[np.isfinite(wins)]
+    gave_way = []
+    if wins.size and wins[-1] <= wins.max() - 5:
+        gave_way.append(f"win rate by the judge {wins.max():.0f}% → {wins[-1]:.0f}%")
+    for metric, label in (("policy/perplexity", "perplexity"), ("response/length", "length")):
+        if not 0.5 <= after[metric] / before[metric] <= 2:
+            gave_way.append(shown[label])
+    if after["response/distinct_2"] < 0.7 * before["response/distinct_2"]:
+        gave_way.append(shown["distinct-2"])
+    rose = after["reward/mean"] > before["reward/mean"]
+    verdict = "shows it" if rose and gave_way else "**does not show it**"
+    found = ", ".join(gave_way) or "nothing"
+    return [
+        "Vanilla PPO in the deck's Figure 4: the reward climbs, then judge, perplexity, length or "
+        f"diversity give way. This run {verdict}: {shown['reward']}; gave way: {found}."
+    ]
+
+
 def write(
     config: ConfigDict,
     run: harness.Run,
@@ -121,7 +183,7 @@ def write(
     first_wins = next(iter(wins.values()))
     targets = []
     if config.scale == "quickstart":
-        targets = quickstart_targets(policy, baseline, first_wins)
+        targets = quickstart_targets(policy, baseline, first_wins) + reward_model_target(config)
     table = summary_table(answers)
     figure = plot(run.workdir, run.workdir / "training.png", title=config.workdir)
     seconds = stage_seconds(config) | {"this run": run.seconds}
