@@ -6,6 +6,7 @@ last, as in `configs/ppo_max.py:quickstart,reward_scale,seed=1`.
 """
 
 import ast
+import re
 from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
@@ -33,7 +34,8 @@ def build(
     Raises:
       ValueError: unknown scale, variant or key, or two scales.
     """
-    parts = [part.strip() for part in (arg or "").split(",") if part.strip()]
+    # Commas within brackets belong to a value: `data.domains=('movie', 'nyt')`.
+    parts = [part.strip() for part in re.split(r",(?![^(\[]*[)\]])", arg or "") if part.strip()]
     assignments = [part for part in parts if "=" in part]
     names = [part for part in parts if "=" not in part]
     for name in names:
@@ -74,6 +76,7 @@ def assign(config: ConfigDict, assignment: str) -> None:
             known = ", ".join(sorted(node)) if isinstance(node, ConfigDict) else "none"
             raise ValueError(f"unknown config key {path!r} ({name!r} is not one of: {known})")
         parent, node = node, node[name]
+    text = {"true": "True", "false": "False"}.get(text, text)
     try:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError):

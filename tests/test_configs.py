@@ -86,9 +86,12 @@ def test_figures_differ_from_vanilla_in_one_thing():
     expected = {
         "reward_scale": {"reward.transform"},
         "reward_norm_0.3": {"reward.transform", "reward.clip"},
+        "reward_norm_0.8": {"reward.transform", "reward.clip"},
+        "adv_norm_0.5": {"ppo.normalize_advantages", "ppo.advantage_clip"},
         "adv_norm_0.12": {"ppo.normalize_advantages", "ppo.advantage_clip"},
         "kl": {"kl.coef"},
         "importance_sample": {"ppo.ratio_denominator"},
+        "kl_importance_sample": {"kl.coef", "ppo.ratio_denominator"},
         "entropy": {"ppo.entropy_coef", "ppo.entropy_max"},
         "critic_pretrain": {"train.critic_pretrain_iterations"},
     }
@@ -96,6 +99,28 @@ def test_figures_differ_from_vanilla_in_one_thing():
         changed = leaves(get("ppo_max", variant))
         differing = {key for key in vanilla if vanilla[key] != changed[key]}
         assert differing - {"workdir", "label"} == keys, variant
+
+
+def test_figure_8_differs_from_ppo_max_in_one_thing():
+    ppo_max_itself = leaves(get("ppo_max", "quickstart"))
+    for variant, keys in {
+        "policy_pretrained": {"inputs.policy_variant", "inputs.policy"},
+        "critic_sft": {"train.critic_init"},
+    }.items():
+        changed = leaves(get("ppo_max", variant))
+        differing = {key for key in changed if changed[key] != ppo_max_itself[key]}
+        assert differing - {"workdir", "label"} == keys, variant
+
+
+def test_values_with_commas_and_words_for_flags():
+    config = ppo_max.get_config(
+        "tiny,data.domains=('movie','nyt'),data.prompt_buckets=(8,16),"
+        "ppo.normalize_advantages=true,seed=2"
+    )
+    assert config.data.domains == ("movie", "nyt")
+    assert config.data.prompt_buckets == (8, 16)
+    assert config.ppo.normalize_advantages is True and config.seed == 2
+    assert ppo_max.get_config("log.tensorboard=false").log.tensorboard is False
 
 
 def test_paper_numbers():
