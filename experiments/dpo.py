@@ -128,6 +128,7 @@ def main(config: ConfigDict) -> None:
     respond = dpo_setup.make_respondents(config, tokenizer, reference, scorer, sharding)
 
     # 3. Optimizer and the compiled step.
+    harness.positive("eval.every", config.eval.every)
     optimizer, schedule = make_optimizer(OptimizerConfig(**config.optimizer), train.steps)
     train_step = make_train_step(
         functools.partial(loss_fn, config=dpo_config),

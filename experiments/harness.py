@@ -24,6 +24,8 @@ from rlhf_jax.progress import Progress, progress
 
 # transformers advises to install PyTorch at import; nothing here needs it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+# Without a network each retry is told in two lines; the error at the end says all of it.
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 # Wrong input: these end with one line. Everything else is a defect and shows its traceback.
 USER_ERRORS = (ValueError, FileNotFoundError, NonFiniteError, ImportError, RuntimeError)
@@ -57,6 +59,9 @@ def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
             main(config.value)
         except Stopped as stopped:
             print(stopped)
+            sys.exit(130)
+        except KeyboardInterrupt:
+            print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
             sys.exit(130)
         except USER_ERRORS as error:
             if several.value and jax.distributed.is_initialized():
@@ -258,9 +263,21 @@ def divide(name: str, whole: int, part: int) -> int:
     Raises:
       ValueError: there would be a rest.
     """
-    if part < 1 or whole % part:
+    if part < 1 or whole < 1:
+        raise ValueError(f"{name}={whole} and what divides it ({part}) must be at least 1")
+    if whole % part:
         raise ValueError(f"{name}={whole} must be divisible by {part}")
     return whole // part
+
+
+def positive(name: str, value: int) -> None:
+    """Refuses a setting below 1.
+
+    Raises:
+      ValueError: names it.
+    """
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
 
 
 def count_parameters(model: Any) -> int:

@@ -30,6 +30,8 @@ def check(config: ConfigDict, advantage: AdvantageConfig, devices: int) -> None:
       ValueError: sizes that do not divide, or a Φ_t whose critic is missing.
     """
     train = config.train
+    harness.positive("train.iterations", train.iterations)
+    harness.positive("eval.every", config.eval.every)
     harness.divide("prompts x samples per prompt", rollout_batch(config), train.minibatch)
     harness.divide("train.minibatch", train.minibatch, train.microbatch)
     harness.divide("train.microbatch (over devices)", train.microbatch, devices)
@@ -62,6 +64,7 @@ def derived_numbers(config: ConfigDict, policy, sharding, prompts) -> dict[str, 
     train, batch = config.train, rollout_batch(config)
     per_iteration = train.epochs * batch // train.minibatch
     size = prompts.steps_per_epoch * train.prompts_per_iteration
+    longest = prompts.shapes[-1].length + config.sampling.max_new_tokens
     return {
         "policy": f"{harness.count_parameters(policy):,} parameters from {config.inputs.policy}",
         "reward model": config.inputs.reward_model,
@@ -73,7 +76,9 @@ def derived_numbers(config: ConfigDict, policy, sharding, prompts) -> dict[str, 
         f"in microbatches of {train.microbatch}",
         "iterations": f"{train.iterations} ({train.critic_pretrain_iterations} of the critic "
         f"alone), "
+        f"{prompts.steps_per_epoch:,} an epoch, "
         f"{train.iterations * train.prompts_per_iteration / size:.2f} epochs of prompts",
+        "tokens per iteration": f"at most {batch * longest:,}, prompts included",
         "devices": f"{sharding.mesh.size}, {sharding.mode}",
         "run folder": config.workdir,
     }

@@ -106,6 +106,8 @@ def main(config: ConfigDict) -> None:
     if stages.skip_if_finished(config, "reward model"):
         return
     train, sharding = config.train, stages.make_sharding(config)
+    harness.positive("train.steps", train.steps)
+    harness.positive("train.eval_every", train.eval_every)
 
     # 1. The SFT model with a new scalar head, and pairs that people have ranked.
     inputs = config.inputs
@@ -136,7 +138,9 @@ def main(config: ConfigDict) -> None:
             "pairs per update": f"{train.min_pairs} to {train.max_pairs}, "
             f"at most {train.max_tokens:,} tokens",
             "batches": batches.describe(),
-            "updates": f"{train.steps:,}, {train.steps / batches.steps_per_epoch:.2f} epochs",
+            "updates": f"{train.steps:,} in {train.microbatches} microbatches; "
+            f"{batches.steps_per_epoch:,} an epoch, "
+            f"{train.steps / batches.steps_per_epoch:.2f} epochs",
             "devices": f"{sharding.mesh.size}, {sharding.mode}",
             "run folder": config.workdir,
         }

@@ -55,8 +55,9 @@ def perplexity(model: Transformer, batches: list[dict], sharding) -> float:
 def starting_point(config: ConfigDict, sharding, texts: list[str]):
     """The tokenizer and the model to train: a pretrained one, or both from scratch."""
     if config.inputs.model:
-        tokenizer = load_tokenizer(config.inputs.model)
-        return tokenizer, stages.load_policy(config.inputs.model, config, sharding)
+        model = stages.load_policy(config.inputs.model, config, sharding)
+        # A pad token may be new: it needs a row of the embedding that no token uses.
+        return load_tokenizer(config.inputs.model, vocab_size=model.config.vocab_size), model
     tokenizer = train_bpe(texts, config.tokenizer.vocab_size)
     model_config = ModelConfig(vocab_size=len(tokenizer), **config.model)
     return tokenizer, jax.jit(functools.partial(Transformer, model_config))(
@@ -69,6 +70,8 @@ def main(config: ConfigDict) -> None:
     if stages.skip_if_finished(config, "SFT"):
         return
     train, sharding = config.train, stages.make_sharding(config)
+    harness.positive("train.steps", train.steps)
+    harness.positive("train.eval_every", train.eval_every)
 
     # 1. Text, tokenizer and model.
     tokenizer, model = starting_point(config, sharding, data.tokenizer_texts(config))
@@ -99,7 +102,9 @@ def main(config: ConfigDict) -> None:
             "model": f"{harness.count_parameters(model):,} parameters, {len(tokenizer):,} tokens",
             "documents": f"{len(documents):,} ({len(held_out):,} held out)",
             "tokens per update": f"{train.minibatch * train.row_length:,}",
-            "updates": f"{train.steps:,}, {train.steps / batches.steps_per_epoch:.1f} epochs",
+            "updates": f"{train.steps:,} of {train.minibatch} rows in microbatches of "
+            f"{train.microbatch}; {batches.steps_per_epoch:,} an epoch, "
+            f"{train.steps / batches.steps_per_epoch:.1f} epochs",
             "devices": f"{sharding.mesh.size}, {sharding.mode}",
             "run folder": config.workdir,
         }

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
 def load_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> Any:
     """Loads the tokenizer of a folder (or a hub name) and makes it fit for training.
 
-    What `ensure_pad` and `ensure_template` did is logged.
+    What `ensure_pad` and `ensure_template` changed is logged as a warning.
 
     Args:
         path: a folder with the files of `save_pretrained`, or a name on the hub.
@@ -103,8 +104,11 @@ def load_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot load a tokenizer from {str(path)!r}: {reason}") from error
-    for line in (ensure_pad(tokenizer, vocab_size=vocab_size), ensure_template(tokenizer)):
-        _log.info("tokenizer %s: %s", path, line)
+    before = (tokenizer.pad_token, tokenizer.chat_template)
+    lines = (ensure_pad(tokenizer, vocab_size=vocab_size), ensure_template(tokenizer))
+    after = (tokenizer.pad_token, tokenizer.chat_template)
+    for line, changed in zip(lines, map(operator.ne, before, after), strict=True):
+        _log.log(logging.WARNING if changed else logging.INFO, "tokenizer %s: %s", path, line)
     return tokenizer
 
 

@@ -63,6 +63,26 @@ def test_a_killed_run_resumes_in_a_new_process_with_the_same_numbers(tmp_path):
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
+def test_ctrl_c_outside_of_the_loop_is_one_line(tmp_path):
+    program = (
+        "from experiments import harness\n"
+        "def main(config): raise KeyboardInterrupt\n"
+        "harness.cli(main, default='configs/sft.py:tiny')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 130
+    assert result.stderr.strip() == (
+        "interrupted: the same command goes on from the last checkpoint"
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -2,16 +2,20 @@
 
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from configs import reward_model as reward_configs
 from configs import sft as sft_configs
 from experiments import data, reward_model, sft, stages
-from rlhf_jax.data.tokenizer import load_tokenizer
+from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import hf_weights
 from rlhf_jax.models.heads import next_token_log_probs
@@ -108,8 +112,52 @@ def test_missing_model_is_built_only_where_asked(tmp_path):
         stages.require("runs/sft/none/model", stage="sft", variant="none", build=False)
 
 
-def test_sft_refuses_a_minibatch_that_does_not_divide(tmp_path):
-    config = sft_configs.get_config("tiny,train.microbatch=3,sharding.devices=1")
+@pytest.mark.parametrize(
+    ("experiment", "configs", "change", "message"),
+    [
+        (sft, sft_configs, "train.microbatch=3", "train.minibatch=8 must be divisible by 3"),
+        (sft, sft_configs, "train.steps=0", "train.steps=0 must be at least 1"),
+        (sft, sft_configs, "train.eval_every=0", "train.eval_every=0 must be at least 1"),
+        (reward_model, reward_configs, "train.steps=0", "train.steps=0 must be at least 1"),
+    ],
+)
+def test_wrong_sizes_are_refused(tmp_path, experiment, configs, change, message):
+    config = configs.get_config(f"tiny,{change},sharding.devices=1")
     config.workdir = str(tmp_path)
-    with pytest.raises(ValueError, match=r"train.minibatch=8 must be divisible by 3"):
-        sft.main(config)
+    with pytest.raises(ValueError, match=message):
+        experiment.main(config)
+
+
+def test_a_model_whose_tokenizer_has_neither_pad_nor_template(chain, tmp_path, caplog):
+    """One unused row of the embedding becomes the pad token, and the user is told."""
+    folder = tmp_path / "model"
+    shutil.copytree(chain.sft, folder)
+    tokenizer = load_tokenizer(chain.sft)
+    bare = train_bpe(["a b c"], 300)
+    tokens = json.loads(bare.backend_tokenizer.to_str())
+    tokens["added_tokens"] = [t for t in tokens["added_tokens"] if t["content"] != "<pad>"]
+    del tokens["model"]["vocab"]["<pad>"]
+    vocab = sorted(tokens["model"]["vocab"], key=tokens["model"]["vocab"].get)
+    tokens["model"]["vocab"] = {token: number for number, token in enumerate(vocab)}
+    for token in tokens["added_tokens"]:
+        token["id"] = tokens["model"]["vocab"][token["content"]]
+    bare = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(tokens)),
+        bos_token="<bos>",
+        eos_token="<eos>",
+    )
+    assert bare.pad_token is None and len(bare) < len(tokenizer)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink(missing_ok=True)
+    bare.save_pretrained(folder)
+
+    config = sft_configs.get_config("tiny,train.steps=1,sharding.devices=1")
+    config.workdir = str(tmp_path / "run")
+    config.inputs.model = str(folder)
+    config.model = ConfigDict({"dtype": "float32", "remat": "none", "attention": "xla"})
+    sft.main(config)
+    saved = load_tokenizer(tmp_path / "run" / "model")
+    assert saved.pad_token_id == len(bare) != saved.eos_token_id
+    assert saved.chat_template
+    told = " ".join(record.getMessage() for record in caplog.records)
+    assert "no pad token; pad is now the new" in told and "no chat template; now" in told
