@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import ppo_max as configs
-from experiments import harness, ppo_max
+from experiments import harness, ppo_max, ppo_setup
 from rlhf_jax.metrics import read_metrics
 
 
@@ -41,8 +41,12 @@ def test_run_writes_what_it_promises(finished):
 
 def test_first_minibatch_of_every_iteration_is_on_policy(finished):
     log = read_metrics(finished)
-    first = log["policy/approx_kl_first"][1:]  # iteration 0 trains the critic alone
-    assert np.isfinite(first).all() and np.abs(first).max() < 1e-5
+    # Iteration 0 trains the critic alone. The KL is of second order in the ratio's error.
+    wanted = {"approx_kl": (0, 1e-9), "ratio_max": (1, 1e-5), "ratio_min": (1, 1e-5)}
+    for name, (value, tolerance) in wanted.items():
+        first = log[f"policy/{name}_first"][1:]
+        np.testing.assert_allclose(first, value, rtol=0, atol=tolerance, err_msg=name)
+    assert np.abs(log["policy/ratio_max"][2:] - 1).max() > 1e-4  # after an update it moves
 
 
 def test_kl_to_the_reference_starts_at_zero(finished):
@@ -110,6 +114,9 @@ def test_missing_inputs_name_the_command(tmp_path):
         ("ppo.objective=nothing", "ppo.objective='nothing' is unknown"),
         ("reward.transform=nothing", "reward.transform='nothing' is unknown"),
         ("sampling.top_p=0.0", "must be in"),
+        ("train.minibatch=0", "must be at least 1"),
+        ("train.iterations=0", "train.iterations=0 must be at least 1"),
+        ("eval.every=0", "eval.every=0 must be at least 1"),
     ],
 )
 def test_wrong_settings_are_told(chain, tmp_path, change, message):
@@ -132,8 +139,12 @@ def test_variants_run(chain, tmp_path, changes):
     config = tiny(chain, tmp_path, *changes, "train.iterations=2", "log.tensorboard=False")
     ppo_max.main(config)
     log = read_metrics(tmp_path)
-    first = log["policy/approx_kl_first"]
-    assert np.nanmax(np.abs(first)) < 1e-5
+    assert np.nanmax(np.abs(log["policy/approx_kl_first"])) < 1e-9
+    if config.ppo.ratio_denominator == "old":
+        ratios = np.stack([log[f"policy/ratio_{end}_first"] for end in ("min", "max")])
+        assert np.nanmax(np.abs(ratios - 1)) < 1e-5
+    report = (tmp_path / "report.md").read_text()
+    assert ("deck's Figure 4" in report) == (config.kl.coef == 0)
     assert json.loads((tmp_path / "summary.json").read_text())["win_rate"]["num_prompts"] == 16
 
 
@@ -168,10 +179,52 @@ def test_trust_region_variant_keeps_its_bound(chain, tmp_path):
     assert (log["policy/improvement"][1:][accepted == 1] > 0).all()
 
 
-def test_non_finite_loss_stops_the_run(chain, tmp_path):
-    config = tiny(chain, tmp_path, "optimizer.learning_rate=1e30", "no_critic_pretrain")
-    config.optimizer.max_grad_norm = 0.0
-    config.checkpoint.every = 1
-    with pytest.raises(harness.NonFiniteError, match="at step"):
-        ppo_max.main(config)
+def test_programs_are_as_many_as_buckets(chain, tmp_path, monkeypatch):
+    """Training and evaluation, policy and reference, share one sampler for each bucket."""
+    compiled = {}
+    make_generate, make_updates = ppo_max.make_generate, ppo_setup.make_updates
+
+    def watched_generate(*arguments):
+        compiled["generate"] = make_generate(*arguments)
+        return compiled["generate"]
+
+    def watched_updates(*arguments):
+        made = make_updates(*arguments)
+        compiled["policy step"], compiled["critic step"] = made[0], made[2]
+        return made
+
+    monkeypatch.setattr(ppo_max, "make_generate", watched_generate)
+    monkeypatch.setattr(ppo_setup, "make_updates", watched_updates)
+    config = tiny(chain, tmp_path, "data.prompt_buckets=(6,16)", "log.tensorboard=False")
+    ppo_max.main(config)
+    assert {name: function._cache_size() for name, function in compiled.items()} == {
+        "generate": 2,
+        "policy step": 2,
+        "critic step": 2,
+    }
+
+
+def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
+    chain, tmp_path, monkeypatch
+):
+    original = ppo_max.update
+
+    def poisoned(state, experience, config, iteration, *rest):
+        if iteration == 2:
+            experience = experience.replace(advantages=experience.advantages * np.nan)
+        return original(state, experience, config, iteration, *rest)
+
+    config = tiny(chain, tmp_path, "checkpoint.every=1", "no_critic_pretrain")
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_max, "update", poisoned)
+        with pytest.raises(
+            harness.NonFiniteError, match=r"loss/policy = nan.* at step 2"
+        ) as caught:
+            ppo_max.main(config)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "summary.json").exists()
+    # The same command goes on from before the poisoned step.
+    ppo_max.main(config)
+    log = read_metrics(tmp_path)
+    assert log["step"].tolist() == [0, 1, 2, 3]
+    assert np.isfinite(log["loss/policy"]).all()
