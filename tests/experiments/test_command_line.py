@@ -63,16 +63,19 @@ def test_a_killed_run_resumes_in_a_new_process_with_the_same_numbers(tmp_path):
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-def test_ctrl_c_outside_of_the_loop_is_one_line(tmp_path):
+def test_ctrl_c_outside_of_the_loop_is_one_line_and_programs_are_kept(tmp_path):
     program = (
+        "import jax\n"
         "from experiments import harness\n"
-        "def main(config): raise KeyboardInterrupt\n"
+        "def main(config):\n"
+        "    print(jax.config.jax_compilation_cache_dir)\n"
+        "    raise KeyboardInterrupt\n"
         "harness.cli(main, default='configs/sft.py:tiny')"
     )
     result = subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT,
-        env=environment(tmp_path),
+        env={k: v for k, v in environment(tmp_path).items() if k != "JAX_COMPILATION_CACHE_DIR"},
         capture_output=True,
         text=True,
         timeout=100,
@@ -81,6 +84,7 @@ def test_ctrl_c_outside_of_the_loop_is_one_line(tmp_path):
     assert result.stderr.strip() == (
         "interrupted: the same command goes on from the last checkpoint"
     )
+    assert Path(result.stdout.strip()) == ROOT / "runs" / ".compilation_cache"
 
 
 @pytest.mark.parametrize(
