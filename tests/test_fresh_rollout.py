@@ -1,9 +1,12 @@
 """What must hold before the first update, for every way of sampling: ratio 1, KL 0; and what more
 padding must not change."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.ad_checkpoint import saved_residuals
+from jax.extend import core as jex_core
 
 from rlhf_jax import experience, losses, ppo
 from rlhf_jax.experience import AdvantageConfig, Evaluation, Experience, RewardConfig
@@ -77,3 +80,32 @@ def test_padding_changes_no_advantage_and_no_loss():
         losses_of(*models, *padded_pair(), 1.0),
         losses_of(*models, tiny.rollout(), evaluation(), 1.0),
     )
+
+
+def policy_loss_of(model, batch):
+    return ppo.policy_loss(model, batch, jnp.float32(0.0), config=CONFIG, temperature=0.8)[0]
+
+
+def vocabulary_rows(jaxpr) -> list[int]:
+    """Rows of every array whose last axis is the vocabulary, nested programs included."""
+    rows = []
+    for equation in jaxpr.eqns:
+        shapes = [v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape")]
+        rows += [int(np.prod(s[:-1])) for s in shapes if len(s) > 1 and s[-1] == tiny.VOCAB]
+        for inner in jex_core.jaxprs_in_params(equation.params):
+            rows += vocabulary_rows(inner)
+    return rows
+
+
+def test_logits_of_the_policy_are_made_for_responses_only_and_none_is_kept():
+    """Forward and backward pass of the whole loss; 8 responses of 7 tokens behind 6 of prompts."""
+    model = tiny.language_model()
+    batch = ppo.prepare((build(tiny.rollout(), evaluation()), None), config=CONFIG)
+    rows = vocabulary_rows(jax.make_jaxpr(jax.grad(policy_loss_of))(model, batch).jaxpr)
+    assert max(rows) == 8 * tiny.RESPONSE
+    kept = [
+        aval.shape
+        for aval, where in saved_residuals(policy_loss_of, model, batch)
+        if "argument" not in where
+    ]
+    assert kept and not [shape for shape in kept if tiny.VOCAB in shape]
