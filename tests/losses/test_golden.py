@@ -45,6 +45,24 @@ def test_token_log_probs_shifts_by_one():
     close(found, np.log([0.9, 0.5]))
 
 
+def test_bfloat16_logits_are_normalised_in_float32():
+    rng = np.random.default_rng(0)
+    logits, other = (jnp.asarray(x, jnp.bfloat16) for x in rng.normal(0, 3, (2, 4, 1000)))
+    targets = jnp.array([0, 7, 500, 999])
+    log_p, log_q = (
+        x - np.logaddexp.reduce(x, axis=-1, keepdims=True)
+        for x in (np.asarray(logits, np.float64), np.asarray(other, np.float64))
+    )
+    p = np.exp(log_p)
+    for found, expected in (
+        (losses.select_log_probs(logits, targets), log_p[np.arange(4), targets]),
+        (losses.entropy(logits), -(p * log_p).sum(-1)),
+        (losses.kl_divergence(logits, other), (p * (log_p - log_q)).sum(-1)),
+    ):
+        assert found.dtype == jnp.float32
+        close(found, expected, 2e-5)
+
+
 def test_kl_estimates():
     # d = ln 2: k1 = 0.6931, k2 = 0.6931²/2 = 0.2402, k3 = 1/2 − 1 + 0.6931 = 0.1931.
     new, ref = jnp.array([0.0]), jnp.array([-LN2])
