@@ -195,7 +195,7 @@ def test_programs_are_as_many_as_buckets(chain, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ppo_max, "make_generate", watched_generate)
     monkeypatch.setattr(ppo_setup, "make_updates", watched_updates)
-    config = tiny(chain, tmp_path, "data.prompt_buckets=(6,16)", "log.tensorboard=False")
+    config = tiny(chain, tmp_path, "data.prompt_buckets=(12,16)", "log.tensorboard=False")
     ppo_max.main(config)
     assert {name: function._cache_size() for name, function in compiled.items()} == {
         "generate": 2,
