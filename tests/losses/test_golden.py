@@ -35,6 +35,18 @@ def test_whiten():
     close(losses.masked_whiten(x, where=where, shift_mean=False), [1, 3, 0])  # ±1, mean back
 
 
+def test_bfloat16_is_whitened_and_compared_in_float32():
+    # The mean 257 and the sum 514 are no bfloat16 numbers: they would be rounded to 256 and 512.
+    x = jnp.array([256.0, 258.0], jnp.bfloat16)
+    for found, expected in (
+        (losses.masked_whiten(x, where=jnp.ones(2, bool)), [-1, 1]),
+        (losses.group_advantages(x, eps=0.0), [-1, 1]),
+        (losses.leave_one_out_baseline(x), [258, 256]),
+    ):
+        assert found.dtype == jnp.bfloat16
+        close(found.astype(jnp.float32), expected)
+
+
 def test_token_log_probs_shifts_by_one():
     # Row t holds the logits for token t+1: p(1) = 3/4 after token 0, p(0) = 1/2 after token 1.
     logits = jnp.log(jnp.array([[1.0, 3.0], [1.0, 1.0], [9.0, 1.0]]))
