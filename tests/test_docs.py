@@ -90,6 +90,16 @@ def test_slides_lead_to_functions_that_exist():
         assert inspect.getmodule(getattr(losses, name)).__name__ == f"rlhf_jax.losses.{module}"
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_first_code_is_one_loss_in_a_plain_script(page, capsys):
+    code = re.search(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)[1]
+    imported = set(re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE))
+    assert imported == {"jax", "rlhf_jax"} and "from rlhf_jax.losses import" in code
+    exec(compile(code, page, "exec"), {"__name__": "__main__"})
+    gradient = np.array(re.findall(r"-?\d+\.\d*(?:e[-+]\d+)?", capsys.readouterr().out), float)
+    assert gradient.size == 3 and np.all(np.isfinite(gradient)) and np.any(gradient)
+
+
 @pytest.mark.parametrize("name", [n for n in losses.__all__ if callable(getattr(losses, n))])
 def test_equations_are_typeset(name):
     blocks = equation_blocks(inspect.getdoc(getattr(losses, name)))

@@ -39,7 +39,7 @@ def rewards_to_go(
       bootstrap: value after the last real token, [...] float; None is 0.
 
     Returns:
-      [..., T], unreduced, 0 where masked.
+      [..., T], unreduced, 0 where masked, constant.
 
     Raises:
       AssertionError: shapes differ, or a type is wrong.
@@ -54,7 +54,13 @@ def rewards_to_go(
     return _discounted_sums(first, discount, where)
 
 
-def total_return(rewards: jax.Array, *, discount: Scalar, where: jax.Array) -> jax.Array:
+def total_return(
+    rewards: jax.Array,
+    *,
+    discount: Scalar,
+    where: jax.Array,
+    bootstrap: jax.Array | None = None,
+) -> jax.Array:
     """Discounted sum of all rewards of a response, counted from its first real token.
 
         R(τ) = Σ_{t≥0} γ^t r_t
@@ -65,9 +71,10 @@ def total_return(rewards: jax.Array, *, discount: Scalar, where: jax.Array) -> j
       rewards: r, [..., T] float.
       discount: γ.
       where: True on real tokens, [..., T] bool.
+      bootstrap: value after the last real token, [...] float; None is 0.
 
     Returns:
-      [...], one number a sequence, unreduced.
+      [...], one number a sequence, unreduced, constant.
 
     Raises:
       AssertionError: shapes differ, or a type is wrong.
@@ -79,8 +86,9 @@ def total_return(rewards: jax.Array, *, discount: Scalar, where: jax.Array) -> j
     chex.assert_type([rewards, where], [float, bool])
     position = jnp.cumsum(where, axis=-1, dtype=jnp.int32) - 1
     weights = jnp.power(jnp.asarray(discount, rewards.dtype), jnp.maximum(position, 0))
-    total = jnp.sum(masked_fill(rewards, where=where) * weights, axis=-1)
-    return jax.lax.stop_gradient(total)
+    ahead = _values_ahead(jnp.zeros_like(rewards), where, bootstrap)
+    received = masked_fill(rewards + discount * ahead, where=where)
+    return jax.lax.stop_gradient(jnp.sum(received * weights, axis=-1))
 
 
 def td_errors(
@@ -105,7 +113,7 @@ def td_errors(
       bootstrap: value after the last real token, [...] float; None is 0.
 
     Returns:
-      [..., T], unreduced, 0 where masked.
+      [..., T], unreduced, 0 where masked, constant.
 
     Raises:
       AssertionError: shapes differ, or a type is wrong.
@@ -145,7 +153,7 @@ def k_step_advantages(
       bootstrap: value after the last real token, [...] float; None is 0.
 
     Returns:
-      [..., T], unreduced, 0 where masked.
+      [..., T], unreduced, 0 where masked, constant.
 
     Raises:
       AssertionError: shapes differ, or a type is wrong.
@@ -189,7 +197,7 @@ def k_step_returns(
       bootstrap: value after the last real token, [...] float; None is 0.
 
     Returns:
-      [..., T], unreduced, 0 where masked.
+      [..., T], unreduced, 0 where masked, constant.
 
     Raises:
       AssertionError: shapes differ, or a type is wrong.
@@ -221,7 +229,8 @@ def gae(
     λ = 0 gives δ_t; λ = 1 gives R_t − V_t. The critic's target in PPO is Â_t + V_t.
 
     Source: Schulman et al. 2016 (arXiv 1506.02438), eq 16; slide "Advantage Function". The deck's
-    case λ = 1 prints r_{t+l+1}: the reward at t+l belongs there.
+    case λ = 1 prints r_{t+l+1}: the reward at t+l belongs there. Its sums are infinite; a response
+    ends, and its value is 0 from there on.
 
     Args:
       rewards: r, [..., T] float.
@@ -233,7 +242,7 @@ def gae(
         None is 0.
 
     Returns:
-      [..., T], unreduced, 0 where masked.
+      [..., T], unreduced, 0 where masked, constant.
 
     Raises:
       AssertionError: shapes differ, or a type is wrong.

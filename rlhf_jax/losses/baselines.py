@@ -55,9 +55,9 @@ def leave_one_out_baseline(scores: jax.Array) -> jax.Array:
     [4. 3. 2.]
     """
     chex.assert_type(scores, float)
-    k = _samples_per_prompt(scores)
-    others = jnp.sum(scores, axis=-1, keepdims=True) - scores
-    return jax.lax.stop_gradient(others / (k - 1))
+    k, wide = _samples_per_prompt(scores), _widen(scores)
+    others = jnp.sum(wide, axis=-1, keepdims=True) - wide
+    return jax.lax.stop_gradient((others / (k - 1)).astype(scores.dtype))
 
 
 def group_mean_baseline(scores: jax.Array) -> jax.Array:
@@ -109,9 +109,15 @@ def group_advantages(scores: jax.Array, *, eps: float = 1e-4) -> jax.Array:
     """
     chex.assert_type(scores, float)
     _samples_per_prompt(scores)
-    mean = jnp.mean(scores, axis=-1, keepdims=True)
-    std = jnp.std(scores, axis=-1, keepdims=True)
-    return jax.lax.stop_gradient((scores - mean) / (std + eps))
+    wide = _widen(scores)
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    std = jnp.std(wide, axis=-1, keepdims=True)
+    return jax.lax.stop_gradient(((wide - mean) / (std + eps)).astype(scores.dtype))
+
+
+def _widen(scores: jax.Array) -> jax.Array:
+    """In float32 at least: differences of bfloat16 sums would be rounding."""
+    return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
 
 
 def _samples_per_prompt(scores: jax.Array) -> int:

@@ -32,8 +32,8 @@ def dpo_loss(
     At the reference u = 0 and L = log 2. With ε = 0 the gradient is
     −β σ(−u) (∇log π_θ(y⁺|x) − ∇log π_θ(y⁻|x)).
 
-    Source: Rafailov et al. 2023 (arXiv 2305.18290), eq 7; slide "DPO". Label smoothing: Mitchell
-    2023, conservative DPO.
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), eq 7; slide "DPO", whose π_{θ_old} is the
+    frozen SFT policy π_ref. Label smoothing: Mitchell 2023, conservative DPO.
 
     Args:
       chosen_log_probs: log π_θ(y⁺|x), [...] float, differentiated.
@@ -181,7 +181,8 @@ def dpo_gradient_coefficient(
         c = σ(r̂(x, y⁻) − r̂(x, y⁺)) = σ(−u),   ∇L = −β c (∇log π_θ(y⁺|x) − ∇log π_θ(y⁻|x))
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), §4 "What does the DPO update do?". The deck's
-    text has the two rewards the other way round; its formula is right.
+    text has the two rewards the other way round, and a step of its derivation prints ∇σ(u)/σ(u)
+    where σ′(u)/σ(u) = σ(−u) belongs; its last formula is right.
 
     Args:
       chosen_log_probs: log π_θ(y⁺|x), [...] float.
@@ -216,6 +217,10 @@ def dpo_diagnostics(
     where: jax.Array,
 ) -> dict[str, jax.Array]:
     """Implicit rewards of both sides, how often they rank the pair rightly, and the pull left.
+
+        margin = r̂(x, y⁺) − r̂(x, y⁻),   accuracy = 1[margin > 0] + ½ 1[margin = 0]
+
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), §4. Means over the pairs that count.
 
     Args:
       chosen_log_probs: log π_θ(y⁺|x), [...] float.

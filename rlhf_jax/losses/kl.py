@@ -83,6 +83,8 @@ def kl_divergence(logits_p: jax.Array, logits_q: jax.Array) -> jax.Array:
     Both arguments are differentiated: PPO-penalty and TRPO move q (p = π_old), Quark moves p. Wrap
     the constant one in `jax.lax.stop_gradient`. Logits of −inf in p (top-p) add nothing.
 
+    Source: slides "TRPO" and "PPO-Penalty" (Schulman et al. 2015 and 2017), at one state s_t.
+
     Args:
       logits_p: [..., V] float.
       logits_q: same shape.

@@ -137,9 +137,10 @@ def masked_whiten(
     """
     chex.assert_equal_shape([x, where])
     chex.assert_type([x, where], [float, bool])
-    mean, var = masked_mean(x, where=where), masked_var(x, where=where)
-    white = (masked_fill(x, where=where) - mean) * jax.lax.rsqrt(var + eps)
-    return masked_fill(white if shift_mean else white + mean, where=where)
+    wide = masked_fill(x, where=where).astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean, var = masked_mean(wide, where=where), masked_var(wide, where=where)
+    white = (wide - mean) * jax.lax.rsqrt(var + eps)
+    return masked_fill(white if shift_mean else white + mean, where=where).astype(x.dtype)
 
 
 def last_token_mask(where: jax.Array) -> jax.Array:

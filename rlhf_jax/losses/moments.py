@@ -89,7 +89,7 @@ def update_moments(
       where: True where a value counts, same shape, bool; None counts all.
 
     Returns:
-      moments of all values, these included; constants.
+      moments of all values, these included: scalars, constant.
 
     Raises:
       AssertionError: shapes differ, or a type is wrong.

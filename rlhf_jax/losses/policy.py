@@ -19,7 +19,9 @@ def policy_gradient_loss(log_probs: jax.Array, weights: jax.Array) -> jax.Array:
     (`leave_one_out_baseline` is RLOO, `group_advantages` is GRPO, the values are the critic's),
     `td_errors`, `k_step_advantages`, `gae`.
 
-    Source: slide "Policy Gradient Methods"; arXiv 2307.04964, eq 5.
+    Source: slide "Policy Gradient Methods"; arXiv 2307.04964, eq 5. The deck's Ê_t is the mean over
+    sequences of the sum over tokens, the released code's the mean over tokens: both are reductions
+    that the caller names.
 
     Args:
       log_probs: log π_θ, [..., T] or [...] float, differentiated.
@@ -74,7 +76,8 @@ def ppo_clip_loss(
         L_t = −min(ρ_t A_t, clip(ρ_t, 1−ε, 1+ε) A_t)
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), eq 7; slide "PPO-Clip", which prints the
-    objective that is maximised and calls it a loss: this is its negative.
+    objective that is maximised and calls it a loss: this is its negative. What the clip limits is
+    the ratio, not π_old as the paper has it.
 
     Args:
       log_probs: log π_θ, [..., T] float, differentiated.
@@ -208,6 +211,9 @@ def ppo_diagnostics(
 
     On the first minibatch, before any update, approx_kl is 0 and the ratio 1: anything else means
     that sampler and trainer disagree.
+
+    Source: Schulman, "Approximating KL Divergence" (2020); Huang et al. 2022, "The 37
+    implementation details of PPO".
 
     Args:
       log_probs: log π_θ, [..., T] float.

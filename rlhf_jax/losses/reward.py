@@ -44,7 +44,7 @@ def bradley_terry_loss(
 
     Only differences count: adding a constant to all rewards changes nothing.
 
-    Source: arXiv 2307.04964, eq 1; slide "Reward Modeling", which leaves out the minus. Margin:
+    Source: arXiv 2307.04964, eq 1; slide "Reward Modeling". Both leave out the minus. Margin:
     Llama 2 (arXiv 2307.09288), eq 2. No ε inside the logarithm: it would silence the gradient of
     the pairs that are most wrong.
 
@@ -176,6 +176,9 @@ def preference_accuracy(chosen_rewards: jax.Array, rejected_rewards: jax.Array) 
         1[r_w > r_l] + ½ 1[r_w = r_l]
 
     A model that gives every response the same score is at chance, not at 0.
+
+    Source: arXiv 2307.04964, fig 3. Its released code counts ties as wrong, so that a model in
+    bfloat16 starts below chance.
 
     Args:
       chosen_rewards: r_w, [...] float.

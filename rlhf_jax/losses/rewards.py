@@ -202,7 +202,8 @@ def normalize_advantages(advantages: jax.Array, *, where: jax.Array, clip: Scala
         Ã = clip((A − Ā) / σ(A), −δ, δ)
 
     Source: arXiv 2307.04964, §5.3.1 (δ of 0.5 and 0.12); slide "Advantages Normalization and
-    Clipping". Not part of PPO-max. ε = 1e-8 is added to the variance.
+    Clipping", which swaps the words: σ(A) is the standard deviation, Ā the mean. Not part of
+    PPO-max. ε = 1e-8 is added to the variance.
 
     Args:
       advantages: A, [..., T] float.

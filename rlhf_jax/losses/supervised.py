@@ -1,7 +1,8 @@
 """Alignment by supervised losses: quality contrast (RRHF, SLiC-HF, PRO, ORPO, unlikelihood).
 
 All are the auxiliary term of the deck's L_total = −Σ_t log π(y_t⁺ | x, y_{<t}⁺) + L_aux, most with
-the first term included. For quality prompts (Quark, C-RLFT, ...) see `quality`.
+the first term included. (The deck prints log(y_t⁺ | ·), and leaves y⁻ out of the expectation.)
+For quality prompts (Quark, C-RLFT, ...) see `quality`.
 """
 
 import chex
@@ -207,7 +208,9 @@ def unlikelihood_loss(log_probs: jax.Array) -> jax.Array:
 
 
 def log1m_exp(x: jax.Array) -> jax.Array:
-    """log(1 − exp(x)) for x ≤ 0, accurate at both ends and finite.
+    """Log of the probability that is left, accurate at both ends and finite.
+
+        log(1 − exp(x)),   x ≤ 0
 
     Source: Mächler 2012, "Accurately computing log(1 − exp(−|a|))", eq 7. x is first kept at or
     below −1e-6.

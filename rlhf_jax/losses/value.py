@@ -14,7 +14,8 @@ def value_loss(values: jax.Array, returns: jax.Array) -> jax.Array:
 
         L_t = ½ (V_φ(s_t) − R̂_t)²
 
-    Source: slide "Value Function Estimation" (printed without the ½).
+    Source: slide "Value Function Estimation", printed without the ½. Its R̂_t is `rewards_to_go`,
+    the paper's Figure 1 and code have `gae` + old values: the two agree at λ = 1 only.
 
     Args:
       values: V_φ, [..., T] float, differentiated.
@@ -71,6 +72,8 @@ def explained_variance(values: jax.Array, returns: jax.Array, *, where: jax.Arra
     the mean, below 0 worse.
 
         1 − Var(R̂ − V) / Var(R̂)
+
+    Source: Huang et al. 2022, "The 37 implementation details of PPO".
 
     Args:
       values: V, [..., T] float.

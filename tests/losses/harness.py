@@ -49,17 +49,17 @@ class Case:
         out = (self.call or getattr(losses, self.name))(**arrays, **self.settings)
         return jnp.stack([out[k] for k in sorted(out)]) if isinstance(out, dict) else out
 
-    def expected(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Applies the oracle, row by row or element by element."""
+    def expected(self, arrays: Mapping[str, np.ndarray], lead: int = 1) -> np.ndarray:
+        """Applies the oracle, row by row (`lead` axes are rows) or element by element."""
         if self.level == "whole":
             out = self.oracle(**arrays, **self.settings)
             return np.array([out[k] for k in sorted(out)] if isinstance(out, dict) else out)
-        batch = np.shape(next(iter(arrays.values())))[: 1 if self.level == "row" else None]
+        batch = np.shape(next(iter(arrays.values())))[: lead if self.level == "row" else None]
         rows = [
             self.oracle(**{k: v[i] for k, v in arrays.items()}, **self.settings)
             for i in np.ndindex(batch)
         ]
-        return np.array(rows).reshape(*batch, *np.shape(rows[0]))
+        return np.array(rows).reshape((*batch, *np.shape(rows[0])))
 
     def cover(self, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """The mask of an argument, in the argument's own shape."""

@@ -103,6 +103,7 @@ def _returns() -> list[Case]:
         Case("rewards_to_go", _REWARDS, r.rewards_to_go, g, masks=r_cover),
         Case("rewards_to_go", cut, r.rewards_to_go, g, masks=r_cover),
         Case("total_return", _REWARDS, r.total_return, g, masks=r_cover),
+        Case("total_return", cut, r.total_return, g, masks=r_cover),
         Case("td_errors", _CRITIC, r.td_errors, g, masks=_COVER),
         Case("td_errors", _CUT_OFF, r.td_errors, g, masks=_COVER),
         Case("k_step_returns", _CRITIC, r.k_step_returns, k2, masks=_COVER),

@@ -1,6 +1,7 @@
 """What holds for every loss: right, compilable, batchable, unreduced, safe under its mask."""
 
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,17 @@ from tests.losses.harness import (
 
 # Checked on their own: a container and its operations, and a function that draws at random.
 ELSEWHERE = {"RunningMoments", "update_moments", "merge_moments", "hindsight_visible"}
+# What needs no paper: masked reductions, and log-probabilities.
+DEFINITIONS = {
+    "last_token_mask",
+    "masked_fill",
+    "masked_mean",
+    "masked_sum",
+    "masked_var",
+    "select_log_probs",
+    "sequence_log_prob",
+    "token_log_probs",
+}
 
 
 def cases(condition=lambda case: True):
@@ -100,6 +112,8 @@ def test_values_under_the_mask_change_nothing(case, filler):
     wanted, wanted_gradients = value_and_gradients(case, as_jax(clean))
     found, found_gradients = value_and_gradients(case, as_jax(dirty))
     np.testing.assert_array_equal(found, wanted)
+    if np.isnan(filler):  # the compiler turns x · mask into a choice, which hides NaN · 0
+        np.testing.assert_allclose(case(as_jax(dirty)), wanted, rtol=1e-5, atol=1e-6)
     for name, gradient in found_gradients.items():
         np.testing.assert_array_equal(gradient, wanted_gradients[name], err_msg=name)
         if name in case.masks:
@@ -114,7 +128,7 @@ def test_stays_finite(case, dtype):
         for k, v in draw(case, 8).items()
     }
     situations = [draw_extreme(case, 8), draw_extreme(case, 9), nothing_real]
-    if has_time(case) and case.level != "element" and dtype == jnp.float32:
+    if has_time(case) and case.level != "element":
         situations.append(draw_extreme(case, 8, {**SIZES, "T": 1}))
     for arrays in situations:
         out, gradients = value_and_gradients(case, as_jax(arrays, dtype))
@@ -143,9 +157,19 @@ def test_positions_do_not_touch_each_other(case):
     np.testing.assert_array_equal(found[1:], wanted[1:])
 
 
-@pytest.mark.parametrize("name", sorted(losses.__all__))
+@pytest.mark.parametrize("name", sorted(set(losses.__all__) - {"RunningMoments"}))
 def test_docstring_tells_what_a_reader_needs(name):
     text = inspect.getdoc(getattr(losses, name))
-    parts = ["Fields:"] if name == "RunningMoments" else ["Args:", "Returns:", "Raises:", ">>> "]
-    for part in parts:
-        assert part in text, part
+    for part in ("\n\n    ", "\n\nArgs:\n", "\n\nRaises:\n", "\n\n>>> "):
+        assert part in text, part  # the second begins an equation
+    returns = text.split("\n\nReturns:\n")[1].split("\n\n")[0]
+    assert re.search(r"\[|same shape|scalars|without the reduced axes", returns), "no shape"
+    assert "\nSource: " in text or name in DEFINITIONS, "no source"
+
+
+@cases()
+def test_docstring_says_what_is_constant(case):
+    text = inspect.getdoc(getattr(losses, case.name))
+    if is_float(case(as_jax(draw(case, 0)))):
+        returns = text.split("\nReturns:\n")[1].split("\nRaises:")[0]
+        assert ("constant" in returns) == (not case.differentiated)

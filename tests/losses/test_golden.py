@@ -35,6 +35,32 @@ def test_whiten():
     close(losses.masked_whiten(x, where=where, shift_mean=False), [1, 3, 0])  # ±1, mean back
 
 
+def test_bfloat16_is_whitened_and_compared_in_float32():
+    # The mean 257 and the sum 514 are no bfloat16 numbers: they would be rounded to 256 and 512.
+    x = jnp.array([256.0, 258.0], jnp.bfloat16)
+    for found, expected in (
+        (losses.masked_whiten(x, where=jnp.ones(2, bool)), [-1, 1]),
+        (losses.group_advantages(x, eps=0.0), [-1, 1]),
+        (losses.leave_one_out_baseline(x), [258, 256]),
+    ):
+        assert found.dtype == jnp.bfloat16
+        close(found.astype(jnp.float32), expected)
+
+
+def test_bfloat16_logits_are_read_in_float32():
+    logits = jnp.arange(64.0).reshape(2, 32) / 8
+    tokens = jnp.array([3, 5])
+    for measure in (
+        lambda z: losses.select_log_probs(z, tokens, temperature=0.7),
+        lambda z: losses.token_log_probs(z, tokens, temperature=0.7),
+        losses.entropy,
+        lambda z: losses.kl_divergence(z, jnp.flip(z, -1)),
+    ):
+        found = measure(logits.astype(jnp.bfloat16))  # eighths below 8 are bfloat16 numbers
+        assert found.dtype == jnp.float32
+        np.testing.assert_array_equal(found, measure(logits))
+
+
 def test_token_log_probs_shifts_by_one():
     # Row t holds the logits for token t+1: p(1) = 3/4 after token 0, p(0) = 1/2 after token 1.
     logits = jnp.log(jnp.array([[1.0, 3.0], [1.0, 1.0], [9.0, 1.0]]))

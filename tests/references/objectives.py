@@ -50,6 +50,8 @@ def clipped_value_loss(values, old_values, returns, clip_eps):
 def ppo_diagnostics(log_probs, old_log_probs, where, clip_eps):
     new, old = kept(log_probs, where), kept(old_log_probs, where)
     ratios = [math.exp(a) / math.exp(b) for a, b in zip(new, old, strict=True)]
+    if not ratios:
+        ratios = [1.0]  # as if nothing had moved
     return {
         "policy/approx_kl": sum(r - 1 - math.log(r) for r in ratios) / len(ratios),
         "policy/clip_fraction": sum(r > 1 + clip_eps or r < 1 - clip_eps for r in ratios)
@@ -61,4 +63,5 @@ def ppo_diagnostics(log_probs, old_log_probs, where, clip_eps):
 
 def explained_variance(values, returns, where):
     errors = np.where(where, returns, 0) - np.where(where, values, 0)
-    return 1 - masked_var(errors, where) / masked_var(returns, where)
+    total = masked_var(returns, where)
+    return 1 - masked_var(errors, where) / total if total else 0.0

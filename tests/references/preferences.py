@@ -119,4 +119,5 @@ def dpo_diagnostics(
         numbers.append([up, down, up - down, preference_accuracy(up, down), pull])
     names = ["chosen", "rejected", "margin", "accuracy"]
     keys = [f"reward/{name}" for name in names] + ["dpo/gradient_coefficient"]
-    return {key: sum(row[i] for row in numbers) / len(numbers) for i, key in enumerate(keys)}
+    count = max(len(numbers), 1)
+    return {key: sum(row[i] for row in numbers) / count for i, key in enumerate(keys)}

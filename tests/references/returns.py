@@ -27,9 +27,10 @@ def rewards_to_go(rewards, where, discount, bootstrap=0.0):
     return out
 
 
-def total_return(rewards, where, discount):
+def total_return(rewards, where, discount, bootstrap=0.0):
     start, end = span(where)
-    return sum(discount ** (t - start) * rewards[t] for t in range(start, end))
+    total = discount ** (end - start) * bootstrap if end > start else 0.0
+    return total + sum(discount ** (t - start) * rewards[t] for t in range(start, end))
 
 
 def td_errors(rewards, values, where, discount, bootstrap=0.0):
