@@ -123,8 +123,7 @@ def preferences() -> None:
 
     model, tokenizer = language_model(), AutoTokenizer.from_pretrained(SPEC["model"])
     vocab, words = model.config.vocab_size, tokenizer.convert_ids_to_tokens
-    # The trainer adds the EOS token itself.
-    lengths = {"prompt": SPEC["prompt"], "chosen": SPEC["new"] - 1, "rejected": SPEC["new"] - 1}
+    lengths = {"prompt": SPEC["prompt"], "chosen": SPEC["new"], "rejected": SPEC["new"]}
     columns = {
         name: [" ".join(words(row)) for row in rows_of(tokens_of(SPEC["batch"], n, vocab=vocab))]
         for name, n in lengths.items()
