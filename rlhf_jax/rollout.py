@@ -204,8 +204,8 @@ def generate(
         entropies=zeros,
         seen=jnp.zeros((batch, model.config.vocab_size), bool) if penalized else None,
     )
-    # XLA on CPU copies a slice of stacked weights, at every token if it is taken inside of the loop.
-    # Outside it costs the memory of the decoder's layers once more, so other platforms do not.
+    # XLA on CPU copies a slice of stacked weights: at every token, if it is taken in the loop.
+    # Outside it takes the memory of the decoder's layers once more, so other platforms do not.
     carry = jax.lax.platform_dependent(
         start, cpu=lambda carry: loop(carry, model.layers.each()), default=loop
     )

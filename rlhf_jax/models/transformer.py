@@ -17,7 +17,6 @@ from rlhf_jax.models import layers
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.placement import all_but_gathered, by_rows, gathered, is_bound
 
-
 Rope = tuple[jax.Array, jax.Array]
 
 
