@@ -38,7 +38,7 @@ def python_of(name: str) -> str:
     if result.returncode:
         raise ValueError(
             f"pip could not install {wanted.split()} into {folder}; see its message above, or "
-            f"leave these peers out with --only"
+            "leave these peers out: --only ours"
         )
     done.write_text(wanted)
     return str(python)

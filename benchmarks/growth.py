@@ -1,6 +1,6 @@
 """How time and memory grow with batch and length: generation and SFT steps, ours and torch's.
 
-    python -m benchmarks.growth            measures (about ten minutes) and plots
+    python -m benchmarks.growth            measures (about eight minutes) and plots
     python -m benchmarks.growth --plot     plots the saved results
 
 Writes results/growth.json and docs/images/growth.png. Each point is a pair of processes of its own,
@@ -36,7 +36,7 @@ def run(cores: int, repeats: int) -> dict:
     """Measures every point."""
     points = []
     for axis, value, case in growth():
-        result = measure(case, ["ours", *case.peers], cores=cores, warmup=1, repeats=repeats)
+        result = measure(case, ["ours", *case.peers], cores=cores, warmup=0, repeats=repeats)
         points.append({"axis": axis, "value": value, **result})
     return {"machine": machine.describe(cores), "points": points}
 
