@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import sampling
 from rlhf_jax.losses import entropy, select_log_probs
-from rlhf_jax.models.transformer import KVCache, Transformer
+from rlhf_jax.models.transformer import KVCache, LayerWeights, Rope, Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +103,9 @@ class _Carry(NamedTuple):
     step: jax.Array  # scalar: response tokens drawn so far
     hidden: jax.Array  # [B, D]: state that predicts the next token
     cache: KVCache
+    # Of the next token. Made at the end of a step and carried: inside of the next one XLA would
+    # fuse the sines into the rotation of each head of each layer, and take them again for each.
+    rope: Rope
     ended: jax.Array  # [B]
     tokens: jax.Array  # [B, G]
     mask: jax.Array  # [B, G]
@@ -171,21 +174,29 @@ def generate(
             seen=None if carry.seen is None else carry.seen.at[rows, token].set(True),
         )
 
-    def advance(carry: _Carry) -> _Carry:
-        carry = draw(carry)
-        hidden, cache = model.decode_step(
-            carry.tokens[:, carry.step],
-            real_prompt_tokens + carry.step,
-            prompt_length + carry.step,
-            carry.cache,
-        )
-        return carry._replace(step=carry.step + 1, hidden=hidden, cache=cache)
+    def loop(carry: _Carry, layer_weights: tuple[LayerWeights, ...] = ()) -> _Carry:
+        def advance(carry: _Carry) -> _Carry:
+            carry = draw(carry)
+            hidden, cache = model.decode_step(
+                carry.tokens[:, carry.step],
+                carry.rope,
+                prompt_length + carry.step,
+                carry.cache,
+                layer_weights,
+            )
+            step = carry.step + 1
+            rope = model.rope(real_prompt_tokens + step)
+            return carry._replace(step=step, hidden=hidden, cache=cache, rope=rope)
+
+        # The last token is drawn outside of the loop: nothing follows it, so it is not fed back.
+        return jax.lax.while_loop(lambda c: (c.step < length - 1) & ~c.ended.all(), advance, carry)
 
     zeros = jnp.zeros((batch, length), jnp.float32)
     start = _Carry(
         step=jnp.zeros((), jnp.int32),
         hidden=hidden,
         cache=cache,
+        rope=model.rope(real_prompt_tokens),
         ended=jnp.zeros((batch,), bool),
         tokens=jnp.full((batch, length), pad_id, jnp.int32),
         mask=jnp.zeros((batch, length), bool),
@@ -193,8 +204,11 @@ def generate(
         entropies=zeros,
         seen=jnp.zeros((batch, model.config.vocab_size), bool) if penalized else None,
     )
-    # The last token is drawn outside of the loop: nothing follows it, so it is not fed back.
-    carry = jax.lax.while_loop(lambda c: (c.step < length - 1) & ~c.ended.all(), advance, start)
+    # XLA on CPU copies a slice of stacked weights: at every token, if it is taken in the loop.
+    # Outside it takes the memory of the decoder's layers once more, so other platforms do not.
+    carry = jax.lax.platform_dependent(
+        start, cpu=lambda carry: loop(carry, model.layers.each()), default=loop
+    )
     carry = draw(carry)
     return Rollout(
         tokens=jnp.concatenate([prompts, carry.tokens], axis=1),

@@ -72,13 +72,14 @@ def test_the_loop_waits_for_the_last_response(program):
     assert any(1 < longest < LENGTH for _, longest in runs)
 
 
-def loop_bodies(hlo: str) -> list[str]:
-    """The computations that a while loop runs, those that they call included."""
+def loop_bodies(hlo: str, holding: str = "") -> list[str]:
+    """The computations that while loops run whose bodies hold a text, with all that they call."""
     computations = {
         match.group(1): match.group(0)
         for match in re.finditer(r"^%?([\w.\-]+) [^\n]*\{\n.*?^\}", hlo, re.MULTILINE | re.DOTALL)
     }
     names = set(re.findall(r"body=%?([\w.\-]+)", hlo))
+    names = {name for name in names if holding in computations[name]}
     while True:
         called = {
             name
@@ -108,3 +109,29 @@ def test_the_cache_is_updated_in_place(program):
     fusions = [rest for rest in made if " fusion(" in rest]
     assert all("calls=" in rest for rest in fusions)
     assert len(fusions) <= updates
+
+
+@pytest.fixture(scope="module")
+def two_layers() -> str:
+    """What the loop over tokens runs in a sampler for two layers, as text."""
+    model, (prompts, mask) = tiny.language_model(), tiny.prompts()
+    rows, width = prompts.shape
+    cache = f"[{rows},{model.config.num_kv_heads},{width + LENGTH},{model.config.head_dim}]"
+    run = functools.partial(
+        generate, config=SamplingConfig(LENGTH), eos_ids=(tiny.EOS,), pad_id=tiny.PAD
+    )
+    lowered = jax.jit(run).lower(model, prompts, mask, jax.random.key(0))
+    return "\n".join(loop_bodies(lowered.compile().as_text(), holding=cache))
+
+
+def test_layers_are_taken_apart_outside_of_the_loop(two_layers):
+    """A slice of stacked weights is a copy on CPU: all weights once more at every token."""
+    config = tiny.model_config()
+    gate = f"{config.hidden_size},{config.intermediate_size}]"
+    assert f"f32[{gate}" in two_layers
+    assert f"f32[{config.num_layers},{gate}" not in two_layers
+
+
+def test_rotary_tables_are_made_once_a_step(two_layers):
+    """Not once for each head of queries and keys in each layer."""
+    assert two_layers.count(" cosine(") == 1

@@ -121,3 +121,21 @@ def test_filters_never_give_nan_even_for_one_certain_token():
     certain[:, 3] = 1e4
     for settings in ({"top_p": 0.5}, {"top_k": 2}, {"top_k": 2, "top_p": 0.99}, {}):
         assert draw(jax.random.key(0), certain, **settings).tolist() == [3] * 4
+
+
+@pytest.mark.parametrize("shape", [(6, 11), (3, 1024)])
+def test_the_draw_is_that_of_categorical(shape):
+    """The same tokens from the same key, by other operations."""
+    logits = np.random.default_rng(1).normal(0, 2, shape).astype(np.float32)
+    for seed in range(20):
+        drawn = draw(jax.random.key(seed), logits, temperature=0.7, top_k=0, top_p=1.0)
+        wanted = jax.random.categorical(jax.random.key(seed), logits / np.float32(0.7))
+        assert np.array_equal(drawn, wanted)
+
+
+def test_greedy_takes_the_first_of_equals_and_a_token_even_of_nan():
+    logits = np.array([[1.0, 3.0, 3.0], [np.nan, 0.0, 1.0], [-np.inf, -np.inf, -1e30]], np.float32)
+    tokens = draw(jax.random.key(0), logits, temperature=0.0, top_k=0, top_p=1.0)
+    assert tokens[0] == 1
+    assert 0 <= tokens[1] < 3
+    assert tokens[2] == 2

@@ -17,6 +17,8 @@ from rlhf_jax.models import layers
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.placement import all_but_gathered, by_rows, gathered, is_bound
 
+Rope = tuple[jax.Array, jax.Array]
+
 
 @flax.struct.dataclass
 class KVCache:
@@ -69,6 +71,11 @@ class LayerWeights(nnx.Module):
     def layer(self, index: int) -> LayerWeights:
         """The weights of one layer, without the leading axis."""
         return jax.tree.map(lambda leaf: leaf[index], self)
+
+    def each(self) -> tuple[LayerWeights, ...]:
+        """The weights of every layer by itself: copies of them all, where slices are copies."""
+        count = self.attention_norm.shape[0]
+        return tuple(self.layer(index) for index in range(count))
 
 
 class Transformer(nnx.Module):
@@ -189,28 +196,39 @@ class Transformer(nnx.Module):
             mask=jnp.pad(mask, spare[:1] + spare[2:3]),
         )
 
+    def rope(self, positions: jax.Array) -> Rope:
+        """Cosine and sine `[..., H / 2]` of integer positions `[...]`, padding not counted."""
+        return layers.rope_tables(positions, self.config)
+
     def decode_step(
-        self, tokens: jax.Array, positions: jax.Array, slot: jax.Array, cache: KVCache
+        self,
+        tokens: jax.Array,
+        rope: Rope,
+        slot: jax.Array,
+        cache: KVCache,
+        layer_weights: tuple[LayerWeights, ...] = (),
     ) -> tuple[jax.Array, KVCache]:
         """Feeds one token per sequence and writes it to the cache.
 
         Args:
           tokens: `[B]` int32.
-          positions: `[B]` int32, position of the token within its sequence (padding not counted).
+          rope: From `rope`, for the position of each token within its sequence `[B]`.
           slot: scalar int32, the cache index to write, the same for all sequences.
           cache: The cache; its buffers are reused when the caller donates or loops over it.
+          layer_weights: `layers.each()`, for a caller that takes the layers apart once, outside of
+            its loop; empty takes them apart here.
 
         Returns:
           Hidden states `[B, D]`, and the cache with `slot` filled.
         """
         config = self.config
-        cos, sin = layers.rope_tables(positions, config)
+        cos, sin = rope
         mask = cache.mask.at[:, slot].set(True)
         x_BD = self._embedding()[tokens]
         keys, values = list(cache.keys), list(cache.values)
         # Unrolled: with the cache as scan inputs and outputs XLA would copy it at every token.
         for i in range(config.num_layers):
-            w = gathered(self.layers.layer(i))
+            w = gathered(layer_weights[i] if layer_weights else self.layers.layer(i))
             h = layers.rms_norm(x_BD, w.attention_norm[...], config.norm_eps)
             q_BNH, k_BKH, v_BKH = layers.project_qkv(h, w, cos, sin, config)
             keys[i] = keys[i].at[:, :, slot].set(k_BKH)

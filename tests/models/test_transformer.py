@@ -141,9 +141,8 @@ def test_decoding_with_a_cache_equals_the_full_pass():
     hidden, cache = prefill(model, prompts, mask)
     states, decode = [hidden], tiny.jit(type(model).decode_step)
     for step in range(steps):
-        hidden, cache = decode(
-            model, rest[:, step], mask.sum(1).astype(np.int32) + step, jnp.int32(5 + step), cache
-        )
+        rope = model.rope(mask.sum(1).astype(np.int32) + step)
+        hidden, cache = decode(model, rest[:, step], rope, jnp.int32(5 + step), cache)
         states.append(hidden)
     tokens = np.concatenate([prompts, rest], axis=1)
     segments = np.concatenate([mask, np.ones_like(rest, bool)], axis=1).astype(np.int32)
