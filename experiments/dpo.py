@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from experiments import data, dpo_setup, harness, reporting, stages
 from experiments.dpo_setup import DPOConfig, PairSet, log_probs_of_pairs, sequence_log_probs
-from rlhf_jax import losses, plots
+from rlhf_jax import distributed, losses, plots
 from rlhf_jax.comparison import win_tie_lose
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.models import hf_weights
@@ -103,6 +103,7 @@ def evaluate(
 
 def main(config: ConfigDict) -> None:
     """Trains, compares with SFT and PPO-max and reports; resumes where an earlier run stopped."""
+    distributed.require_one("DPO")
     if stages.skip_if_finished(config, "DPO"):
         return
     dpo_config = DPOConfig(**config.dpo)

@@ -147,9 +147,16 @@ class Run:
             self._writer.close()
 
     def restore(self, state: Any, *cursors: Any) -> Any:
-        """The newest saved state, with the cursors (objects with `restore`) moved there."""
+        """The newest saved state, with the cursors (objects with `restore`) moved there.
+
+        Where there is one, the arrays of `state` are freed first: a device has no room for both.
+        """
         if self._checkpointer.latest_step() is not None:
-            saved, state, position = self._checkpointer.restore(state)
+            like = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+            )
+            jax.tree.map(lambda x: x.delete(), state)
+            saved, state, position = self._checkpointer.restore(like)
             self._next = saved
             for cursor, where in zip(cursors, position["cursors"], strict=True):
                 cursor.restore(where)

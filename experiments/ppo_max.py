@@ -25,7 +25,7 @@ from rlhf_jax.comparison import win_tie_lose
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.experience import AdvantageConfig, take
 from rlhf_jax.judges import VaderJudge
-from rlhf_jax.train import TrainState, create_state
+from rlhf_jax.train import TrainState
 
 experience_metrics = jax.jit(ppo.experience_metrics)
 # Of the first minibatch, before any update: 0, 1 and 1 where sampler and trainer agree.
@@ -120,13 +120,11 @@ def main(config: ConfigDict) -> None:
     advantage = AdvantageConfig(samples_per_prompt=train.samples_per_prompt, **config.advantage)
     ppo_setup.check(config, advantage, sharding.data)
 
-    # 1. What the stages before left: reference and policy from SFT, reward model.
+    # 1. What the stages before left: the reference from SFT, and the reward model.
     ppo_setup.require_inputs(config)
     tokenizer = load_tokenizer(inputs.reference)
     reference = stages.load_policy(inputs.reference, config, sharding, frozen=True)
     reward_model = stages.load_scalar(inputs.reward_model, config, sharding, frozen=True)
-    policy = stages.load_policy(inputs.policy, config, sharding)
-    critic = ppo_setup.create_critic(config, policy, sharding)
 
     # 2. Prompts to train on, SFT text for the ptx loss, and prompts that no stage has seen.
     prompts = data.prompt_batches(config, tokenizer, "train").share(sharding.local_rows)
@@ -153,20 +151,23 @@ def main(config: ConfigDict) -> None:
     policy_step, policy_optimizer, critic_step, critic_optimizer, schedule = ppo_setup.make_updates(
         config, sharding, train.iterations * per_iteration
     )
+    policy, critic = ppo_setup.create_states(config, sharding, policy_optimizer, critic_optimizer)
     state = PPOState(
-        policy=create_state(policy, policy_optimizer, sharding),
-        critic=None if critic is None else create_state(critic, critic_optimizer, sharding),
+        policy=policy,
+        critic=critic,
         moments=sharding.put_everywhere(losses.RunningMoments.zeros()),
         kl_coef=sharding.put_everywhere(jnp.float32(config.kl.coef)),
         penalty_coef=sharding.put_everywhere(jnp.float32(config.penalty.coef)),
     )
-    states = {"policy": state.policy, "critic": state.critic}
     frozen = {"reference": reference, "reward model": reward_model}
     harness.banner(
         "PPO",
-        ppo_setup.derived_numbers(config, policy, sharding, prompts)
+        ppo_setup.derived_numbers(config, policy.model, sharding, prompts)
         | stages.memory_lines(
-            sharding, states, frozen, accumulated=train.microbatch < train.minibatch
+            sharding,
+            {"policy": policy, "critic": critic},
+            frozen,
+            accumulated=train.microbatch < train.minibatch,
         ),
     )
     sample_key, eval_key = jax.random.split(jax.random.key(config.seed))

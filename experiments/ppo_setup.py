@@ -19,7 +19,7 @@ from rlhf_jax.experience import (
 )
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
-from rlhf_jax.train import make_train_step
+from rlhf_jax.train import create_state, make_train_step
 from rlhf_jax.trpo import TRPOConfig, make_trust_region_step
 
 
@@ -148,6 +148,19 @@ def make_updates(config: ConfigDict, sharding, updates: int):
         functools.partial(ppo.critic_loss, config=ppo_config), critic_optimizer, **settings
     )
     return policy_step, policy_optimizer, critic_step, critic_optimizer, schedule
+
+
+def create_states(config: ConfigDict, sharding, policy_optimizer, critic_optimizer):
+    """Policy and critic with their optimizers; None without a critic.
+
+    A state copies its model. The loaded models go with this call, so that no device holds both
+    for longer than it takes to make one state.
+    """
+    loaded = stages.load_policy(config.inputs.policy, config, sharding)
+    policy = create_state(loaded, policy_optimizer, sharding)
+    del loaded
+    critic = create_critic(config, policy.model, sharding)
+    return policy, None if critic is None else create_state(critic, critic_optimizer, sharding)
 
 
 def create_critic(config: ConfigDict, policy, sharding) -> ScalarModel | None:

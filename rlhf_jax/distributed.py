@@ -66,6 +66,18 @@ def leave(error: Exception) -> NoReturn:
     os._exit(1)
 
 
+def require_one(stage: str) -> None:
+    """For a stage that does not divide its work among processes.
+
+    Raises:
+      ValueError: this is one of several.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"{stage} runs as one process, on all of its devices: leave --distributed out"
+        )
+
+
 def is_main() -> bool:
     """Whether this process writes metrics, reports and models: process 0."""
     return jax.process_index() == 0

@@ -36,6 +36,13 @@ def create_state(
     model: Any, optimizer: optax.GradientTransformation, sharding: Sharding
 ) -> TrainState:
     """A state whose trees are placed as `sharding` says. The model's buffers are copied."""
+    return make_create_state(model, optimizer, sharding)(model)
+
+
+def make_create_state(
+    model: Any, optimizer: optax.GradientTransformation, sharding: Sharding
+) -> Callable[[Any], TrainState]:
+    """`create_state` as a jitted function of models like this one, given it or its shapes."""
 
     def create(model):
         half = any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(model))
@@ -45,7 +52,7 @@ def create_state(
         return TrainState(jnp.zeros((), jnp.int32), model, master, opt_state)
 
     shardings = state_shardings(jax.eval_shape(create, model), sharding)
-    return jax.jit(create, out_shardings=shardings)(model)
+    return jax.jit(create, out_shardings=shardings)
 
 
 def state_shardings(state: TrainState, sharding: Sharding) -> TrainState:

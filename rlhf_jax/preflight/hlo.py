@@ -5,6 +5,7 @@ Everything is per device: a module after partitioning holds the shapes of one de
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import re
@@ -195,6 +196,15 @@ class Module:
         if listed:
             return len(listed[1].split(","))
         return 2 if "source_target_pairs" in rest else self._devices
+
+    def kernels(self) -> dict[str, int]:
+        """Library kernels such as `__cudnn$fmhaSoftmax`, and how often each runs in one call."""
+        found: collections.Counter[str] = collections.Counter()
+        for _, instruction, loops in self._calls():
+            target = re.search(r'custom_call_target="(__cu[^"]*)"', instruction.rest)
+            if target:
+                found[target[1]] += math.prod(loops)
+        return dict(sorted(found.items()))
 
     def flops(self) -> float:
         """Floating-point operations of matrix products and attention kernels in one call."""

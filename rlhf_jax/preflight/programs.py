@@ -24,7 +24,8 @@ class Program:
       traffic: Bytes that a device reads from its memory in one call, at least; the arguments,
         where that is more.
       steps: Trip count of a loop whose end depends on the data: tokens to sample.
-      weights: Parameters that the program updates; 0 for programs that update none.
+      weights: Bytes of the parameters that the program updates; 0 for programs that update none.
+      creates: Its results are what stays on the devices, and its arguments are not.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Program:
     traffic: float = 0.0
     steps: int = 1
     weights: int = 0
+    creates: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,29 +45,31 @@ class Measured:
     Attributes:
       name: Of the program.
       calls: How often an iteration runs it.
-      arguments: Bytes of its arguments.
+      held: Bytes of it that are resident anyway: its arguments, or what it creates.
       peak: Bytes while it runs, its arguments included.
       flops: Operations of matrix products.
       traffic: See `Program`.
       collectives: All of them.
       compile_seconds: Wall time of lowering and compiling.
       weights: See `Program`.
+      kernels: Library kernels, and how often each runs.
     """
 
     name: str
     calls: int
-    arguments: int
+    held: int
     peak: int
     flops: float
     traffic: float
     collectives: tuple[Collective, ...]
     compile_seconds: float
     weights: int = 0
+    kernels: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def extra(self) -> int:
-        """Bytes beside the arguments: activations, gradients, caches."""
-        return self.peak - self.arguments
+        """Bytes on top of what is resident: activations, gradients, caches."""
+        return self.peak - self.held
 
     @property
     def sent(self) -> float:
@@ -98,7 +102,7 @@ def measure(program: Program, topology: Topology) -> Measured:
     return Measured(
         name=program.name,
         calls=program.calls,
-        arguments=arguments,
+        held=memory.output_size_in_bytes if program.creates else arguments,
         # Temporaries are one allocation, so the sum is what is taken, even where less is in use.
         peak=arguments + added,
         flops=module.flops(),
@@ -106,6 +110,7 @@ def measure(program: Program, topology: Topology) -> Measured:
         collectives=tuple(module.collectives()),
         compile_seconds=seconds,
         weights=program.weights,
+        kernels=module.kernels(),
     )
 
 

@@ -30,6 +30,7 @@ class Verdict:
       holdings: Trees that stay on the devices between programs.
       programs: All programs of an iteration.
       samples: Responses of an iteration.
+      layers: Layers of the models: a loop with so many trips is the loop over layers.
     """
 
     topology: Topology
@@ -37,6 +38,7 @@ class Verdict:
     holdings: tuple[Holding, ...]
     programs: tuple[Measured, ...]
     samples: int
+    layers: int = 0
 
     @property
     def resident(self) -> int:
@@ -128,19 +130,20 @@ class Verdict:
             "bounds": program.bounds(self.topology),
             "compile_seconds": round(program.compile_seconds, 1),
             "update_traffic": self.traffic(program),
+            "kernels": program.kernels,
             "collectives": [
-                {**dataclasses.asdict(c), "sent_bytes": c.sent} for c in program.collectives
+                {
+                    **dataclasses.asdict(c),
+                    "sent_bytes": c.sent,
+                    "place": _place(c.loops, self.layers),
+                }
+                for c in program.collectives
             ],
         }
 
 
-def text(verdict: Verdict, *, layers: int) -> str:
-    """The report for people.
-
-    Args:
-      verdict: The result.
-      layers: Layers of the model: a loop with so many trips is the loop over layers.
-    """
+def text(verdict: Verdict) -> str:
+    """The report for people."""
     topology, chip = verdict.topology, verdict.topology.chip
     lines = [f"\n{topology.name}: {topology.size} devices of {show(chip.memory)}, {verdict.mode}"]
     lines.append("\nresident on each device")
@@ -160,7 +163,13 @@ def text(verdict: Verdict, *, layers: int) -> str:
         )
     lines.append("\ncollectives above 1 MiB")
     for program in verdict.programs:
-        lines += _collectives(program, layers)
+        lines += _collectives(program, verdict.layers)
+    kernels = [
+        f"  {program.name:<26} {name}, {times} runs"
+        for program in verdict.programs
+        for name, times in program.kernels.items()
+    ]
+    lines += ["\nlibrary kernels", *kernels] if kernels else []
     lines.append("\ntraffic of an update, against theory")
     for program in verdict.programs:
         traffic = verdict.traffic(program)

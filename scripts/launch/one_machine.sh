@@ -4,7 +4,7 @@
 #   scripts/launch/one_machine.sh python -m experiments.ppo_max --config configs/ppo_max.py:paper_en
 #
 # Status 130 is a stop that was asked for (Ctrl-C, SIGTERM): the state is saved, and the script ends.
-# RESTARTS (3) is how often it tries again; MEM_FRACTION (0.92) is the share of memory for XLA.
+# RESTARTS (3) is how often it tries again, PAUSE (10) how many seconds it waits before that.
 set -uo pipefail
 
 if [[ $# -lt 1 ]]; then
@@ -12,7 +12,7 @@ if [[ $# -lt 1 ]]; then
   exit 2
 fi
 # JAX takes 75% of the memory unless told otherwise; the preflight names what a run needs.
-export XLA_PYTHON_CLIENT_MEM_FRACTION=${MEM_FRACTION:-0.92}
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 
 for ((attempt = 0; attempt <= ${RESTARTS:-3}; attempt++)); do
   "$@" &

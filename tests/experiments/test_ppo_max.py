@@ -1,15 +1,18 @@
 """The tiny chain through the experiments' own `main`: results, invariants, resume, wrong input."""
 
+import gc
 import json
 import os
 import signal
 
+import jax
 import numpy as np
 import pytest
 
 from configs import ppo_max as configs
 from experiments import harness, ppo_max, ppo_setup
 from rlhf_jax.metrics import read_metrics
+from rlhf_jax.models import hf_weights
 
 
 def tiny(chain, workdir, *changes):
@@ -57,11 +60,20 @@ def test_kl_to_the_reference_starts_at_zero(finished):
 
 
 def test_same_numbers_also_after_a_stop(chain, finished, tmp_path, monkeypatch):
-    calls = []
+    """And the same memory: two models with two moments each, and two that do not train."""
+    sizes = hf_weights.load_config(chain.sft)
+
+    def copies() -> int:
+        shape = (sizes.vocab_size, sizes.hidden_size)
+        return sum(array.shape == shape for array in jax.live_arrays())
+
+    gc.collect()
+    before, calls = copies(), []
     original = harness.Run.log
 
     def stop_in_the_middle(self, step, metrics):
         original(self, step, metrics)
+        assert copies() - before == 2 * 3 + 2
         calls.append(step)
         if step == 1 and len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
