@@ -115,10 +115,9 @@ def main(config: ConfigDict) -> None:
     # 1. What the stages before left: reference and policy from SFT, reward model.
     ppo_setup.require_inputs(config)
     tokenizer = load_tokenizer(inputs.reference)
-    reference = stages.load_policy(inputs.reference, config, sharding, frozen=True)
+    policy, reference = ppo_setup.load_policies(config, sharding)
     reward_model = stages.load_scalar(inputs.reward_model, config, sharding, frozen=True)
-    policy = stages.load_policy(inputs.policy, config, sharding)
-    critic = ppo_setup.create_critic(config, policy, sharding)
+    critic = ppo_setup.create_critic(config, policy, reward_model, sharding)
 
     # 2. Prompts to train on, SFT text for the ptx loss, and prompts that no stage has seen.
     prompts = data.prompt_batches(config, tokenizer, "train").share(sharding.local_rows)
@@ -143,11 +142,11 @@ def main(config: ConfigDict) -> None:
     score = ppo_setup.make_score(config, advantage, sharding)
     take_rows = jax.jit(take, out_shardings=sharding.batch)
     policy_step, policy_optimizer, critic_step, critic_optimizer, schedule = ppo_setup.make_updates(
-        config, sharding, train.iterations * per_iteration
+        config, sharding, train.iterations * per_iteration, policy, critic
     )
     state = PPOState(
-        policy=create_state(policy, policy_optimizer, sharding),
-        critic=None if critic is None else create_state(critic, critic_optimizer, sharding),
+        policy=create_state(policy.start, policy_optimizer, sharding),
+        critic=None if critic is None else create_state(critic.start, critic_optimizer, sharding),
         moments=sharding.put_everywhere(losses.RunningMoments.zeros()),
         kl_coef=sharding.put_everywhere(jnp.float32(config.kl.coef)),
         penalty_coef=sharding.put_everywhere(jnp.float32(config.penalty.coef)),
@@ -171,12 +170,12 @@ def main(config: ConfigDict) -> None:
         for iteration in run.steps():
             batch = sharding.put_batch(next(prompts))
             rollout = generate(
-                state.policy.model,
+                policy.sampling_model(state.policy.model),
                 batch["tokens"],
                 batch["mask"],
                 jax.random.fold_in(sample_key, iteration),
             )
-            critic_model = None if state.critic is None else state.critic.model
+            critic_model = None if critic is None else critic.model(state.critic.model)
             experience, moments = score(
                 rollout, reference, reward_model, critic_model, state.moments, state.kl_coef
             )
@@ -197,7 +196,8 @@ def main(config: ConfigDict) -> None:
             metrics["optim/learning_rate"] = schedule(state.policy.step)
             metrics["policy/kl_coef"] = state.kl_coef
             if (iteration + 1) % config.eval.every == 0:
-                answers = respond["validation"](state.policy.model, eval_key, config.eval.prompts)
+                model = policy.sampling_model(state.policy.model)
+                answers = respond["validation"](model, eval_key, config.eval.prompts)
                 wins = win_tie_lose(answers.judged, sft_valid.judged)
                 metrics |= {f"eval/{k}": v for k, v in answers.statistics.items()}
                 metrics["judge/win_rate"] = wins.win_rate
@@ -206,10 +206,11 @@ def main(config: ConfigDict) -> None:
             run.checkpoint(iteration, state, prompts, ptx_batches)
 
     # 5. Save, compare with SFT on prompts that no stage has seen, report.
-    stages.save(state.policy.model, run.workdir / "model", tokenizer)
+    model = policy.merged(state.policy.model)
+    stages.save(model, run.workdir / "model", tokenizer)
     answers = {
         "SFT": respond["test"](reference, eval_key, config.eval.final_prompts),
-        config.label: respond["test"](state.policy.model, eval_key, config.eval.final_prompts),
+        config.label: respond["test"](model, eval_key, config.eval.final_prompts),
     }
     reporting.write(config, run, answers)
 

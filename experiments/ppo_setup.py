@@ -18,6 +18,8 @@ from rlhf_jax.experience import (
     shape_rewards,
 )
 from rlhf_jax.models.heads import ScalarModel
+from rlhf_jax.models.lora import Tuning
+from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.train import make_train_step
 from rlhf_jax.trpo import TRPOConfig, make_trust_region_step
@@ -40,6 +42,8 @@ def check(config: ConfigDict, advantage: AdvantageConfig, devices: int) -> None:
             f"advantage.method={advantage.method!r} needs a critic: set train.critic_init to "
             "'reward_model' or 'policy'"
         )
+    if config.lora.rank and config.ppo.objective == "trpo":
+        raise ValueError("ppo.objective='trpo' steps in every weight: set lora.rank=0")
 
 
 def require_inputs(config: ConfigDict) -> None:
@@ -57,13 +61,22 @@ def require_inputs(config: ConfigDict) -> None:
         stages.require(folder, stage=stage, variant=variant, build=inputs.build)
 
 
-def derived_numbers(config: ConfigDict, policy, sharding, prompts) -> dict[str, str]:
+def load_policies(config: ConfigDict, sharding) -> tuple[Tuning, Transformer]:
+    """π_θ to be trained, and π_ref: with adapters on the same weights, the ones beside them."""
+    inputs = config.inputs
+    policy = stages.make_tuning(config, stages.load_policy(inputs.policy, config, sharding))
+    if policy.trunk is not None and inputs.policy == inputs.reference:
+        return policy, policy.trunk
+    return policy, stages.load_policy(inputs.reference, config, sharding, frozen=True)
+
+
+def derived_numbers(config: ConfigDict, policy: Tuning, sharding, prompts) -> dict[str, str]:
     """The banner: every number that follows from the config."""
     train, batch = config.train, rollout_batch(config)
     per_iteration = train.epochs * batch // train.minibatch
     size = prompts.steps_per_epoch * train.prompts_per_iteration
     return {
-        "policy": f"{harness.count_parameters(policy):,} parameters from {config.inputs.policy}",
+        "policy": f"{stages.parameters_line(policy)}, from {config.inputs.policy}",
         "reward model": config.inputs.reward_model,
         "prompts": f"about {size:,}, {train.prompts_per_iteration} per iteration, "
         f"buckets of {', '.join(str(shape.length) for shape in prompts.shapes)} tokens",
@@ -116,8 +129,22 @@ def rollout_batch(config: ConfigDict) -> int:
     return config.train.prompts_per_iteration * config.train.samples_per_prompt
 
 
-def make_updates(config: ConfigDict, sharding, updates: int):
-    """The compiled policy and critic steps, with their optimizers and schedules."""
+def make_updates(
+    config: ConfigDict,
+    sharding,
+    updates: int,
+    policy: Tuning | None = None,
+    critic: Tuning | None = None,
+):
+    """The compiled policy and critic steps, with their optimizers and schedules.
+
+    Args:
+      config: Of the run.
+      sharding: Where trees live.
+      updates: Of the whole run, for the schedules.
+      policy: What of the policy trains; None is every weight.
+      critic: The same of the critic.
+    """
     ppo_config = ppo.PPOConfig(**config.ppo)
     settings = {
         "sharding": sharding,
@@ -137,21 +164,33 @@ def make_updates(config: ConfigDict, sharding, updates: int):
         policy_step = make_train_step(
             functools.partial(ppo.policy_loss, config=ppo_config, temperature=temperature),
             policy_optimizer,
+            trunk=policy and policy.trunk,
             **settings,
         )
     critic_step = make_train_step(
-        functools.partial(ppo.critic_loss, config=ppo_config), critic_optimizer, **settings
+        functools.partial(ppo.critic_loss, config=ppo_config),
+        critic_optimizer,
+        trunk=critic and critic.trunk,
+        **settings,
     )
     return policy_step, policy_optimizer, critic_step, critic_optimizer, schedule
 
 
-def create_critic(config: ConfigDict, policy, sharding) -> ScalarModel | None:
-    """The critic's start: the reward model (PPO-max), the policy with a zero head, or none."""
+def create_critic(
+    config: ConfigDict, policy: Tuning, reward_model: ScalarModel, sharding
+) -> Tuning | None:
+    """The critic's start: the reward model (PPO-max), the policy with a zero head, or none.
+
+    Adapters stand beside the weights of the frozen model that they start from.
+    """
     init = config.train.critic_init
     if init == "reward_model":
-        return stages.load_scalar(config.inputs.reward_model, config, sharding)
+        start = reward_model
+        if not config.lora.rank:
+            start = stages.load_scalar(config.inputs.reward_model, config, sharding)
+        return stages.make_tuning(config, start, name="critic")
     if init == "policy":
-        return ScalarModel(policy)
+        return stages.make_tuning(config, ScalarModel(policy.trunk or policy.start), name="critic")
     if init == "none":
         return None
     raise ValueError(f"train.critic_init={init!r} must be 'reward_model', 'policy' or 'none'")

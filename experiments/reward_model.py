@@ -112,6 +112,7 @@ def main(config: ConfigDict) -> None:
     folder = stages.require(inputs.model, stage="sft", variant=inputs.variant, build=inputs.build)
     tokenizer = load_tokenizer(folder)
     model = stages.load_scalar(folder, config, sharding, key=jax.random.key(config.seed))
+    tuning = stages.make_tuning(config, model)
     pairs = data.preference_pairs(config, tokenizer, "train", config.data.pairs)
     held_out = data.preference_pairs(config, tokenizer, "test", config.data.eval_pairs)
     batches = data.pair_batches(pairs, tokenizer, train, config.seed, sharding.data)
@@ -126,12 +127,13 @@ def main(config: ConfigDict) -> None:
         sharding,
         microbatches=train.microbatches,
         prepare=weigh,
+        trunk=tuning.trunk,
     )
-    state = create_state(model, optimizer, sharding)
+    state = create_state(tuning.start, optimizer, sharding)
     harness.banner(
         "Reward model",
         {
-            "model": f"{harness.count_parameters(model):,} parameters from {folder}",
+            "model": f"{stages.parameters_line(tuning)}, from {folder}",
             "pairs": f"{len(pairs):,} ({len(held_out):,} held out)",
             "pairs per update": f"{train.min_pairs} to {train.max_pairs}, "
             f"at most {train.max_tokens:,} tokens",
@@ -152,7 +154,7 @@ def main(config: ConfigDict) -> None:
             metrics["optim/learning_rate"] = schedule(step)
             if (step + 1) % train.eval_every == 0 or step + 1 == train.steps:
                 metrics["eval/accuracy"] = accuracy(
-                    *score_pairs(state.model, eval_batches, sharding)
+                    *score_pairs(tuning.model(state.model), eval_batches, sharding)
                 )
             run.log(step, metrics)
             run.checkpoint(step, state, batches)
@@ -163,8 +165,9 @@ def main(config: ConfigDict) -> None:
         for document in data.reference_documents(config, tokenizer)
     ]
     reference_batches = data.all_pairs(references, tokenizer, train, sharding.data)
-    scores, _ = score_pairs(state.model, reference_batches, sharding)
-    model = state.model.normalized(scores.mean(), scores.std())
+    model = tuning.merged(state.model)
+    scores, _ = score_pairs(model, reference_batches, sharding)
+    model = model.normalized(scores.mean(), scores.std())
     chosen, rejected = score_pairs(model, eval_batches, sharding)
     judged = data.judge_pairs(held_out, tokenizer)
     summary = {

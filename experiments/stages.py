@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from experiments import harness
 from rlhf_jax import distributed, memory
-from rlhf_jax.models import hf_weights
+from rlhf_jax.models import hf_weights, lora
+from rlhf_jax.models.lora import Tuning
 from rlhf_jax.sharding import Sharding, make_mesh
 
 
@@ -57,6 +60,27 @@ def load_scalar(
     """A reward model or critic; `key` draws a new head for a language model."""
     shardings = sharding.frozen if frozen else sharding.params
     return hf_weights.load_scalar_model(folder, key=key, shardings=shardings, **config.model)
+
+
+def make_tuning(config: ConfigDict, model: Any, *, name: str = "") -> Tuning:
+    """What of a model trains: every weight, or the adapters that `config.lora` asks for.
+
+    Args:
+      config: Of the experiment.
+      model: The model as training finds it.
+      name: Tells the random numbers of one run's adapters apart.
+    """
+    key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
+    return lora.make_tuning(model, lora.LoRAConfig(**config.lora), key)
+
+
+def parameters_line(tuning: Tuning) -> str:
+    """For the banner: how many numbers the model has and how many of them train."""
+    trained = harness.count_parameters(tuning.start)
+    if tuning.trunk is None:
+        return f"{trained:,} parameters"
+    whole = harness.count_parameters(tuning.trunk)
+    return f"{whole:,} frozen parameters and {trained:,} that train beside them"
 
 
 def memory_lines(
