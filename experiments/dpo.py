@@ -27,7 +27,6 @@ from experiments.dpo_setup import DPOConfig, PairSet, log_probs_of_pairs, sequen
 from rlhf_jax import losses, plots
 from rlhf_jax.comparison import win_tie_lose
 from rlhf_jax.data.tokenizer import load_tokenizer
-from rlhf_jax.models import hf_weights
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.panels import DPO_PANELS, PPO_PANELS
@@ -180,8 +179,7 @@ def main(config: ConfigDict) -> None:
             run.checkpoint(step, state, batches)
 
     # 6. Save, compare on prompts and pairs that no stage has seen, report.
-    trained = policy.merged(state.model)
-    hf_weights.save_model(trained, run.workdir / "model", tokenizer)
+    trained = stages.save_tuned(policy, state.model, run.workdir, tokenizer, base=folder)
     policies, notes = dpo_setup.policies_to_compare(config, reference, trained, sharding)
     answers = {
         name: respond["test"](model, eval_key, config.eval.final_prompts)

@@ -116,7 +116,7 @@ def main(config: ConfigDict) -> None:
     ppo_setup.require_inputs(config)
     tokenizer = load_tokenizer(inputs.reference)
     policy, reference = ppo_setup.load_policies(config, sharding)
-    reward_model = stages.load_scalar(inputs.reward_model, config, sharding, frozen=True)
+    reward_model = ppo_setup.load_reward_model(config, policy, sharding)
     critic = ppo_setup.create_critic(config, policy, reward_model, sharding)
 
     # 2. Prompts to train on, SFT text for the ptx loss, and prompts that no stage has seen.
@@ -206,8 +206,8 @@ def main(config: ConfigDict) -> None:
             run.checkpoint(iteration, state, prompts, ptx_batches)
 
     # 5. Save, compare with SFT on prompts that no stage has seen, report.
-    model = policy.merged(state.policy.model)
-    stages.save(model, run.workdir / "model", tokenizer)
+    trained = state.policy.model
+    model = stages.save_tuned(policy, trained, run.workdir, tokenizer, base=inputs.policy)
     answers = {
         "SFT": respond["test"](reference, eval_key, config.eval.final_prompts),
         config.label: respond["test"](model, eval_key, config.eval.final_prompts),

@@ -70,6 +70,13 @@ def load_policies(config: ConfigDict, sharding) -> tuple[Tuning, Transformer]:
     return policy, stages.load_policy(inputs.reference, config, sharding, frozen=True)
 
 
+def load_reward_model(config: ConfigDict, policy: Tuning, sharding) -> ScalarModel:
+    """The reward model, on the policy's frozen weights if it was trained beside the same."""
+    folder = config.inputs.reward_model
+    beside = stages.load_scalar_beside(folder, policy.trunk, sharding)
+    return beside or stages.load_scalar(folder, config, sharding, frozen=True)
+
+
 def derived_numbers(config: ConfigDict, policy: Tuning, sharding, prompts) -> dict[str, str]:
     """The banner: every number that follows from the config."""
     train, batch = config.train, rollout_batch(config)
@@ -181,7 +188,8 @@ def create_critic(
 ) -> Tuning | None:
     """The critic's start: the reward model (PPO-max), the policy with a zero head, or none.
 
-    Adapters stand beside the weights of the frozen model that they start from.
+    Adapters stand beside the frozen weights of the model that they start from: a reward model's
+    own, or the policy's where the reward model is adapters beside these, which then train on.
     """
     init = config.train.critic_init
     if init == "reward_model":

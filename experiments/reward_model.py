@@ -159,15 +159,15 @@ def main(config: ConfigDict) -> None:
             run.log(step, metrics)
             run.checkpoint(step, state, batches)
 
-    # 4. Normalise to mean 0 and std 1 on reference responses, and compare with the judge.
+    # 4. Normalise to mean 0 and std 1 on reference responses, save, compare with the judge.
     references = [
         EncodedPair(document, document, 0.0)
         for document in data.reference_documents(config, tokenizer)
     ]
     reference_batches = data.all_pairs(references, tokenizer, train, sharding.data)
-    model = tuning.merged(state.model)
-    scores, _ = score_pairs(model, reference_batches, sharding)
-    model = model.normalized(scores.mean(), scores.std())
+    scores, _ = score_pairs(tuning.model(state.model), reference_batches, sharding)
+    trained = state.model.normalized(scores.mean(), scores.std())
+    model = stages.save_tuned(tuning, trained, run.workdir, tokenizer, base=folder)
     chosen, rejected = score_pairs(model, eval_batches, sharding)
     judged = data.judge_pairs(held_out, tokenizer)
     summary = {
@@ -177,8 +177,7 @@ def main(config: ConfigDict) -> None:
         "held_out_pairs": len(held_out),
     }
 
-    # 5. Save.
-    stages.save(model, run.workdir / "model", tokenizer)
+    # 5. Report.
     if distributed.is_main():
         draw_figures(run.workdir, chosen, rejected)
     run.finish(summary)

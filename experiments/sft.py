@@ -134,8 +134,8 @@ def main(config: ConfigDict) -> None:
             run.checkpoint(step, state, batches)
 
     # 4. Save what the next stage loads.
-    model = tuning.merged(state.model)
-    stages.save(model, run.workdir / "model", tokenizer)
+    base = config.inputs.model
+    model = stages.save_tuned(tuning, state.model, run.workdir, tokenizer, base=base)
     result = perplexity(model, eval_batches, sharding)
     run.finish({"perplexity": result})
     print(f"SFT: held-out perplexity {result:.1f}; model in {run.workdir / 'model'}")

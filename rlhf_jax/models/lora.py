@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -88,30 +88,52 @@ class LowRank(nnx.Module):
 
 
 class Pair(nnx.Module):
-    """A `[L, in, r]` and B `[L, r, out]` of one kind of matrix, in all layers."""
+    """The adapters of one kind of matrix in all layers: A `[L, in, r]` and B `[L, r, out]`."""
 
-    def __init__(self, shape: tuple[int, ...], rank: int, key: jax.Array):
-        layers, inputs, outputs = shape
-        a = jax.random.normal(key, (layers, inputs, rank), jnp.float32) / inputs**0.5
-        self.a = nnx.Param(a)
-        self.b = nnx.Param(jnp.zeros((layers, rank, outputs), jnp.float32))
+    def __init__(self, a: Any, b: Any):
+        self.a, self.b = nnx.Param(a), nnx.Param(b)
 
 
 class Adapters(nnx.Module):
     """The adapters of a model: what trains, in float32 whatever the type of the frozen weights.
 
     Args:
-      trunk: The model that they stand beside; its shapes are read.
-      config: Rank, α and targets.
-      key: Random key for every A.
+      pairs: By name of the matrix, of `TARGETS`.
+      scale: α / r.
     """
 
-    def __init__(self, trunk: Transformer, config: LoRAConfig, key: jax.Array):
-        self.targets = config.targets
-        self.scale = config.alpha / config.rank
-        for number, name in enumerate(config.targets):
-            shape = getattr(trunk.layers, name)[...].shape
-            setattr(self, name, Pair(shape, config.rank, jax.random.fold_in(key, number)))
+    def __init__(self, pairs: Mapping[str, Pair], scale: float):
+        self.targets = tuple(pairs)
+        self.scale = scale
+        for name, pair in pairs.items():
+            setattr(self, name, pair)
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return getattr(self, self.targets[0]).a[...].shape[-1]
+
+
+def new_adapters(trunk: Transformer, config: LoRAConfig, key: jax.Array) -> Adapters:
+    """Adapters that change nothing yet: A is drawn from N(0, 1 / in), B is 0.
+
+    Args:
+      trunk: The model that they stand beside; its shapes are read.
+      config: Rank, α and targets.
+      key: Random key.
+    """
+    pairs = {}
+    for number, name in enumerate(config.targets):
+        layers, inputs, outputs = matrix_of(trunk, name).shape
+        a_key = jax.random.fold_in(key, number)
+        a = jax.random.normal(a_key, (layers, inputs, config.rank), jnp.float32) / inputs**0.5
+        pairs[name] = Pair(a, jnp.zeros((layers, config.rank, outputs), jnp.float32))
+    return Adapters(pairs, config.alpha / config.rank)
+
+
+def matrix_of(trunk: Transformer, name: str) -> jax.Array:
+    """The stacked matrix `[L, in, out]` called `name`."""
+    return getattr(trunk.layers, name)[...]
 
 
 def attach(trunk: Transformer, trained: Any) -> Any:
@@ -136,6 +158,20 @@ def attach(trunk: Transformer, trained: Any) -> Any:
     return _changed(trunk, layers=_changed(trunk.layers, **lowered))
 
 
+def detach(model: Any) -> tuple[Transformer, Any] | None:
+    """Trunk and adapters of an `attach`ed model; None for a model without adapters."""
+    if isinstance(model, ScalarModel):
+        parts = detach(model.trunk)
+        return None if parts is None else (parts[0], _changed(model, trunk=parts[1]))
+    lowered = _low_rank_weights(model)
+    if not lowered:
+        return None
+    bases = {name: weight.base for name, weight in lowered.items()}
+    pairs = {name: Pair(weight.a[...], weight.b[...]) for name, weight in lowered.items()}
+    scale = next(iter(lowered.values())).scale
+    return _changed(model, layers=_changed(model.layers, **bases)), Adapters(pairs, scale)
+
+
 def merge(model: Any) -> Any:
     """An `attach`ed model with its adapters added into the matrices: an ordinary model.
 
@@ -143,13 +179,17 @@ def merge(model: Any) -> Any:
     """
     if isinstance(model, ScalarModel):
         return _changed(model, trunk=merge(model.trunk))
-    lowered = {name: getattr(model.layers, name) for name in TARGETS}
-    lowered = {name: weight for name, weight in lowered.items() if isinstance(weight, LowRank)}
+    lowered = _low_rank_weights(model)
     places = tuple(
         (name, getattr(weight.base[...], "sharding", None)) for name, weight in lowered.items()
     )
     weights = {name: nnx.Param(weight) for name, weight in _merging(places)(lowered).items()}
     return _changed(model, layers=_changed(model.layers, **weights))
+
+
+def _low_rank_weights(model: Transformer) -> dict[str, LowRank]:
+    weights = {name: getattr(model.layers, name) for name in TARGETS}
+    return {name: weight for name, weight in weights.items() if isinstance(weight, LowRank)}
 
 
 @functools.cache
@@ -207,10 +247,15 @@ class Tuning:
 def make_tuning(model: Any, config: LoRAConfig, key: jax.Array) -> Tuning:
     """Adapters on a `Transformer` or `ScalarModel`, or all of it where the rank is 0.
 
-    A scalar head trains in either case.
+    A scalar head trains in either case. Adapters that the model already has go on to train, with
+    the rank and α that they have.
     """
     if not config.rank:
         return Tuning(model)
+    parts = detach(model)
+    if parts is not None:
+        return Tuning(parts[1], parts[0])
     if isinstance(model, ScalarModel):
-        return Tuning(_changed(model, trunk=Adapters(model.trunk, config, key)), model.trunk)
-    return Tuning(Adapters(model, config, key), model)
+        adapters = new_adapters(model.trunk, config, key)
+        return Tuning(_changed(model, trunk=adapters), model.trunk)
+    return Tuning(new_adapters(model, config, key), model)
