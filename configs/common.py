@@ -97,6 +97,9 @@ def shared() -> ConfigDict:
     config.label = ""
     # 0 devices is all; `tensor` of them share a layer, in mode "tensor".
     config.sharding = ConfigDict({"devices": 0, "mode": "zero2", "tensor": 1})
+    # Rank 0 trains every weight; adapters want a learning rate about ten times as high.
+    config.lora = ConfigDict({"rank": 0, "alpha": 16.0})
+    config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
     config.log = ConfigDict({"tensorboard": True, "wandb": False, "wandb_project": "rlhf_jax"})
     config.checkpoint = ConfigDict({"every": 100, "keep": 1})
     return config

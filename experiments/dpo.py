@@ -27,7 +27,6 @@ from experiments.dpo_setup import DPOConfig, PairSet, log_probs_of_pairs, sequen
 from rlhf_jax import distributed, losses, plots
 from rlhf_jax.comparison import win_tie_lose
 from rlhf_jax.data.tokenizer import load_tokenizer
-from rlhf_jax.models import hf_weights
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.panels import DPO_PANELS, PPO_PANELS
@@ -110,13 +109,13 @@ def main(config: ConfigDict) -> None:
     train, inputs, sharding = config.train, config.inputs, stages.make_sharding(config)
     devices = sharding.mesh.size
 
-    # 1. The SFT policy, twice: as it is, and to be trained.
+    # 1. The SFT policy, as it is and to be trained; adapters leave one copy to be both.
     folder = stages.require(
         inputs.reference, stage="sft", variant=inputs.variant, build=inputs.build
     )
     tokenizer = load_tokenizer(folder)
-    reference = stages.load_policy(folder, config, sharding, frozen=True)
-    policy = stages.load_policy(folder, config, sharding)
+    policy = stages.make_tuning(config, stages.load_policy(folder, config, sharding))
+    reference = policy.trunk or stages.load_policy(folder, config, sharding, frozen=True)
 
     # 2. Pairs that people have ranked; pairs and prompts to measure with.
     pairs = data.preference_pairs(config, tokenizer, "train", config.data.pairs)
@@ -137,12 +136,13 @@ def main(config: ConfigDict) -> None:
         sharding,
         microbatches=train.microbatches,
         prepare=weigh,
+        trunk=policy.trunk,
     )
-    state = create_state(policy, optimizer, sharding)
+    state = create_state(policy.take(), optimizer, sharding)
     harness.banner(
         "DPO",
         {
-            "policy": f"{harness.count_parameters(policy):,} parameters from {folder}",
+            "policy": f"{stages.parameters_line(policy, state.model)}, from {folder}",
             "pairs": f"{len(pairs):,} ({len(validation.pairs):,} and {len(test.pairs):,} held out)",
             "pairs per update": f"{train.min_pairs} to {train.max_pairs}, "
             f"at most {train.max_tokens:,} tokens",
@@ -171,7 +171,7 @@ def main(config: ConfigDict) -> None:
             state, metrics = train_step(state, sharding.put_batch(batch))
             metrics["optim/learning_rate"] = schedule(step)
             if (step + 1) % config.eval.every == 0 or step + 1 == train.steps:
-                model = state.model
+                model = policy.sampling_model(state.model)
                 metrics |= evaluate(model, validation, ref_valid, dpo_config, sharding)
                 answers = respond["validation"](model, eval_key, config.eval.prompts)
                 wins = win_tie_lose(answers.judged, sft_valid.judged)
@@ -181,8 +181,8 @@ def main(config: ConfigDict) -> None:
             run.checkpoint(step, state, batches)
 
     # 6. Save, compare on prompts and pairs that no stage has seen, report.
-    hf_weights.save_model(state.model, run.workdir / "model", tokenizer)
-    policies, notes = dpo_setup.policies_to_compare(config, reference, state.model, sharding)
+    trained = stages.save_tuned(policy, state.model, run.workdir, tokenizer, base=folder)
+    policies, notes = dpo_setup.policies_to_compare(config, reference, trained, sharding)
     answers = {
         name: respond["test"](model, eval_key, config.eval.final_prompts)
         for name, model in policies.items()

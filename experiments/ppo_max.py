@@ -120,11 +120,11 @@ def main(config: ConfigDict) -> None:
     advantage = AdvantageConfig(samples_per_prompt=train.samples_per_prompt, **config.advantage)
     ppo_setup.check(config, advantage, sharding.data)
 
-    # 1. What the stages before left: the reference from SFT, and the reward model.
+    # 1. What the stages before left: policy and reference from SFT, and the reward model.
     ppo_setup.require_inputs(config)
     tokenizer = load_tokenizer(inputs.reference)
-    reference = stages.load_policy(inputs.reference, config, sharding, frozen=True)
-    reward_model = stages.load_scalar(inputs.reward_model, config, sharding, frozen=True)
+    policy, reference = ppo_setup.load_policies(config, sharding)
+    reward_model = ppo_setup.load_reward_model(config, policy, sharding)
 
     # 2. Prompts to train on, SFT text for the ptx loss, and prompts that no stage has seen.
     prompts = data.prompt_batches(config, tokenizer, "train").share(sharding.local_rows)
@@ -148,13 +148,16 @@ def main(config: ConfigDict) -> None:
     per_iteration = train.epochs * rollout_batch(config) // train.minibatch
     score = ppo_setup.make_score(config, advantage, sharding)
     take_rows = jax.jit(take, out_shardings=sharding.batch)
-    policy_step, policy_optimizer, critic_step, critic_optimizer, schedule = ppo_setup.make_updates(
-        config, sharding, train.iterations * per_iteration
+    optimizers, schedule = ppo_setup.make_optimizers(config, train.iterations * per_iteration)
+    policy_state, critic, critic_state = ppo_setup.create_states(
+        config, sharding, policy, reward_model, optimizers
     )
-    policy, critic = ppo_setup.create_states(config, sharding, policy_optimizer, critic_optimizer)
+    policy_step, critic_step = ppo_setup.make_updates(
+        config, sharding, optimizers, policy.trunk, critic and critic.trunk
+    )
     state = PPOState(
-        policy=policy,
-        critic=critic,
+        policy=policy_state,
+        critic=critic_state,
         moments=sharding.put_everywhere(losses.RunningMoments.zeros()),
         kl_coef=sharding.put_everywhere(jnp.float32(config.kl.coef)),
         penalty_coef=sharding.put_everywhere(jnp.float32(config.penalty.coef)),
@@ -162,10 +165,12 @@ def main(config: ConfigDict) -> None:
     frozen = {"reference": reference, "reward model": reward_model}
     harness.banner(
         "PPO",
-        ppo_setup.derived_numbers(config, policy.model, sharding, prompts)
+        ppo_setup.derived_numbers(
+            config, stages.parameters_line(policy, state.policy.model), sharding, prompts
+        )
         | stages.memory_lines(
             sharding,
-            {"policy": policy, "critic": critic},
+            {"policy": state.policy, "critic": state.critic},
             frozen,
             accumulated=train.microbatch < train.minibatch,
         ),
@@ -181,12 +186,12 @@ def main(config: ConfigDict) -> None:
             asked = data.each_repeated(next(prompts), train.samples_per_prompt)
             batch = sharding.put_batch(asked)
             rollout = generate(
-                state.policy.model,
+                policy.sampling_model(state.policy.model),
                 batch["tokens"],
                 batch["mask"],
                 jax.random.fold_in(sample_key, iteration),
             )
-            critic_model = None if state.critic is None else state.critic.model
+            critic_model = None if critic is None else critic.model(state.critic.model)
             experience, moments = score(
                 rollout, reference, reward_model, critic_model, state.moments, state.kl_coef
             )
@@ -207,7 +212,8 @@ def main(config: ConfigDict) -> None:
             metrics["optim/learning_rate"] = schedule(state.policy.step)
             metrics["policy/kl_coef"] = state.kl_coef
             if (iteration + 1) % config.eval.every == 0:
-                answers = respond["validation"](state.policy.model, eval_key, config.eval.prompts)
+                model = policy.sampling_model(state.policy.model)
+                answers = respond["validation"](model, eval_key, config.eval.prompts)
                 wins = win_tie_lose(answers.judged, sft_valid.judged)
                 metrics |= {f"eval/{k}": v for k, v in answers.statistics.items()}
                 metrics["judge/win_rate"] = wins.win_rate
@@ -216,10 +222,11 @@ def main(config: ConfigDict) -> None:
             run.checkpoint(iteration, state, prompts, ptx_batches)
 
     # 5. Save, compare with SFT on prompts that no stage has seen, report.
-    stages.save(state.policy.model, run.workdir / "model", tokenizer)
+    trained = state.policy.model
+    model = stages.save_tuned(policy, trained, run.workdir, tokenizer, base=inputs.policy)
     answers = {
         "SFT": respond["test"](reference, eval_key, config.eval.final_prompts),
-        config.label: respond["test"](state.policy.model, eval_key, config.eval.final_prompts),
+        config.label: respond["test"](model, eval_key, config.eval.final_prompts),
     }
     reporting.write(config, run, answers, notes=reporting.figure_4(config, run.workdir, answers))
 

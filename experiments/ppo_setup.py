@@ -18,8 +18,10 @@ from rlhf_jax.experience import (
     shape_rewards,
 )
 from rlhf_jax.models.heads import ScalarModel
+from rlhf_jax.models.lora import Tuning
+from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
-from rlhf_jax.train import create_state, make_train_step
+from rlhf_jax.train import TrainState, create_state, make_train_step
 from rlhf_jax.trpo import TRPOConfig, make_trust_region_step
 
 
@@ -42,6 +44,8 @@ def check(config: ConfigDict, advantage: AdvantageConfig, devices: int) -> None:
             f"advantage.method={advantage.method!r} needs a critic: set train.critic_init to "
             "'reward_model' or 'policy'"
         )
+    if config.lora.rank and config.ppo.objective == "trpo":
+        raise ValueError("ppo.objective='trpo' steps in every weight: set lora.rank=0")
 
 
 def require_inputs(config: ConfigDict) -> None:
@@ -59,14 +63,30 @@ def require_inputs(config: ConfigDict) -> None:
         stages.require(folder, stage=stage, variant=variant, build=inputs.build)
 
 
-def derived_numbers(config: ConfigDict, policy, sharding, prompts) -> dict[str, str]:
+def load_policies(config: ConfigDict, sharding) -> tuple[Tuning, Transformer]:
+    """π_θ to be trained, and π_ref: with adapters on the same weights, the ones beside them."""
+    inputs = config.inputs
+    policy = stages.make_tuning(config, stages.load_policy(inputs.policy, config, sharding))
+    if policy.trunk is not None and inputs.policy == inputs.reference:
+        return policy, policy.trunk
+    return policy, stages.load_policy(inputs.reference, config, sharding, frozen=True)
+
+
+def load_reward_model(config: ConfigDict, policy: Tuning, sharding) -> ScalarModel:
+    """The reward model, on the policy's frozen weights if it was trained beside the same."""
+    folder = config.inputs.reward_model
+    beside = stages.load_scalar_beside(folder, policy.trunk, sharding)
+    return beside or stages.load_scalar(folder, config, sharding, frozen=True)
+
+
+def derived_numbers(config: ConfigDict, policy: str, sharding, prompts) -> dict[str, str]:
     """The banner: every number that follows from the config."""
     train, batch = config.train, rollout_batch(config)
     per_iteration = train.epochs * batch // train.minibatch
     size = prompts.steps_per_epoch * train.prompts_per_iteration
     longest = prompts.shapes[-1].length + config.sampling.max_new_tokens
     return {
-        "policy": f"{harness.count_parameters(policy):,} parameters from {config.inputs.policy}",
+        "policy": f"{policy}, from {config.inputs.policy}",
         "reward model": config.inputs.reward_model,
         "prompts": f"about {size:,}, {train.prompts_per_iteration} per iteration, "
         f"buckets of {', '.join(str(shape.length) for shape in prompts.shapes)} tokens",
@@ -121,8 +141,23 @@ def rollout_batch(config: ConfigDict) -> int:
     return config.train.prompts_per_iteration * config.train.samples_per_prompt
 
 
-def make_updates(config: ConfigDict, sharding, updates: int):
-    """The compiled policy and critic steps, with their optimizers and schedules."""
+def make_optimizers(config: ConfigDict, updates: int):
+    """The optimizers of policy and critic, and the policy's learning rate by update."""
+    policy_optimizer, schedule = make_optimizer(OptimizerConfig(**config.optimizer), updates)
+    critic_optimizer, _ = make_optimizer(OptimizerConfig(**config.critic_optimizer), updates)
+    return (policy_optimizer, critic_optimizer), schedule
+
+
+def make_updates(config: ConfigDict, sharding, optimizers, policy_trunk=None, critic_trunk=None):
+    """The compiled policy and critic steps.
+
+    Args:
+      config: Of the run.
+      sharding: Where trees live.
+      optimizers: Of policy and critic.
+      policy_trunk: Frozen weights beside which the policy's adapters train; None without adapters.
+      critic_trunk: The same of the critic.
+    """
     ppo_config = ppo.PPOConfig(**config.ppo)
     settings = {
         "sharding": sharding,
@@ -131,8 +166,6 @@ def make_updates(config: ConfigDict, sharding, updates: int):
         ),
         "prepare": functools.partial(ppo.prepare, config=ppo_config),
     }
-    policy_optimizer, schedule = make_optimizer(OptimizerConfig(**config.optimizer), updates)
-    critic_optimizer, _ = make_optimizer(OptimizerConfig(**config.critic_optimizer), updates)
     temperature = config.sampling.temperature or 1.0
     if config.ppo.objective == "trpo":
         policy_step = make_trust_region_step(
@@ -141,35 +174,57 @@ def make_updates(config: ConfigDict, sharding, updates: int):
     else:
         policy_step = make_train_step(
             functools.partial(ppo.policy_loss, config=ppo_config, temperature=temperature),
-            policy_optimizer,
+            optimizers[0],
+            trunk=policy_trunk,
             **settings,
         )
     critic_step = make_train_step(
-        functools.partial(ppo.critic_loss, config=ppo_config), critic_optimizer, **settings
+        functools.partial(ppo.critic_loss, config=ppo_config),
+        optimizers[1],
+        trunk=critic_trunk,
+        **settings,
     )
-    return policy_step, policy_optimizer, critic_step, critic_optimizer, schedule
+    return policy_step, critic_step
 
 
-def create_states(config: ConfigDict, sharding, policy_optimizer, critic_optimizer):
-    """Policy and critic with their optimizers; None without a critic.
+def create_states(
+    config: ConfigDict, sharding, policy: Tuning, reward_model: ScalarModel, optimizers
+) -> tuple[TrainState, Tuning | None, TrainState | None]:
+    """The state of the policy, the critic, and its state; None without a critic.
 
-    A state copies its model. The loaded models go with this call, so that no device holds both
-    for longer than it takes to make one state.
+    A state copies its model. What was loaded is let go with each call, so that no device holds
+    both for longer than it takes to make one state.
+
+    Args:
+      config: Of the run.
+      sharding: Where trees live.
+      policy: π_θ; its start is taken.
+      reward_model: Where the critic may start.
+      optimizers: Of policy and critic.
     """
-    loaded = stages.load_policy(config.inputs.policy, config, sharding)
-    policy = create_state(loaded, policy_optimizer, sharding)
-    del loaded
-    critic = create_critic(config, policy.model, sharding)
-    return policy, None if critic is None else create_state(critic, critic_optimizer, sharding)
+    state = create_state(policy.take(), optimizers[0], sharding)
+    critic = create_critic(config, policy.trunk or state.model, reward_model, sharding)
+    if critic is None:
+        return state, None, None
+    return state, critic, create_state(critic.take(), optimizers[1], sharding)
 
 
-def create_critic(config: ConfigDict, policy, sharding) -> ScalarModel | None:
-    """The critic's start: the reward model (PPO-max), the policy with a zero head, or none."""
+def create_critic(
+    config: ConfigDict, language: Transformer, reward_model: ScalarModel, sharding
+) -> Tuning | None:
+    """The critic's start: the reward model (PPO-max), the policy with a zero head, or none.
+
+    Adapters stand beside the frozen weights of the model that they start from: a reward model's
+    own, or the policy's where the reward model is adapters beside these, which then train on.
+    """
     init = config.train.critic_init
     if init == "reward_model":
-        return stages.load_scalar(config.inputs.reward_model, config, sharding)
+        start = reward_model
+        if not config.lora.rank:
+            start = stages.load_scalar(config.inputs.reward_model, config, sharding)
+        return stages.make_tuning(config, start, name="critic")
     if init == "policy":
-        return ScalarModel(policy)
+        return stages.make_tuning(config, ScalarModel(language), name="critic")
     if init == "none":
         return None
     raise ValueError(f"train.critic_init={init!r} must be 'reward_model', 'policy' or 'none'")

@@ -82,13 +82,12 @@ class Run:
         )
         self.reference = placed(language, sharding.frozen(language))
         self.reward_model = placed(scalar, sharding.frozen(scalar))
-        self.policy_step, policy_optimizer, self.critic_step, critic_optimizer, _ = (
-            ppo_setup.make_updates(config, sharding, config.train.iterations * self.updates)
-        )
-        self._optimizers = {"policy": policy_optimizer, "critic": critic_optimizer}
-        self.policy = self._state(language, policy_optimizer)
+        optimizers, _ = ppo_setup.make_optimizers(config, config.train.iterations * self.updates)
+        self.policy_step, self.critic_step = ppo_setup.make_updates(config, sharding, optimizers)
+        self._optimizers = dict(zip(("policy", "critic"), optimizers, strict=True))
+        self.policy = self._state(language, optimizers[0])
         has_critic = config.train.critic_init != "none"
-        self.critic = self._state(scalar, critic_optimizer) if has_critic else None
+        self.critic = self._state(scalar, optimizers[1]) if has_critic else None
         self.generate = jit_generate(config, (2,), 0, sharding)
         self.score = ppo_setup.make_score(config, self.advantage, sharding)
         self.rollout, self.experience = self._data()

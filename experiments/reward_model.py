@@ -114,6 +114,7 @@ def main(config: ConfigDict) -> None:
     folder = stages.require(inputs.model, stage="sft", variant=inputs.variant, build=inputs.build)
     tokenizer = load_tokenizer(folder)
     model = stages.load_scalar(folder, config, sharding, key=jax.random.key(config.seed))
+    tuning = stages.make_tuning(config, model)
     pairs = data.preference_pairs(config, tokenizer, "train", config.data.pairs)
     held_out = data.preference_pairs(config, tokenizer, "test", config.data.eval_pairs)
     batches = data.pair_batches(pairs, tokenizer, train, config.seed, sharding.data)
@@ -128,12 +129,13 @@ def main(config: ConfigDict) -> None:
         sharding,
         microbatches=train.microbatches,
         prepare=weigh,
+        trunk=tuning.trunk,
     )
-    state = create_state(model, optimizer, sharding)
+    state = create_state(tuning.take(), optimizer, sharding)
     harness.banner(
         "Reward model",
         {
-            "model": f"{harness.count_parameters(model):,} parameters from {folder}",
+            "model": f"{stages.parameters_line(tuning, state.model)}, from {folder}",
             "pairs": f"{len(pairs):,} ({len(held_out):,} held out)",
             "pairs per update": f"{train.min_pairs} to {train.max_pairs}, "
             f"at most {train.max_tokens:,} tokens",
@@ -156,19 +158,20 @@ def main(config: ConfigDict) -> None:
             metrics["optim/learning_rate"] = schedule(step)
             if (step + 1) % train.eval_every == 0 or step + 1 == train.steps:
                 metrics["eval/accuracy"] = accuracy(
-                    *score_pairs(state.model, eval_batches, sharding)
+                    *score_pairs(tuning.model(state.model), eval_batches, sharding)
                 )
             run.log(step, metrics)
             run.checkpoint(step, state, batches)
 
-    # 4. Normalise to mean 0 and std 1 on reference responses, and compare with the judge.
+    # 4. Normalise to mean 0 and std 1 on reference responses, save, compare with the judge.
     references = [
         EncodedPair(document, document, 0.0)
         for document in data.reference_documents(config, tokenizer)
     ]
     reference_batches = data.all_pairs(references, tokenizer, train, sharding.data)
-    scores, _ = score_pairs(state.model, reference_batches, sharding)
-    model = state.model.normalized(scores.mean(), scores.std())
+    scores, _ = score_pairs(tuning.model(state.model), reference_batches, sharding)
+    trained = state.model.normalized(scores.mean(), scores.std())
+    model = stages.save_tuned(tuning, trained, run.workdir, tokenizer, base=folder)
     chosen, rejected = score_pairs(model, eval_batches, sharding)
     judged = data.judge_pairs(held_out, tokenizer)
     summary = {
@@ -178,8 +181,7 @@ def main(config: ConfigDict) -> None:
         "held_out_pairs": len(held_out),
     }
 
-    # 5. Save.
-    stages.save(model, run.workdir / "model", tokenizer)
+    # 5. Report.
     if distributed.is_main():
         draw_figures(run.workdir, chosen, rejected)
     run.finish(summary)

@@ -53,11 +53,20 @@ def perplexity(model: Transformer, batches: list[dict], sharding) -> float:
 
 
 def starting_point(config: ConfigDict, sharding, texts: list[str]):
-    """The tokenizer and the model to train: a pretrained one, or both from scratch."""
+    """The tokenizer and the model to train: a pretrained one, or both from scratch.
+
+    Raises:
+      ValueError: adapters without a pretrained model.
+    """
     if config.inputs.model:
         model = stages.load_policy(config.inputs.model, config, sharding)
         # A pad token may be new: it needs a row of the embedding that no token uses.
         return load_tokenizer(config.inputs.model, vocab_size=model.config.vocab_size), model
+    if config.lora.rank:
+        raise ValueError(
+            f"lora.rank={config.lora.rank} trains beside a model that is there: set inputs.model, "
+            "or lora.rank=0"
+        )
     tokenizer = train_bpe(texts, config.tokenizer.vocab_size)
     model_config = ModelConfig(vocab_size=len(tokenizer), **config.model)
     return tokenizer, jax.jit(functools.partial(Transformer, model_config))(
@@ -75,6 +84,7 @@ def main(config: ConfigDict) -> None:
 
     # 1. Text, tokenizer and model.
     tokenizer, model = starting_point(config, sharding, data.tokenizer_texts(config))
+    tuning = stages.make_tuning(config, model)
     documents = data.sft_documents(config, tokenizer, "train")
     held_out = data.sft_documents(config, tokenizer, "validation")
     batches = PackedBatches(
@@ -94,12 +104,13 @@ def main(config: ConfigDict) -> None:
         sharding,
         microbatches=harness.divide("train.minibatch", train.minibatch, train.microbatch),
         prepare=weigh,
+        trunk=tuning.trunk,
     )
-    state = create_state(model, optimizer, sharding)
+    state = create_state(tuning.take(), optimizer, sharding)
     harness.banner(
         "Supervised fine-tuning",
         {
-            "model": f"{harness.count_parameters(model):,} parameters, {len(tokenizer):,} tokens",
+            "model": f"{stages.parameters_line(tuning, state.model)}, {len(tokenizer):,} tokens",
             "documents": f"{len(documents):,} ({len(held_out):,} held out)",
             "tokens per update": f"{train.minibatch * train.row_length:,}",
             "updates": f"{train.steps:,} of {train.minibatch} rows in microbatches of "
@@ -122,13 +133,15 @@ def main(config: ConfigDict) -> None:
             state, metrics = train_step(state, sharding.put_batch(next(batches)))
             metrics["optim/learning_rate"] = schedule(step)
             if (step + 1) % train.eval_every == 0 or step + 1 == train.steps:
-                metrics["eval/perplexity"] = perplexity(state.model, eval_batches, sharding)
+                model = tuning.model(state.model)
+                metrics["eval/perplexity"] = perplexity(model, eval_batches, sharding)
             run.log(step, metrics)
             run.checkpoint(step, state, batches)
 
     # 4. Save what the next stage loads.
-    stages.save(state.model, run.workdir / "model", tokenizer)
-    result = perplexity(state.model, eval_batches, sharding)
+    base = config.inputs.model
+    model = stages.save_tuned(tuning, state.model, run.workdir, tokenizer, base=base)
+    result = perplexity(model, eval_batches, sharding)
     run.finish({"perplexity": result})
     print(f"SFT: held-out perplexity {result:.1f}; model in {run.workdir / 'model'}")
 

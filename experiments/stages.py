@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from experiments import harness
 from rlhf_jax import distributed, memory
-from rlhf_jax.models import hf_weights
+from rlhf_jax.models import hf_weights, lora, lora_files
+from rlhf_jax.models.lora import Tuning
 from rlhf_jax.sharding import Sharding, make_mesh
+
+# Folder of a run with the adapters that it trained, next to the merged model.
+ADAPTERS = "adapters"
 
 
 def require(folder: str, *, stage: str, variant: str, build: bool) -> str:
@@ -59,6 +65,44 @@ def load_scalar(
     return hf_weights.load_scalar_model(folder, key=key, shardings=shardings, **config.model)
 
 
+def load_scalar_beside(folder: str, trunk: Any, sharding: Sharding) -> Any:
+    """A reward model as adapters beside `trunk`, None where it was not trained there.
+
+    Args:
+      folder: Folder of the merged model; the adapters stand next to it.
+      trunk: Frozen weights; None where there are none to share.
+      sharding: Where the adapters go: whole on every device.
+    """
+    adapters = Path(folder).parent / ADAPTERS
+    if trunk is None or not distributed.from_main(adapters.exists()):
+        return None
+    if lora_files.trained_beside(adapters) != lora_files.fingerprint(trunk):
+        return None
+    trained = sharding.put_everywhere(lora_files.load_adapters(adapters, trunk))
+    return lora.attach(trunk, trained)
+
+
+def make_tuning(config: ConfigDict, model: Any, *, name: str = "") -> Tuning:
+    """What of a model trains: every weight, or the adapters that `config.lora` asks for.
+
+    Args:
+      config: Of the experiment.
+      model: The model as training finds it.
+      name: Tells the random numbers of one run's adapters apart.
+    """
+    key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
+    return lora.make_tuning(model, lora.LoRAConfig(**config.lora), key)
+
+
+def parameters_line(tuning: Tuning, trained: Any) -> str:
+    """For the banner: how many numbers the model has and how many of them train."""
+    trained = harness.count_parameters(trained)
+    if tuning.trunk is None:
+        return f"{trained:,} parameters"
+    whole = harness.count_parameters(tuning.trunk)
+    return f"{whole:,} frozen parameters and {trained:,} that train beside them"
+
+
 def memory_lines(
     sharding: Sharding,
     states: Mapping[str, Any],
@@ -82,10 +126,19 @@ def memory_lines(
         if state is not None
         for item in memory.state_holdings(name, state, sharding, accumulated=accumulated)
     ]
-    holdings += [
-        memory.frozen_holding(name, model, sharding) for name, model in (frozen or {}).items()
-    ]
+    holdings += [_frozen_holding(name, model, sharding) for name, model in (frozen or {}).items()]
     return memory.describe(holdings)
+
+
+def _frozen_holding(name: str, model: Any, sharding: Sharding) -> memory.Holding:
+    """What a model that does not train holds; a trunk that it shares is not counted again."""
+    parts = lora.detach(model)
+    if parts is not None:
+        name, model = f"{name} (adapters)", parts[1]
+    places = jax.tree.map(lambda x: x.sharding, model)
+    spread = jax.tree.leaves(places) == jax.tree.leaves(sharding.frozen(model))
+    reason = "" if spread else f"mode {sharding.mode} keeps what adapters stand beside whole"
+    return memory.holding(name, model, places, reason=reason)
 
 
 def save(model: Any, folder: str | Path, tokenizer: Any) -> None:
@@ -94,6 +147,31 @@ def save(model: Any, folder: str | Path, tokenizer: Any) -> None:
     if whole is not None:
         hf_weights.save_model(whole, folder, tokenizer)
     distributed.barrier("the model is saved")
+
+
+def save_tuned(
+    tuning: Tuning, trained: Any, workdir: str | Path, tokenizer: Any, *, base: str
+) -> Any:
+    """Writes `model/`, and `adapters/` beside it where there are any; returns the model.
+
+    Args:
+      tuning: How the model was trained.
+      trained: What it trained to.
+      workdir: The run folder.
+      tokenizer: Of the model.
+      base: Folder of the model that training began with.
+    """
+    model = tuning.merged(trained)
+    save(model, Path(workdir) / "model", tokenizer)
+    if tuning.trunk is not None:
+        fingerprint = lora_files.fingerprint(tuning.trunk)
+        whole = distributed.gathered_on_main(trained)
+        if whole is not None:
+            lora_files.save_adapters(
+                whole, Path(workdir) / ADAPTERS, base=base, fingerprint=fingerprint
+            )
+        distributed.barrier("the adapters are saved")
+    return model
 
 
 def skip_if_finished(config: ConfigDict, title: str) -> bool:

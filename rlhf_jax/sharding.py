@@ -106,9 +106,12 @@ def tensor_spec(name: str, shape: tuple[int, ...], axis_size: int) -> P:
 
 
 def weight_name(path: tuple[Any, ...]) -> str:
-    """The name of a weight in the path of a leaf: `q` in `.mu.layers.q.value`."""
+    """The name of a weight in the path of a leaf: `q` in `.mu.layers.q.value`.
+
+    The frozen matrix of a low-rank weight is called as the matrix alone: `q` in `.q.base.value`.
+    """
     parts = [str(getattr(part, "name", getattr(part, "key", ""))) for part in path]
-    return next((part for part in reversed(parts) if part not in ("value", "")), "")
+    return next((part for part in reversed(parts) if part not in ("value", "base", "")), "")
 
 
 @dataclasses.dataclass(frozen=True)

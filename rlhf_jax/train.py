@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax.models.lora import attach
 from rlhf_jax.sharding import Sharding
 
 Metrics = dict[str, jax.Array]
@@ -21,7 +22,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       step: scalar int32, updates made so far.
-      model: The module in its compute type.
+      model: The module in its compute type, or the adapters that train beside a frozen one.
       master: float32 copy that the optimizer updates; None when the model is float32 itself.
       opt_state: State of the optax optimizer.
     """
@@ -72,6 +73,7 @@ def make_train_step(
     *,
     microbatches: int = 1,
     prepare: Callable[[Any], Any] = lambda batch: batch,
+    trunk: Any = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds `step(state, batch, *constants) -> (state, metrics)`, jitted, with the state donated.
 
@@ -84,10 +86,14 @@ def make_train_step(
       microbatches: Gradient accumulation: the batch is split into so many parts.
       prepare: Runs on the whole batch before it is split: the place for whatever is normalised
         over the batch.
+      trunk: Frozen weights beside which the state's adapters train: `loss_fn` is given the model
+        that they make together (see `models.lora`). None when the state holds a whole model.
 
     Returns:
       The step. `metrics` also holds `optim/grad_norm` (before clipping).
     """
+    if trunk is not None:
+        loss_fn = _attaching(loss_fn)
 
     def compute_gradients(model, batch, constants):
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -122,7 +128,32 @@ def make_train_step(
         new = TrainState(state.step + 1, model, master, opt_state)
         return _constrain(new, state_shardings(new, sharding)), metrics
 
-    return jax.jit(sharding.bind(step), donate_argnums=0)
+    compiled = jax.jit(sharding.bind(step), donate_argnums=0)
+    return compiled if trunk is None else OnTrunk(compiled, trunk)
+
+
+class OnTrunk:
+    """A compiled function with frozen weights for its last argument, which it never donates."""
+
+    def __init__(self, compiled: Any, trunk: Any):
+        self._compiled, self._trunk = compiled, trunk
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._compiled(*arguments, self._trunk)
+
+    def lower(self, *arguments: Any) -> Any:
+        """As `jax.jit(...).lower`."""
+        return self._compiled.lower(*arguments, self._trunk)
+
+
+def _attaching(loss_fn: LossFn) -> LossFn:
+    """The loss of adapters, whose last argument is the trunk."""
+
+    def loss_of_adapters(trained, batch, *constants):
+        *others, trunk = constants
+        return loss_fn(attach(trunk, trained), batch, *others)
+
+    return loss_of_adapters
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

@@ -12,6 +12,7 @@ from configs import ppo_max, reward_model, sft
 from experiments.dpo_setup import DPOConfig
 from rlhf_jax.experience import AdvantageConfig, RewardConfig
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.optimizers import OptimizerConfig
 from rlhf_jax.ppo import PPOConfig
 from rlhf_jax.rollout import SamplingConfig
@@ -23,6 +24,7 @@ EXPERIMENTS.remove("common")
 # Groups that are passed on whole, as keywords of these classes.
 SPLATTED = {
     "model": ModelConfig,
+    "lora": LoRAConfig,
     "optimizer": OptimizerConfig,
     "critic_optimizer": OptimizerConfig,
     "sampling": SamplingConfig,
