@@ -86,6 +86,9 @@ def spread_spec(shape: tuple[int, ...], axis_size: int, taken: P | None = None) 
     The last axes of stacked layers are those of the matrices, so a layer's slice stays sharded.
     """
     taken = taken or P()
+    # XLA hands back P() for an axis of one device: the next call would not fit the program.
+    if axis_size == 1:
+        return taken
     axes = [*taken, *[None] * (len(shape) - len(taken))]
     for axis in reversed(range(len(shape))):
         if axes[axis] is None and shape[axis] >= axis_size and shape[axis] % axis_size == 0:

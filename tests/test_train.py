@@ -224,16 +224,18 @@ def test_one_program_for_each_shape_of_batch():
     assert step._cache_size() == 2
 
 
-def test_the_model_of_a_real_step_is_one_program_too():
+@pytest.mark.parametrize("mode", ["zero0", "zero1", "zero2", "zero3"])
+def test_the_model_of_a_real_step_is_one_program_too(mode):
     """The state that comes back must look to jit like the one that went in."""
+    sharding = Sharding(make_mesh(1), mode)
     model, optimizer = tiny.language_model(tiny.model_config(num_layers=1)), optax.adam(1e-3)
-    state, frozen = create_state(model, optimizer, one_device()), jax.tree.map(np.array, model)
+    state, frozen = create_state(model, optimizer, sharding), jax.tree.map(np.array, model)
 
     def loss(model, batch):
         hidden = model(batch["tokens"], jnp.ones_like(batch["tokens"]))
         return jnp.sum(jnp.square(model.logits(hidden))), {}
 
-    step = make_train_step(loss, optimizer, one_device())
+    step = make_train_step(loss, optimizer, sharding)
     for _ in range(3):
         state, metrics = step(state, {"tokens": np.ones((2, 4), np.int32)})
     assert step._cache_size() == 1

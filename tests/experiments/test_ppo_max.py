@@ -191,14 +191,21 @@ def test_trust_region_variant_keeps_its_bound(chain, tmp_path):
     assert (log["policy/improvement"][1:][accepted == 1] > 0).all()
 
 
-def test_programs_are_as_many_as_buckets(chain, tmp_path, monkeypatch):
+def test_programs_are_as_many_as_buckets_and_no_iteration_repeats_a_key(
+    chain, tmp_path, monkeypatch
+):
     """Training and evaluation, policy and reference, share one sampler for each bucket."""
-    compiled = {}
+    compiled, keys = {}, set()
     make_generate, make_updates = ppo_max.make_generate, ppo_setup.make_updates
 
     def watched_generate(*arguments):
         compiled["generate"] = make_generate(*arguments)
-        return compiled["generate"]
+
+        def sample(model, tokens, mask, key):
+            keys.add(tuple(jax.random.key_data(key).tolist()))
+            return compiled["generate"](model, tokens, mask, key)
+
+        return sample
 
     def watched_updates(*arguments):
         made = make_updates(*arguments)
@@ -214,6 +221,8 @@ def test_programs_are_as_many_as_buckets(chain, tmp_path, monkeypatch):
         "policy step": 2,
         "critic step": 2,
     }
+    # Four iterations have a key each; evaluations, of one batch, share one.
+    assert len(keys) == 4 + 1
 
 
 def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
