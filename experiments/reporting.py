@@ -147,6 +147,16 @@ def figure_4(config: ConfigDict, workdir: Path, answers: Mapping[str, Responses]
     ]
 
 
+def win_rates(answers: Mapping[str, Responses]) -> dict[str, WinRate]:
+    """Every policy against the baseline, which is first; then the second against the others."""
+    names = list(answers)
+    pairs = [(name, names[0]) for name in names[1:]] + [(names[1], name) for name in names[2:]]
+    return {
+        f"{one} against {other}": win_tie_lose(answers[one].judged, answers[other].judged)
+        for one, other in pairs
+    }
+
+
 def write(
     config: ConfigDict,
     run: harness.Run,
@@ -172,14 +182,7 @@ def write(
     names = list(answers)
     title = f"{names[1]} against {names[0]} ({config.scale}, seed {config.seed})"
     baseline, policy = answers[names[0]], answers[names[1]]
-    wins = {
-        f"{name} against {names[0]}": win_tie_lose(answers[name].judged, baseline.judged)
-        for name in names[1:]
-    }
-    wins |= {
-        f"{names[1]} against {name}": win_tie_lose(policy.judged, answers[name].judged)
-        for name in names[2:]
-    }
+    wins = win_rates(answers)
     first_wins = next(iter(wins.values()))
     targets = []
     if config.scale == "quickstart":

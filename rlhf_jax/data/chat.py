@@ -11,14 +11,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from rlhf_jax.data.fields import require, require_sft
 from rlhf_jax.data.rows import (
     encode_messages,
     encode_pair,
     encode_prompt,
     encode_response,
     encode_text,
-    require,
-    require_sft,
 )
 from rlhf_jax.data.templates import stop_tokens
 from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair, EncodedPrompt, Row

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_jax.data.rows import require, require_sft
+from rlhf_jax.data.fields import require, require_sft
 from rlhf_jax.data.types import DropCounts, Message, Row
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
