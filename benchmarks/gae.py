@@ -3,9 +3,9 @@
     python -m benchmarks.gae [--rows 512] [--length 1024] [--repeats 50]
 
 Times, compiled, on [rows, length] float32: a sum over rewards, values and mask (the floor: every
-byte is read once); `gae` on batch-major arrays, as trainers call it; and the scan alone, on arrays
-that are time-major already. What lies between the last two is the transposition. On CPU that costs
-most when the length is a power of two (rows then share cache sets), hence the third, odd length.
+byte is read once), and `gae` as trainers call it. The scan runs over time, so arrays are transposed
+on the way in and out; on CPU that costs more when the length is a power of two (rows then share
+cache sets), hence the second, odd length.
 """
 
 import argparse
@@ -38,11 +38,6 @@ def advantages(rewards: jax.Array, values: jax.Array, where: jax.Array) -> jax.A
     return gae(rewards, values, discount=0.99, lambda_=0.95, where=where)
 
 
-def time_major(rewards: jax.Array, values: jax.Array, where: jax.Array) -> jax.Array:
-    """The same on [length, rows]: the compiler cancels the transpositions."""
-    return advantages(rewards.T, values.T, where.T).T
-
-
 def median_ms(calls: dict[str, Callable[[], jax.Array]], repeats: int) -> dict[str, float]:
     """Median time of each call; they take turns, so that noise falls on all alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -63,19 +58,14 @@ def main() -> None:
     args = parser.parse_args()
     for length in (args.length, args.length - 24):
         data = batch(args.rows, length)
-        turned = tuple(jnp.asarray(np.ascontiguousarray(np.asarray(x).T)) for x in data)
-        inputs = {
-            "sum": (floor, data),
-            "gae": (advantages, data),
-            "gae, time-major": (time_major, turned),
-        }
+        inputs = {"sum": floor, "gae": advantages}
         calls = {
-            name: functools.partial(jax.jit(function).lower(*arrays).compile(), *arrays)
-            for name, (function, arrays) in inputs.items()
+            name: functools.partial(jax.jit(function).lower(*data).compile(), *data)
+            for name, function in inputs.items()
         }
         times = median_ms(calls, args.repeats)
         for name, ms in times.items():
-            print(f"[{args.rows}, {length}] {name:16} {ms:7.3f} ms  {ms / times['sum']:5.2f} x sum")
+            print(f"[{args.rows}, {length}] {name:4} {ms:7.3f} ms  {ms / times['sum']:5.2f} x sum")
 
 
 if __name__ == "__main__":

@@ -273,13 +273,20 @@ def _values_ahead(values: jax.Array, where: jax.Array, bootstrap: jax.Array | No
 
 
 def _discounted_sums(x: jax.Array, decay: Scalar, where: jax.Array) -> jax.Array:
-    """y_t = x_t + decay · y_{t+1} on real tokens, 0 elsewhere, in one pass from the end."""
+    """y_t = x_t + decay · y_{t+1} on real tokens, 0 elsewhere, in one pass from the end.
 
-    def step(carry: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x_t, real = now
-        carry = jnp.where(real, x_t + decay * carry, 0).astype(x.dtype)
+    Numbers and mask go through the scan as one array of bits, all of them set where masked (a NaN
+    that no arithmetic makes): a second array to transpose would double the time on a CPU.
+    """
+    bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    masked = jnp.array(jnp.iinfo(bits).max, bits)
+    packed = jnp.where(where, jax.lax.bitcast_convert_type(x, bits), masked)
+
+    def step(carry: jax.Array, now: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x_t = jax.lax.bitcast_convert_type(now, x.dtype)
+        carry = jnp.where(now != masked, x_t + decay * carry, 0).astype(x.dtype)
         return carry, carry
 
-    time_major = (jnp.moveaxis(x, -1, 0), jnp.moveaxis(where, -1, 0))
-    _, sums = jax.lax.scan(step, jnp.zeros_like(x[..., 0]), time_major, reverse=True)
+    start = jnp.zeros_like(x[..., 0])
+    _, sums = jax.lax.scan(step, start, jnp.moveaxis(packed, -1, 0), reverse=True)
     return jax.lax.stop_gradient(jnp.moveaxis(sums, 0, -1))

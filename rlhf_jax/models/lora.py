@@ -159,7 +159,7 @@ def attach(trunk: Transformer, trained: Any) -> Any:
 
 
 def detach(model: Any) -> tuple[Transformer, Any] | None:
-    """Trunk and adapters of an `attach`ed model; None for a model without adapters."""
+    """Trunk and adapters of a model from `attach`; None for a model without adapters."""
     if isinstance(model, ScalarModel):
         parts = detach(model.trunk)
         return None if parts is None else (parts[0], _changed(model, trunk=parts[1]))
@@ -173,7 +173,7 @@ def detach(model: Any) -> tuple[Transformer, Any] | None:
 
 
 def merge(model: Any) -> Any:
-    """An `attach`ed model with its adapters added into the matrices: an ordinary model.
+    """A model from `attach` with its adapters added into the matrices: an ordinary model.
 
     The adapted matrices are new arrays, placed as the frozen ones are; all others are shared.
     """

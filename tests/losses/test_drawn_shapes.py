@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 
 from tests.losses.cases import CASES, IDS
-from tests.losses.harness import as_jax, value_and_gradients
+from tests.losses.harness import BATCH, SIZES, as_jax, value_and_gradients
 from tests.references import returns
 
-# Leading axes, and the sizes of the letters: one number or token, a batch, a batch of groups.
+# Leading axes, and the sizes of the letters: one number or token, a batch (compiled for the other
+# tests already), a batch of groups.
 SHAPES = [
     ((), {"T": 1, "K": 2, "V": 2, "C": 3}),
-    ((2,), {"T": 4, "K": 3, "V": 5, "C": 3}),
+    ((BATCH,), SIZES),
     ((2, 2), {"T": 3, "K": 4, "V": 3, "C": 3}),
 ]
 EIGHTHS = {"real": (-40, 40), "falling": (-40, 40), "log_prob": (-24, -1), "positive": (1, 24)}

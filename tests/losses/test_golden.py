@@ -152,6 +152,12 @@ def test_gae_of_a_ragged_batch_ends_where_the_response_ends():
     close(found, [[1, -1, 0], [1, 1, -1]])
 
 
+def test_nan_of_a_real_token_is_not_taken_for_padding():
+    rewards = jnp.array([1.0, np.nan, 2.0])
+    found = losses.rewards_to_go(rewards, discount=1.0, where=jnp.ones(3, bool))
+    assert np.isnan(found).tolist() == [True, True, False]
+
+
 def test_separate_runs_are_separate_episodes():
     where = jnp.array([True, True, False, True])
     found = losses.rewards_to_go(jnp.array([1.0, 2.0, 50.0, 4.0]), discount=1.0, where=where)

@@ -62,6 +62,13 @@ def test_padding_does_not_count():
     np.testing.assert_array_equal(jnp.stack(nothing), jnp.stack(moments))
 
 
+def test_scores_in_bfloat16_are_counted_in_float32():
+    moments = moments_of(jnp.array([256.0, 258.0], jnp.bfloat16))
+    assert all(value.dtype == jnp.float32 for value in moments)
+    assert moments.mean == 257  # no bfloat16 number
+    assert moments.std == 1
+
+
 def test_no_gradient():
     def spread(values):
         return update_moments(RunningMoments.zeros(), values).m2
