@@ -212,8 +212,9 @@ def main(config: ConfigDict) -> None:
             metrics["optim/learning_rate"] = schedule(state.policy.step)
             metrics["policy/kl_coef"] = state.kl_coef
             if (iteration + 1) % config.eval.every == 0:
-                model = policy.sampling_model(state.policy.model)
-                answers = respond["validation"](model, eval_key, config.eval.prompts)
+                answers = respond["validation"](
+                    policy.sampling_model(state.policy.model), eval_key, config.eval.prompts
+                )
                 wins = win_tie_lose(answers.judged, sft_valid.judged)
                 metrics |= {f"eval/{k}": v for k, v in answers.statistics.items()}
                 metrics["judge/win_rate"] = wins.win_rate

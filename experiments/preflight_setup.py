@@ -66,9 +66,17 @@ class Run:
       config: Of `ppo_max`.
       sizes: Of its models.
       sharding: Mesh of abstract devices, and mode.
+
+    Raises:
+      ValueError: the run trains adapters, or its sizes do not divide.
     """
 
     def __init__(self, config: ConfigDict, sizes: ModelConfig, sharding: Sharding):
+        if config.lora.rank:
+            raise ValueError(
+                f"lora.rank={config.lora.rank}: the preflight compiles runs that train every "
+                "weight; pass --config.lora.rank=0 for an upper bound"
+            )
         self.config, self.sizes, self.sharding = config, sizes, sharding
         self.advantage = AdvantageConfig(
             samples_per_prompt=config.train.samples_per_prompt, **config.advantage

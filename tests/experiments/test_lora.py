@@ -7,12 +7,22 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import dpo as dpo_configs
 from configs import ppo_max as ppo_configs
 from configs import reward_model as reward_configs
 from configs import sft as sft_configs
-from experiments import dpo, harness, ppo_max, ppo_setup, reward_model, sft, stages
+from experiments import (
+    dpo,
+    harness,
+    ppo_max,
+    ppo_setup,
+    preflight_setup,
+    reward_model,
+    sft,
+    stages,
+)
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import hf_weights
 from tests import tiny as models
@@ -67,11 +77,9 @@ def test_four_models_stand_on_one_trunk(chain, reward_folder, tmp_path):
     policy, reference, reward, critic = load_all(ppo_config(chain, reward_folder, tmp_path))
     assert reference is policy.trunk
     held = held_bytes(policy.start, policy.trunk, reference, reward, critic.start, critic.trunk)
-    adapters = held_bytes(policy.start)
-    trunk = held_bytes(policy.trunk)
-    heads = 2 * 4 * (reference.config.hidden_size + 1)
     # The critic starts at the reward model's adapters, whose buffers it shares until it trains.
-    assert trunk + 2 * adapters < held <= trunk + 3 * adapters + heads
+    head = 4 * (reference.config.hidden_size + 1)
+    assert held == held_bytes(policy.trunk) + 2 * held_bytes(policy.start) + head
     tokens, mask = models.left_padded([5, 3], 6)
     scores = [
         jax.jit(lambda m: m.scores(tokens, mask.astype(np.int32)))(model)
@@ -111,6 +119,8 @@ def test_ppo_starts_on_policy_and_moves_away_from_the_reference(finished):
     log = read_metrics(finished)
     first = log["policy/approx_kl_first"][1:]  # iteration 0 trains the critic alone
     assert np.isfinite(first).all() and np.abs(first).max() < 1e-5
+    for name in ("policy/ratio_max_first", "policy/ratio_min_first"):
+        np.testing.assert_allclose(log[name][1:], 1, atol=1e-5)
     np.testing.assert_allclose(log["policy/kl_ref"][:2], 0, atol=1e-5)
     assert abs(log["policy/kl_ref_sequence"][2]) > 1e-6
     assert log["loss/value"][-1] != log["loss/value"][0]
@@ -166,7 +176,7 @@ def test_ppo_runs_on_several_devices(chain, reward_folder, finished, tmp_path, m
 def test_sft_and_dpo_train_adapters(chain, tmp_path):
     config = sft_configs.get_config(",".join(CHANGES))
     config.workdir, config.inputs.model = str(tmp_path / "sft"), str(chain.sft)
-    config.model = {"dtype": "float32"}
+    config.model = ConfigDict({"dtype": "float32"})
     sft.main(config)
     before = read_metrics(tmp_path / "sft")["loss/lm"]
     assert before[-1] != before[0]
@@ -196,3 +206,9 @@ def test_what_adapters_cannot_do_is_told(tmp_path, main, configs, changes, messa
     with pytest.raises(ValueError, match=message) as caught:
         main(config)
     assert "\n" not in str(caught.value)
+
+
+def test_the_preflight_does_not_count_adapters_as_weights():
+    config = ppo_configs.get_config(",".join(CHANGES))
+    with pytest.raises(ValueError, match=r"pass --config.lora.rank=0 for an upper bound"):
+        preflight_setup.Run(config, models.model_config(), stages.make_sharding(config))
