@@ -142,7 +142,7 @@ def test_the_growth_plot_shows_every_point(tmp_path, monkeypatch):
     drawn = []
     real = Axes.plot
     monkeypatch.setattr(
-        growth.plt.Axes,
+        Axes,
         "plot",
         lambda axes, x, y, *a, **k: drawn.append(y) or real(axes, x, y, *a, **k),
     )
