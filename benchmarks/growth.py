@@ -12,10 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from benchmarks import machine
 from benchmarks.cases import growth
@@ -43,7 +40,8 @@ def run(cores: int, repeats: int) -> dict:
 
 def plot(points: list[dict], file: Path) -> None:
     """Tokens per second above, peak memory below; batch on the left, length on the right."""
-    figure, grid = plt.subplots(2, 2, figsize=(7.5, 5), sharex="col", layout="constrained")
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    grid = figure.subplots(2, 2, sharex="col")
     for column, axis in enumerate(TITLES):
         for (kind, library), (label, color, style) in LINES.items():
             chosen = [p for p in points if p["axis"] == axis and p["spec"]["case"] == kind]
@@ -64,7 +62,6 @@ def plot(points: list[dict], file: Path) -> None:
     grid[0][0].legend(fontsize="x-small")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def main() -> None:

@@ -6,8 +6,9 @@ import sys
 import jax
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
-from benchmarks import cases, driver, flops, peers, table
+from benchmarks import cases, driver, flops, growth, peers, table
 from benchmarks.workers import ours
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import Transformer
@@ -135,3 +136,25 @@ def test_arithmetic_is_the_weights_twice_when_nothing_is_attended_to():
     weights = sum(int(np.prod(leaf.shape)) for leaf in layers if leaf.ndim == 3)
     attention = 4 * model["num_layers"] * model["hidden_size"] * sum(range(1, 6))
     assert flops.forward(model, 1, 5) == 2 * 5 * weights + attention
+
+
+def test_the_growth_plot_shows_every_point(tmp_path, monkeypatch):
+    drawn = []
+    real = Axes.plot
+    monkeypatch.setattr(
+        Axes,
+        "plot",
+        lambda axes, x, y, *a, **k: drawn.append(y) or real(axes, x, y, *a, **k),
+    )
+    result = driver.summary(0.0, [2.0]) | {"peak_bytes": 2**30}
+    points = [
+        {"axis": axis, "value": value, "tokens": case.tokens, "spec": case.spec}
+        | {"results": {"ours": result, "torch": result}}
+        for axis, value, case in cases.growth()
+    ]
+    growth.plot(points, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+    assert len(drawn) == 2 * 2 * 4  # speed and memory; batch and length; two cases of two libraries
+    assert sorted(n for line in drawn for n in line if n != 1.0) == sorted(
+        p["tokens"] / 2 for p in points for _ in ("ours", "torch")
+    )
