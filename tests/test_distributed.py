@@ -12,9 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from experiments import dpo
 from rlhf_jax.data.batching import PackedBatches, PairBatches, PromptBatches
 from rlhf_jax.data.types import Encoded, EncodedPair
 from rlhf_jax.metrics import read_metrics
@@ -25,20 +27,29 @@ PROCESSES = 2
 TIMES = ("time", "perf/", "memory/")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory):
+    """One folder for the compiled programs of all runs: what resumes compiles nothing again."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("programs")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+        yield
+
+
 def environment(devices: int) -> dict[str, str]:
-    """For a process with so many host devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    """For a process with so many host devices; compiled like the tests, see conftest.py."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
     return {**os.environ, **settings}
 
 
-def start(stage: str, folder: Path, *settings: str, processes: int = PROCESSES):
+def start(stage: str, folder: Path, *settings: str, processes: int = PROCESSES, devices: int = 8):
     """Starts a stage's processes in a folder of their own."""
     variant = ",".join(["tiny", *settings])
     config = f"{REPOSITORY}/configs/{stage}.py:{variant}"
     command = [sys.executable, "-m", f"experiments.{stage}", "--config", config]
     command += ["--config.workdir", f"runs/{stage}/tiny", "--config.log.tensorboard=False"]
-    settings = environment(8 // processes)
+    settings = environment(devices // processes)
     if processes > 1:
         command.append("--distributed")
         settings |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}
@@ -74,9 +85,10 @@ def finish(processes, timeout: float = 1800) -> list[tuple[int, str]]:
     return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
 
 
-def run(stage: str, folder: Path, *settings: str, processes: int = PROCESSES) -> str:
+def run(stage: str, folder: Path, *settings: str, processes: int = PROCESSES, devices: int = 8):
     """Runs a stage to its end; what process 0 printed."""
-    results = finish(start(stage, folder, *settings, processes=processes))
+    started = start(stage, folder, *settings, processes=processes, devices=devices)
+    results = finish(started)
     assert [status for status, _ in results] == [0] * processes, results
     return results[0][1]
 
@@ -116,7 +128,7 @@ def test_the_tiny_chain_gives_the_numbers_of_one_process(alone, tmp_path):
     assert (ppo / "report.md").exists() and (ppo / "model" / "model.safetensors").exists()
 
 
-LONG = ("train.steps=300", "train.eval_every=300", "checkpoint.every=10")
+LONG = ("train.steps=80", "train.eval_every=80", "checkpoint.every=20")
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +153,7 @@ def wait_for_steps(log: Path, count: int, processes, timeout: float = 900) -> No
 def test_a_killed_process_ends_the_other_and_both_resume(uninterrupted, tmp_path, victim):
     """Process 0 is the coordinator of the others: it may die too."""
     folder = tmp_path / "runs" / "sft" / "tiny"
-    processes = start("sft", tmp_path, *LONG)
+    processes = start("sft", tmp_path, *LONG, devices=2)
     wait_for_steps(folder / "metrics.jsonl", 30, processes)
     processes[victim].kill()
     begun = time.monotonic()
@@ -150,16 +162,19 @@ def test_a_killed_process_ends_the_other_and_both_resume(uninterrupted, tmp_path
     assert status not in (0, None)
     assert "error" in text.lower() and "process" in text.lower(), text
 
-    text = run("sft", tmp_path, *LONG)
+    text = run("sft", tmp_path, *LONG, devices=2)
     assert "resuming at step" in text
     same_numbers(folder, uninterrupted)
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_and_another_number_resumes(uninterrupted, tmp_path):
-    """Pre-emption: SIGTERM saves at once everywhere; then one process of eight devices goes on."""
+    """Pre-emption: SIGTERM saves at once everywhere; then one process of eight devices goes on.
+
+    Here and above a process has one device: several would only make it slower.
+    """
     folder = tmp_path / "runs" / "sft" / "tiny"
-    processes = start("sft", tmp_path, *LONG)
+    processes = start("sft", tmp_path, *LONG, devices=2)
     wait_for_steps(folder / "metrics.jsonl", 30, processes)
     begun = time.monotonic()
     processes[1].send_signal(signal.SIGTERM)
@@ -171,6 +186,12 @@ def test_a_signal_to_one_process_stops_both_and_another_number_resumes(uninterru
     text = run("sft", tmp_path, *LONG, processes=1)
     assert "resuming at step" in text
     same_numbers(folder, uninterrupted)
+
+
+def test_a_stage_that_does_not_divide_its_work_refuses_several_processes(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="DPO runs as one process, on all of its devices"):
+        dpo.main(None)
 
 
 class Watched(list):

@@ -39,7 +39,8 @@ def test_local_starts_numbered_processes_that_find_each_other(tmp_path):
         """
         import os, sys
         names = ("NUM_PROCESSES", "PROCESS_ID", "COORDINATOR_ADDRESS")
-        print(*(os.environ["JAX_" + name] for name in names), *sys.argv[1:])
+        words = [os.environ["JAX_" + name] for name in names] + sys.argv[1:]
+        sys.stdout.write(" ".join(words) + chr(10))  # at once: three processes share the pipe
         """,
     )
     result = launch("local.sh", "3", *command, "--config", "x")
