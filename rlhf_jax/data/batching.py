@@ -20,7 +20,10 @@ from rlhf_jax.data.packing import (
     shuffled_groups,
     spread,
 )
+from rlhf_jax.data.token_store import lengths_of, total_tokens
 from rlhf_jax.data.types import Encoded, EncodedPair, EncodedPrompt
+
+_FITTED = 16_384  # Documents that are packed together.
 
 
 class PackedBatches(Batches):
@@ -52,7 +55,7 @@ class PackedBatches(Batches):
         super().__init__(len(encoded), seed)
         self._encoded, self._packed = encoded, packed
         self._shape, self._pad_id = Shape(positive("batch_size", batch_size), length), pad_id
-        self._lengths = np.array([len(document.tokens) for document in encoded])
+        self._lengths = lengths_of(encoded)
         first_fit([int(self._lengths.max())], length)
 
     @property
@@ -64,8 +67,12 @@ class PackedBatches(Batches):
         order = generator.permutation(self._size)
         rows = [[int(i)] for i in order]
         if self._packed:
-            fitted = first_fit(self._lengths[order].tolist(), self._shape.length)
-            rows = [[int(order[position]) for position in row] for row in fitted]
+            # First fit takes time that grows with the square of its documents: some at a time.
+            rows = [
+                [int(some[position]) for position in row]
+                for some in np.split(order, range(_FITTED, self._size, _FITTED))
+                for row in first_fit(self._lengths[some].tolist(), self._shape.length)
+            ]
         # First fit fills early rows best: mix them.
         shuffled = [rows[i] for i in generator.permutation(len(rows))]
         return spread(shuffled, self._shape.rows)
@@ -117,9 +124,9 @@ class PairBatches(Batches):
     ):
         super().__init__(len(pairs), seed)
         self._pairs, self._pad_id = pairs, pad_id
-        lengths = [max(len(p.chosen.tokens), len(p.rejected.tokens)) for p in pairs]
-        edges = tuple(buckets or bucket_lengths(lengths, num_buckets=num_buckets))
-        self._bucket_of = assign_buckets(lengths, edges)
+        self._lengths = lengths_of(pairs)
+        edges = tuple(buckets or bucket_lengths(self._lengths, num_buckets=num_buckets))
+        self._bucket_of = assign_buckets(self._lengths, edges)
         self._shapes = tuple(
             _pair_shape(length, max_tokens, min_pairs, max_pairs, multiple_of) for length in edges
         )
@@ -133,7 +140,7 @@ class PairBatches(Batches):
         """One line for the log: shapes, batches of an epoch and the share of padding."""
         plan = self._plan_of(self._epoch)
         room = sum(2 * self._shapes[b].rows * self._shapes[b].length for b, _ in plan)
-        used = sum(len(p.chosen.tokens) + len(p.rejected.tokens) for p in self._pairs)
+        used = total_tokens(self._pairs)
         shapes = ", ".join(f"{shape.rows}x{shape.length}" for shape in self._shapes)
         return (
             f"{len(self._shapes)} shapes (pairs x tokens: {shapes}), {len(plan)} batches an epoch, "
@@ -185,7 +192,7 @@ class PromptBatches(Batches):
     ):
         super().__init__(len(prompts), seed)
         self._prompts, self._pad_id = prompts, pad_id
-        lengths = [len(prompt) for prompt in prompts]
+        lengths = lengths_of(prompts)
         edges = tuple(
             buckets or bucket_lengths(lengths, num_buckets=num_buckets, multiple=multiple)
         )
@@ -204,7 +211,8 @@ class PromptBatches(Batches):
         bucket, members = plan[-1]
         if len(members) < rows:
             order = [int(i) for i in generator.permutation(self._size)]
-            others = [i for i in order if i not in set(members)] or members
+            taken = set(members)
+            others = [i for i in order if i not in taken] or members
             missing = rows - len(members)
             filled = members + [others[n % len(others)] for n in range(missing)]
             plan[-1] = (bucket, filled)

@@ -6,8 +6,9 @@ This is the module to import: the functions for one row (`rows`) and the tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,8 @@ from rlhf_jax.data.rows import (
     encode_response,
     encode_text,
 )
-from rlhf_jax.data.templates import stop_tokens
+from rlhf_jax.data.templates import pieces_of, renderings_kept, stop_tokens
+from rlhf_jax.data.tokenizer import pieces_encoded
 from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair, EncodedPrompt, Row
 
 __all__ = [
@@ -32,10 +34,11 @@ __all__ = [
     "encode_response",
     "encode_sft",
     "encode_text",
+    "encoded_rows",
     "stop_tokens",
 ]
 
-_T = TypeVar("_T")
+_CHUNK = 512
 
 
 def encode_sft(
@@ -47,17 +50,7 @@ def encode_sft(
         ValueError: a row lacks fields (names the row and the fields), no row is left, or see
             `check_masks`.
     """
-    counts = DropCounts() if drops is None else drops
-
-    def encode(row: Row) -> Encoded | None:
-        require_sft(row)
-        if "messages" in row:
-            return encode_messages(row["messages"], tokenizer, max_length, counts)
-        if "text" in row:
-            return encode_text("", row["text"], tokenizer, max_length, counts)
-        return encode_response(row["prompt"], row["response"], tokenizer, max_length, counts)
-
-    encoded = _encode_all(rows, encode, counts)
+    encoded = _encode_all("sft", rows, tokenizer, max_length, drops)
     check_masks(encoded, stop_tokens(tokenizer))
     return encoded
 
@@ -70,8 +63,7 @@ def encode_pairs(
     Raises:
         ValueError: see `encode_sft`; or a margin that is not a finite number (names the row).
     """
-    counts = DropCounts() if drops is None else drops
-    pairs = _encode_all(rows, lambda row: encode_pair(row, tokenizer, max_length, counts), counts)
+    pairs = _encode_all("preference", rows, tokenizer, max_length, drops)
     sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
     check_masks(sides, stop_tokens(tokenizer))
     return pairs
@@ -85,13 +77,39 @@ def encode_prompts(
     Raises:
         ValueError: a row without a prompt, or no row is left.
     """
-    counts = DropCounts() if drops is None else drops
+    return _encode_all("prompt", rows, tokenizer, max_length, drops)
 
-    def encode(row: Row) -> EncodedPrompt | None:
-        require(row, ("prompt",), "a prompt row")
-        return encode_prompt(row["prompt"], tokenizer, max_length, counts)
 
-    return _encode_all(rows, encode, counts)
+def encoded_rows(
+    kind: str, rows: Iterable[Row], tokenizer: Any, *, max_length: int, drops: DropCounts
+) -> Iterator[Any]:
+    """Yields what each row becomes, or None where it is dropped; their masks are not checked.
+
+    The pieces of some hundred rows are tokenized at once.
+
+    Args:
+        kind: "sft", "preference" or "prompt": rows are those of `encode_sft`, `encode_pairs` or
+            `encode_prompts`.
+        rows: read as they are needed.
+        tokenizer: with a chat template.
+        max_length: the most tokens of a row.
+        drops: counts the rows.
+
+    Raises:
+        ValueError: a row is wrong; names the row.
+    """
+    encode: Any = {"sft": _sft_row, "preference": encode_pair, "prompt": _prompt_row}[kind]
+    rows, number = iter(rows), 0
+    while chunk := list(itertools.islice(rows, _CHUNK)):
+        with renderings_kept(tokenizer):
+            pieces = [piece for row in chunk for piece in pieces_of(row, tokenizer)]
+            with pieces_encoded(tokenizer, pieces):
+                for row in chunk:
+                    try:
+                        yield encode(row, tokenizer, max_length, drops)
+                    except ValueError as error:
+                        raise ValueError(f"row {number}: {error}") from error
+                    number += 1
 
 
 def check_masks(encoded: Sequence[Encoded], stops: Sequence[int]) -> None:
@@ -121,18 +139,28 @@ def check_masks(encoded: Sequence[Encoded], stops: Sequence[int]) -> None:
         )
 
 
+def _sft_row(row: Row, tokenizer: Any, max_length: int, drops: DropCounts) -> Encoded | None:
+    require_sft(row)
+    if "messages" in row:
+        return encode_messages(row["messages"], tokenizer, max_length, drops)
+    if "text" in row:
+        return encode_text("", row["text"], tokenizer, max_length, drops)
+    return encode_response(row["prompt"], row["response"], tokenizer, max_length, drops)
+
+
+def _prompt_row(
+    row: Row, tokenizer: Any, max_length: int, drops: DropCounts
+) -> EncodedPrompt | None:
+    require(row, ("prompt",), "a prompt row")
+    return encode_prompt(row["prompt"], tokenizer, max_length, drops)
+
+
 def _encode_all(
-    rows: Iterable[Row], encode: Callable[[Row], _T | None], drops: DropCounts
-) -> list[_T]:
-    """Encodes row by row; an error names the row."""
-    encoded = []
-    for number, row in enumerate(rows):
-        try:
-            one = encode(row)
-        except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from error
-        if one is not None:
-            encoded.append(one)
+    kind: str, rows: Iterable[Row], tokenizer: Any, max_length: int, drops: DropCounts | None
+) -> list[Any]:
+    counts = DropCounts() if drops is None else drops
+    found = encoded_rows(kind, rows, tokenizer, max_length=max_length, drops=counts)
+    encoded = [one for one in found if one is not None]
     if not encoded:
-        raise ValueError(f"no row is left to train on: {drops.summary()}")
+        raise ValueError(f"no row is left to train on: {counts.summary()}")
     return encoded

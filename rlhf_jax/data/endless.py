@@ -74,6 +74,14 @@ class Batches(abc.ABC):
         """Batches of the current epoch; packing may give the next one a few more or fewer."""
         return len(self._plan_of(self._epoch))
 
+    def count_text(self) -> str:
+        """For a banner: the number of examples."""
+        return f"{self._size:,}"
+
+    def epochs_text(self, steps: int) -> str:
+        """For a banner: how many epochs some steps are."""
+        return f"{self.steps_per_epoch:,} an epoch, {steps / self.steps_per_epoch:.2f} epochs"
+
     @property
     @abc.abstractmethod
     def shapes(self) -> tuple[Shape, ...]:

@@ -78,7 +78,7 @@ def lay_out(rows: Sequence[Sequence[Encoded]], length: int, *, pad_id: int) -> A
 
 
 def bucket_lengths(
-    lengths: Sequence[int], *, num_buckets: int, multiple: int = 16
+    lengths: Sequence[int] | np.ndarray, *, num_buckets: int, multiple: int = 16
 ) -> tuple[int, ...]:
     """Returns at most `num_buckets` padded lengths that waste the fewest tokens.
 
@@ -116,7 +116,7 @@ def bucket_lengths(
     return tuple(reversed(chosen))
 
 
-def assign_buckets(lengths: Sequence[int], buckets: Sequence[int]) -> np.ndarray:
+def assign_buckets(lengths: Sequence[int] | np.ndarray, buckets: Sequence[int]) -> np.ndarray:
     """Returns for each length the position of the smallest bucket that holds it, int64 [n].
 
     Raises:
@@ -124,7 +124,7 @@ def assign_buckets(lengths: Sequence[int], buckets: Sequence[int]) -> np.ndarray
     """
     if list(buckets) != sorted(set(buckets)) or not buckets:
         raise ValueError(f"buckets={list(buckets)} must be increasing lengths")
-    longest = max(lengths, default=0)
+    longest = int(np.max(lengths, initial=0))
     if longest > buckets[-1]:
         raise ValueError(
             f"a document of {longest} tokens exceeds the largest bucket {buckets[-1]}: encode with "

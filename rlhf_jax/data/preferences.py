@@ -7,6 +7,7 @@ Read: {"prompt", "chosen", "rejected"} with strings or message lists; transcript
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -27,53 +28,76 @@ _ROLES = {
 DIFFERENT = "chosen and rejected answer different prompts"
 
 
+def is_transcript(text: Any) -> bool:
+    """Whether a text begins with a turn."""
+    return isinstance(text, str) and _TURN.match("\n\n" + text.lstrip()) is not None
+
+
 def parse_transcript(text: str) -> list[Message]:
     """Turns "\\n\\nHuman: a\\n\\nAssistant: b" into messages; turns of one speaker are joined.
+
+    Only a paragraph that begins with the speaker is a turn: "Human:" within a line, or behind a
+    single line break, is text.
 
     Raises:
         ValueError: the text does not begin with a turn.
     """
-    first = _TURN.match("\n\n" + text.lstrip("\n"))
-    if first is None:
-        raise ValueError(f"a transcript must begin with '\\n\\nHuman:', not {text[:40]!r}")
-    parts = _TURN.split("\n\n" + text.lstrip("\n"))[1:]
-    messages: list[Message] = []
-    for name, content in zip(parts[::2], parts[1::2], strict=True):
-        role = _ROLES[name]
-        if messages and messages[-1]["role"] == role:
-            joined = f"{messages[-1]['content']}\n\n{content.strip()}".strip()
-            messages[-1] = {"role": role, "content": joined}
+    return [message for message, _ in _turns_of(text)]
+
+
+def _turns_of(text: str) -> list[tuple[Message, str]]:
+    """Returns the messages of a transcript, each with all the text from its content on."""
+    text = "\n\n" + text.strip()
+    if not _TURN.match(text):
+        raise ValueError(f"a transcript must begin with '\\n\\nHuman:', not {text[2:42]!r}")
+    marks = list(_TURN.finditer(text))
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    turns: list[tuple[Message, str]] = []
+    for mark, end in zip(marks, ends, strict=True):
+        role, content = _ROLES[mark[1]], text[mark.end() : end].strip()
+        if turns and turns[-1][0]["role"] == role:
+            message, rest = turns[-1]
+            joined = f"{message['content']}\n\n{content}".strip()
+            turns[-1] = ({"role": role, "content": joined}, rest)
         else:
-            messages.append({"role": role, "content": content.strip()})
-    return messages
+            turns.append(({"role": role, "content": content}, text[mark.end() :].strip()))
+    return turns
 
 
 def convert_hh(row: Row, drops: DropCounts | None = None) -> Row | None:
-    """Converts {"chosen", "rejected"} transcripts; the prompt ends at the last "\\n\\nAssistant:".
+    """Converts {"chosen", "rejected"} transcripts to a prompt and two answers.
+
+    The prompt is what both transcripts have in common, turn by turn, back to the last turn of the
+    human; what follows in each is its answer. Where one answer holds further turns, it quotes a
+    dialogue, and they are part of its text. Where both do, or where one transcript only goes on
+    after the other's answer, they are different conversations: the row is left out and counted.
 
     Returns:
         {"prompt": messages, "chosen": str, "rejected": str} and what else the row has; None where
-        the two transcripts differ before their last answer, or have nothing there (counted).
+        there is no such prompt (counted).
 
     Raises:
         ValueError: a missing field, or a text that is no transcript.
     """
     require(row, ("chosen", "rejected"), "an HH row")
-    mark = "\n\nAssistant:"
-    prompt, found, chosen = row["chosen"].rpartition(mark)
-    if not found:
-        raise ValueError(f"a transcript needs {mark!r}; found: {row['chosen'][:40]!r}")
-    asked, _, rejected = row["rejected"].rpartition(mark)
-    if asked != prompt or not prompt.strip():
+    sides = [_turns_of(row[name]) for name in ("chosen", "rejected")]
+    pairs = zip(*sides, strict=False)
+    shared = list(itertools.takewhile(lambda pair: pair[0][0] == pair[1][0], pairs))
+    while shared and shared[-1][0][0]["role"] != "user":
+        shared.pop()
+    rests = [side[len(shared) :] for side in sides]
+    several = [len(rest) > 1 for rest in rests]
+    goes_on = any(several) and rests[0][:1] and rests[1][:1] and rests[0][0][0] == rests[1][0][0]
+    if not shared or all(several) or goes_on:
         if drops is not None:
-            drops.drop(DIFFERENT if asked != prompt else "no question")
+            asked = all(any(turn["role"] == "user" for turn, _ in side) for side in sides)
+            drops.drop(DIFFERENT if asked else "no question")
         return None
-    return {
-        **row,
-        "prompt": parse_transcript(prompt),
-        "chosen": chosen.strip(),
-        "rejected": rejected.strip(),
-    }
+    chosen, rejected = (
+        rest[0][1] if len(rest) > 1 else rest[0][0]["content"] if rest else "" for rest in rests
+    )
+    prompt = [pair[0][0] for pair in shared]
+    return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def as_preference(row: Row, drops: DropCounts | None = None) -> Row | None:
@@ -92,7 +116,7 @@ def as_preference(row: Row, drops: DropCounts | None = None) -> Row | None:
         }
     if not isinstance(chosen, str):
         return _from_lists(row, drops)
-    if "prompt" not in row and _TURN.match("\n\n" + chosen.lstrip("\n")):
+    if "prompt" not in row and is_transcript(chosen):
         return convert_hh(row, drops)
     require(row, ("prompt", "chosen", "rejected"), "a preference row")
     return row
@@ -134,6 +158,13 @@ def as_prompt(row: Row, drops: DropCounts | None = None) -> Row | None:
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     return {"prompt": messages}
+
+
+def texts_of(row: Row) -> list[str]:
+    """Returns the texts of a row of `as_sft`, without roles or templates."""
+    said: Any = row["messages"] if "messages" in row else row.get("prompt", "")
+    texts = [said] if isinstance(said, str) else [message["content"] for message in said]
+    return [text for text in [*texts, row.get("response", ""), row.get("text", "")] if text]
 
 
 def _from_lists(row: Row, drops: DropCounts | None) -> Row | None:

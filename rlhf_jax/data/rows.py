@@ -167,15 +167,17 @@ def _pair_of_messages(
     prompt: Any, sides: tuple[str, str], tokenizer: Any, max_length: int, drops: DropCounts
 ) -> tuple[Encoded, Encoded] | None:
     asked = check_messages(prompt, "prompt")
-    longer = max(sides, key=lambda side: len(encode_piece(tokenizer, side, first=False)))
-    fitted = _fit([*asked, _assistant(longer)], tokenizer, max_length)
-    if fitted is None:
-        return None
-    kept = fitted[0][:-1]
-    drops.truncate(kept != asked)
-    chosen, rejected = (
-        _join(_segments([*kept, _assistant(side)], tokenizer), last_only=True) for side in sides
-    )
+    whole = [_segments([*asked, _assistant(side)], tokenizer) for side in sides]
+    sizes = [sum(len(ids) for ids, _ in segments) for segments in whole]
+    if max(sizes) > max_length:
+        longer = sides[sizes.index(max(sizes))]
+        fitted = _fit([*asked, _assistant(longer)], tokenizer, max_length)
+        if fitted is None:
+            return None
+        kept = fitted[0][:-1]
+        drops.truncate(kept != asked)
+        whole = [_segments([*kept, _assistant(side)], tokenizer) for side in sides]
+    chosen, rejected = (_join(segments, last_only=True) for segments in whole)
     return chosen, rejected
 
 

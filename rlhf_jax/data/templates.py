@@ -8,11 +8,12 @@ that the template writes behind the assistant's words.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_jax.data.types import Message
+from rlhf_jax.data.types import Message, Row
 
 _ROLES = ("system", "user", "assistant", "tool")
 _PROBE = "zq7w"  # Words that no template writes itself.
@@ -110,6 +111,38 @@ def render_pieces(messages: Sequence[Message], tokenizer: Any, *, opened: bool) 
     return [piece for piece in pieces if piece.text]
 
 
+def pieces_of(row: Row, tokenizer: Any) -> list[tuple[str, bool]]:
+    """Returns what `encode_piece` will be asked for, whatever the row is; [] if the row is wrong.
+
+    For encoding ahead: what is missing here is encoded when its turn comes.
+    """
+    prompt = row.get("messages", row.get("prompt", ()))
+    try:
+        if isinstance(prompt, str):
+            return []
+        said = check_messages(prompt, "prompt")
+        sides = [row[side] for side in ("chosen", "rejected", "response") if side in row]
+        talks = [[*said, {"role": "assistant", "content": side}] for side in sides] or [said]
+        opened = "messages" not in row and not sides
+        return [
+            (piece.text, number == 0)
+            for talk in talks
+            for number, piece in enumerate(render_pieces(talk, tokenizer, opened=opened))
+        ]
+    except (ValueError, AttributeError, TypeError):
+        return []  # The encoder says what is wrong, and in which row.
+
+
+@contextlib.contextmanager
+def renderings_kept(tokenizer: Any) -> Iterator[None]:
+    """Inside, a conversation is rendered once: two answers to one prompt share its prefixes."""
+    tokenizer._rlhf_jax_rendered = {}
+    try:
+        yield
+    finally:
+        tokenizer._rlhf_jax_rendered = None
+
+
 def open_text(messages: Sequence[Message], tokenizer: Any) -> str:
     """Renders a prompt up to where the assistant's words begin.
 
@@ -171,10 +204,19 @@ def _render(
     """Applies the template; a template that refuses gives a ValueError of one line."""
     from jinja2 import TemplateError
 
+    kept = getattr(tokenizer, "_rlhf_jax_rendered", None)
+    if kept is not None and any(len(message) > 2 for message in messages):
+        kept = None  # More than role and content may be rendered.
+    key = (tuple((m["role"], m["content"]) for m in messages), add_generation_prompt)
+    if kept is not None and key in kept:
+        return kept[key]
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"the chat template refuses the roles [{roles}]: {error}") from error
+    if kept is not None:
+        kept[key] = text
+    return text

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +169,41 @@ def encode_piece(tokenizer: Any, text: str, *, first: bool) -> list[int]:
         text: the piece.
         first: whether nothing but BOS stands before it.
     """
+    known = getattr(tokenizer, "_rlhf_jax_ids", {}).get((text, first))
+    if known is not None:
+        return known
     if first or not text or not _adds_space(tokenizer):
         return _ids(tokenizer, text)
     head = _ids(tokenizer, "\n")
     ids = _ids(tokenizer, "\n" + text)
     return ids[len(head) :] if ids[: len(head)] == head else _ids(tokenizer, text)
+
+
+@contextlib.contextmanager
+def pieces_encoded(tokenizer: Any, pieces: Iterable[tuple[str, bool]]) -> Iterator[None]:
+    """Encodes many pieces at once, on all cores; inside, `encode_piece` looks their ids up.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers; for others nothing is encoded ahead.
+        pieces: texts with their `first`, see `encode_piece`.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    found: dict[tuple[str, bool], list[int]] = {}
+    if backend is not None and not backend.truncation and not backend.padding:
+        wanted = [piece for piece in dict.fromkeys(pieces) if piece[0]]
+        seam = "\n" if _adds_space(tokenizer) else ""
+        head = _ids(tokenizer, seam)
+        texts = [text if first else seam + text for text, first in wanted]
+        batch = backend.encode_batch_fast(texts, add_special_tokens=False)
+        for (text, first), one in zip(wanted, batch, strict=True):
+            ids, start = one.ids, 0 if first else len(head)
+            if first or ids[:start] == head:
+                found[text, first] = ids[start:]
+    tokenizer._rlhf_jax_ids = found
+    try:
+        yield
+    finally:
+        tokenizer._rlhf_jax_ids = {}
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

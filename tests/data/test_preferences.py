@@ -26,8 +26,59 @@ def test_transcript_becomes_messages():
         parse_transcript("hello")
 
 
-def test_hh_prompt_ends_at_the_last_mark():
+def test_hh_prompt_ends_with_the_last_shared_question():
     assert convert_hh(HH) == {"prompt": PROMPT, "chosen": "fine", "rejected": "go away"}
+
+
+QUOTED = "Sure:\n\nHuman: hi\n\nAssistant: hello"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "answers"),
+    [
+        # Only a paragraph that begins with the speaker is a turn.
+        ("I said 'Human: hi'\nHuman: hi", "no", ("I said 'Human: hi'\nHuman: hi", "no")),
+        # One answer quotes a dialogue, of whatever length: it is all text.
+        (QUOTED, "No.", (QUOTED, "No.")),
+        ("No.", QUOTED + QUOTED, ("No.", QUOTED + QUOTED)),
+        # Paragraphs of one speaker are one answer.
+        (
+            "Sure:\n\nAssistant: hello",
+            "Sure:\n\nAssistant: hey",
+            ("Sure:\n\nhello", "Sure:\n\nhey"),
+        ),
+        # White space and an empty turn of the assistant make no difference.
+        ("  fine \n\n", "\n\nAssistant: go away", ("fine", "go away")),
+        ("fine", "", ("fine", "")),
+    ],
+)
+def test_hh_prompt_is_found_in_oddly_formatted_text(chosen, rejected, answers):
+    mark = "\n\nAssistant: "
+    row = convert_hh({"chosen": START + mark + chosen, "rejected": START + mark + rejected})
+    assert row == {"prompt": PROMPT, "chosen": answers[0], "rejected": answers[1]}
+
+
+def test_hh_prompt_that_quotes_a_dialogue_is_the_same_for_both():
+    quote = "\n\nHuman: continue this:\n\nHuman: hi\n\nAssistant: hello\n\nHuman: and?"
+    row = convert_hh({side: f"{quote}\n\nAssistant: {side}" for side in ("chosen", "rejected")})
+    assert row["prompt"] == parse_transcript(quote)
+    assert (row["chosen"], row["rejected"]) == ("chosen", "rejected")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        # Two conversations that part at the first answer, one that goes on, and two without answer.
+        ("yes\n\nHuman: a\n\nAssistant: b", "no\n\nHuman: c\n\nAssistant: d"),
+        ("yes\n\nHuman: a\n\nAssistant: b", "yes"),
+        ("yes\n\nHuman: a", "yes\n\nHuman: b"),
+    ],
+)
+def test_hh_conversations_that_part_before_the_last_answer_are_dropped(chosen, rejected):
+    drops = DropCounts()
+    mark = START + "\n\nAssistant: "
+    assert convert_hh({"chosen": mark + chosen, "rejected": mark + rejected}, drops) is None
+    assert drops == {"chosen and rejected answer different prompts": 1}
 
 
 def test_hh_transcripts_that_differ_earlier_are_dropped_and_counted():
@@ -43,7 +94,7 @@ def test_hh_transcripts_that_differ_earlier_are_dropped_and_counted():
 def test_hh_rows_that_are_none():
     with pytest.raises(ValueError, match=r"missing: \['rejected'\]; found: chosen"):
         convert_hh({"chosen": "a"})
-    with pytest.raises(ValueError, match=r"a transcript needs .*; found: 'plain'"):
+    with pytest.raises(ValueError, match=r"a transcript must begin with .*, not 'plain'"):
         convert_hh({"chosen": "plain", "rejected": "plain"})
 
 

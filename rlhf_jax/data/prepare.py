@@ -1,0 +1,145 @@
+"""From the name of a source to encoded rows: few in memory, many in a store on disk.
+
+Reading, templates and tokenization are one pass over the rows; rows as text are never in memory
+together. Many rows (more than `IN_MEMORY`) go to a folder below the cache folder, named by a hash
+of all that decides them: the source and its files (path, size, time), kind, split, limit, lengths,
+the tokenizer with its chat template, and the code of this package. The next run, the next stage and
+the other processes open it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.data import assets, chat, sources, token_store
+from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair, Row
+from rlhf_jax.progress import progress
+
+IN_MEMORY = 10_000  # Rows; some 10 to 50 MiB.
+_CHECKED = 4096  # Documents whose masks are checked at a time.
+_SILENT_SECONDS = 3.0
+
+
+def encoded_rows(
+    kind: str,
+    source: str,
+    split: str,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    limit: int = 0,
+    drops: DropCounts | None = None,
+    cache: Path | None = None,
+    in_memory: int | None = None,
+    say: Callable[[str], None] = print,
+) -> Sequence[Any]:
+    """Returns the encoded rows of a split: a list, or a `TokenStore` where there are many.
+
+    Args:
+        kind: "sft", "preference" or "prompt".
+        source: see `sources.iter_rows`.
+        split: "train", "validation", "test" or "all".
+        tokenizer: with a chat template.
+        max_length: the most tokens of a row (of each side of a pair).
+        limit: the most rows that are read; 0 is all of them.
+        drops: counts what was kept, dropped and truncated, also where a store is opened.
+        cache: folder of the stores; by default one below `assets.cache_dir()`.
+        in_memory: the most rows of a list; by default `IN_MEMORY`.
+        say: told which store is opened or was written.
+
+    Raises:
+        ValueError: see `sources.iter_rows` and `chat.encode_sft`.
+    """
+    counts = DropCounts() if drops is None else drops
+    most = IN_MEMORY if in_memory is None else in_memory
+    name = _key(kind, source, split, limit, max_length, tokenizer)
+    folder = (cache or assets.cache_dir() / "tokens") / name
+    if token_store.exists(folder):
+        store = token_store.TokenStore(folder)
+        counts.update(store.counts)
+        say(f"{kind} rows of {source} ({split}): encoded before, read from {folder}")
+        return store
+    rows = sources.iter_rows(kind, source, split, drops=counts)
+    found = chat.encoded_rows(
+        kind,
+        itertools.islice(rows, limit or None),
+        tokenizer,
+        max_length=max_length,
+        drops=counts,
+    )
+    encoded = checked(_shown(found, f"{source} ({split})", limit), tokenizer)
+    few = list(itertools.islice(encoded, most + 1))
+    if not few:
+        raise ValueError(f"no row is left to train on: {counts.summary()}")
+    if len(few) <= most:
+        return few
+    store = token_store.write(folder, kind, itertools.chain(few, encoded), counts)
+    say(f"{kind} rows of {source} ({split}): written to {folder}")
+    return store
+
+
+def encode_block(
+    kind: str, rows: Iterable[Row], tokenizer: Any, *, max_length: int, drops: DropCounts
+) -> list[Any]:
+    """Returns the encoded rows of a block of a stream; empty if none is left."""
+    found = chat.encoded_rows(kind, rows, tokenizer, max_length=max_length, drops=drops)
+    return list(checked((one for one in found if one is not None), tokenizer))
+
+
+def _shown(found: Iterable[Any], what: str, limit: int) -> Iterator[Any]:
+    """Leaves out what was dropped; shows a progress bar where it takes longer than a moment."""
+    with contextlib.ExitStack() as stack:
+        bar, start = None, time.monotonic()
+        for number, one in enumerate(found, 1):
+            if bar is not None:
+                bar.update()
+            elif time.monotonic() - start > _SILENT_SECONDS:
+                bar = stack.enter_context(progress(limit or None, f"encoding {what}", number))
+            if one is not None:
+                yield one
+
+
+def checked(encoded: Iterator[Any], tokenizer: Any) -> Iterator[Any]:
+    """Checks the masks of what is trained, some thousand rows at a time; see `chat.check_masks`."""
+    stops = chat.stop_tokens(tokenizer)
+    while some := list(itertools.islice(encoded, _CHECKED)):
+        pairs = [row for row in some if isinstance(row, EncodedPair)]
+        documents = [row for row in some if isinstance(row, Encoded)]
+        documents += [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+        if documents:
+            chat.check_masks(documents, stops)
+        yield from some
+
+
+def _key(kind: str, source: str, split: str, limit: int, max_length: int, tokenizer: Any) -> str:
+    """Returns the name of a store: a hash of everything that decides its rows."""
+    decides = [
+        sources.fingerprint(kind, source, split),
+        [kind, split, limit, max_length],
+        [str(tokenizer.chat_template), tokenizer.bos_token, tokenizer.eos_token],
+        _tokenizer_text(tokenizer),
+        _code(),
+    ]
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]
+
+
+def _tokenizer_text(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return repr(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+
+
+@functools.cache
+def _code() -> str:
+    """Hash of the modules beside this one: rows encoded by other code are not taken for these."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
