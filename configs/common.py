@@ -57,9 +57,30 @@ def build(
     for assignment in assignments:
         assign(config, assignment)
     config.label = ", ".join(changes) or config.label
-    config.workdir = f"runs/{experiment}/" + "-".join([scale, *changes, *assignments])
+    config.workdir = f"runs/{experiment}/" + _folder("-".join([scale, *changes, *assignments]))
     finish(config)
+    _pass_source_on(config, assignments)
     return config
+
+
+def _folder(name: str) -> str:
+    """A name without the slashes of paths that were assigned."""
+    return name.replace("/", "_")
+
+
+def _pass_source_on(config: ConfigDict, assignments: list[str]) -> None:
+    """Stages before a run on other data are those on the same data, not those of the scale."""
+    source = [part for part in assignments if part.startswith("data.source=")]
+    if not source:
+        return
+    for group in ("inputs", "compare"):
+        for key, value in config[group].items() if group in config else ():
+            given = any(part.startswith(f"{group}.{key}=") for part in assignments)
+            if not given and str(value).startswith("runs/"):
+                folder = value.removesuffix("/model")
+                config[group][key] = f"{folder}-{_folder(source[-1])}/model"
+    if "variant" in config.inputs:
+        config.inputs.variant += f",{source[-1]}"
 
 
 def assign(config: ConfigDict, assignment: str) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments import other_data
 from rlhf_jax.data import chat, reviews
 from rlhf_jax.data.batching import PackedBatches, PairBatches, PromptBatches, pad_prompts
+from rlhf_jax.data.streaming import StreamedBatches
 from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair
 from rlhf_jax.judges import VaderJudge
 
@@ -20,43 +23,66 @@ def _reviews(
     return loaded[: config.data.limit or None]
 
 
-def _rows(
-    config: ConfigDict, kind: str, split: str, limit: int, drops: DropCounts | None = None
-) -> list[dict]:
-    """Rows of any other source; `datasets` is imported when it is needed."""
-    from rlhf_jax.data import sources
-
-    return sources.load_rows(kind, config.data.source, split, limit=limit, drops=drops)
-
-
 def _told(what: str, split: str, drops: DropCounts) -> None:
     print(f"{what} ({split}): {drops.summary()}")
 
 
 def tokenizer_texts(config: ConfigDict) -> list[str]:
-    """Text for the tokenizer of a model from scratch: the training reviews of all domains.
+    """Text for the tokenizer of a model from scratch: what it will be trained on.
 
-    All domains, so that models of every variant share one vocabulary.
+    Of reviews all domains, so that models of every variant share one vocabulary.
     """
     if config.inputs.model:
         return []
-    everything = reviews.load_reviews("train", domains=tuple(reviews.DOMAINS))
-    return [review.text for review in everything]
+    if config.data.source == "reviews":
+        everything = reviews.load_reviews("train", domains=tuple(reviews.DOMAINS))
+        return [review.text for review in everything]
+    return other_data.training_texts(config)
 
 
-def sft_documents(config: ConfigDict, tokenizer: Any, split: str) -> list[Encoded]:
-    """Documents with loss masks."""
+def sft_documents(
+    config: ConfigDict, tokenizer: Any, split: str, *, max_length: int = 0
+) -> Sequence[Encoded]:
+    """Documents with loss masks, of at most `max_length` (0: data.max_length) tokens."""
     data, drops = config.data, DropCounts()
+    longest = max_length or data.max_length
     if data.source == "reviews":
         rows = reviews.sft_rows(_reviews(config, split, drops))
+        documents = chat.encode_sft(rows, tokenizer, max_length=longest, drops=drops)
     else:
-        rows = _rows(config, "sft", split, data.limit, drops)
-    documents = chat.encode_sft(rows, tokenizer, max_length=data.max_length, drops=drops)
+        documents = other_data.prepared(
+            config, "sft", split, tokenizer, drops, max_length=longest, limit=data.limit
+        )
     _told("SFT documents", split, drops)
     return documents
 
 
-def evaluation_batches(documents: list[Encoded], tokenizer: Any, train: ConfigDict) -> list[dict]:
+def sft_batches(
+    config: ConfigDict,
+    tokenizer: Any,
+    *,
+    rows: int,
+    length: int,
+    max_length: int,
+    packed: bool = True,
+) -> PackedBatches | StreamedBatches:
+    """Endless batches of the training documents, streamed where the source says so."""
+    settings = {
+        "batch_size": rows,
+        "length": length,
+        "pad_id": tokenizer.pad_token_id,
+        # One document a row: as many ptx documents as responses, as the released code draws them.
+        "packed": packed,
+    }
+    if other_data.streamed(config):
+        return other_data.stream(config, "sft", tokenizer, max_length, PackedBatches, settings)
+    documents = sft_documents(config, tokenizer, "train", max_length=max_length)
+    return PackedBatches(documents, seed=config.seed, **settings)
+
+
+def evaluation_batches(
+    documents: Sequence[Encoded], tokenizer: Any, train: ConfigDict
+) -> list[dict]:
     """All documents once, packed like the training batches."""
     batches = PackedBatches(
         documents,
@@ -70,7 +96,7 @@ def evaluation_batches(documents: list[Encoded], tokenizer: Any, train: ConfigDi
 
 def preference_pairs(
     config: ConfigDict, tokenizer: Any, split: str, count: int
-) -> list[EncodedPair]:
+) -> Sequence[EncodedPair]:
     """Pairs of responses, the better one first."""
     data, drops = config.data, DropCounts()
     if data.source == "reviews":
@@ -81,37 +107,54 @@ def preference_pairs(
             seed=config.seed,
             drops=drops,
         )
+        pairs = chat.encode_pairs(rows, tokenizer, max_length=data.max_length, drops=drops)
     else:
-        rows = _rows(config, "preference", split, count, drops)
-    pairs = chat.encode_pairs(rows, tokenizer, max_length=data.max_length, drops=drops)
+        pairs = other_data.prepared(
+            config, "preference", split, tokenizer, drops, max_length=data.max_length, limit=count
+        )
     _told("pairs", split, drops)
     return pairs
 
 
 def pair_batches(
-    pairs: list[EncodedPair], tokenizer: Any, train: ConfigDict, seed: int, devices: int
+    pairs: Sequence[EncodedPair], tokenizer: Any, train: ConfigDict, seed: int, devices: int
 ) -> PairBatches:
     """Endless token-balanced batches."""
-    return PairBatches(
-        pairs,
-        max_tokens=train.max_tokens,
-        min_pairs=train.min_pairs,
-        max_pairs=train.max_pairs,
-        seed=seed,
-        pad_id=tokenizer.pad_token_id,
-        num_buckets=3,
-        multiple_of=devices * train.microbatches,
-    )
+    return PairBatches(pairs, seed=seed, num_buckets=3, **_pair_settings(tokenizer, train, devices))
+
+
+def training_pairs(
+    config: ConfigDict, tokenizer: Any, devices: int
+) -> PairBatches | StreamedBatches:
+    """Endless batches of the training pairs, streamed where the source says so."""
+    longest = config.data.max_length
+    if not other_data.streamed(config):
+        pairs = preference_pairs(config, tokenizer, "train", config.data.pairs)
+        return pair_batches(pairs, tokenizer, config.train, config.seed, devices)
+    # Lengths that fit the data best cannot be known.
+    settings = _pair_settings(tokenizer, config.train, devices)
+    settings["buckets"] = tuple(sorted({max(1, longest // part) for part in (4, 2, 1)}))
+    return other_data.stream(config, "preference", tokenizer, longest, PairBatches, settings)
+
+
+def _pair_settings(tokenizer: Any, train: ConfigDict, devices: int) -> dict[str, Any]:
+    return {
+        "max_tokens": train.max_tokens,
+        "min_pairs": train.min_pairs,
+        "max_pairs": train.max_pairs,
+        "pad_id": tokenizer.pad_token_id,
+        "multiple_of": devices * train.microbatches,
+    }
 
 
 def all_pairs(
-    pairs: list[EncodedPair], tokenizer: Any, train: ConfigDict, devices: int
+    pairs: Sequence[EncodedPair], tokenizer: Any, train: ConfigDict, devices: int
 ) -> list[dict]:
     """All pairs once."""
     return list(pair_batches(pairs, tokenizer, train, 0, devices).once())
 
 
-def judge_pairs(pairs: list[EncodedPair], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+def judge_pairs(pairs: Sequence[EncodedPair], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """The VADER rule's scores of the chosen and the rejected texts of the same pairs."""
     judge = VaderJudge()
 
@@ -134,15 +177,19 @@ def reference_documents(config: ConfigDict, tokenizer: Any) -> list[Encoded]:
     return [pair.chosen for pair in preference_pairs(config, tokenizer, "train", count)]
 
 
-def prompt_batches(config: ConfigDict, tokenizer: Any, split: str) -> PromptBatches:
+def prompt_batches(
+    config: ConfigDict, tokenizer: Any, split: str
+) -> PromptBatches | StreamedBatches:
     """Endless batches of prompts, left padded to one of few lengths."""
-    return PromptBatches(
-        _prompts(config, tokenizer, split),
-        batch_size=config.train.prompts_per_iteration,
-        seed=config.seed,
-        pad_id=tokenizer.pad_token_id,
-        buckets=tuple(config.data.prompt_buckets),
-    )
+    settings = {
+        "batch_size": config.train.prompts_per_iteration,
+        "pad_id": tokenizer.pad_token_id,
+        "buckets": tuple(config.data.prompt_buckets),
+    }
+    if other_data.streamed(config) and split == "train":
+        longest = max(config.data.prompt_buckets)
+        return other_data.stream(config, "prompt", tokenizer, longest, PromptBatches, settings)
+    return PromptBatches(prompts(config, tokenizer, split), seed=config.seed, **settings)
 
 
 def each_repeated(batch: dict, times: int) -> dict:
@@ -160,45 +207,42 @@ def each_repeated(batch: dict, times: int) -> dict:
 
 def fixed_prompts(config: ConfigDict, tokenizer: Any, split: str, batch_size: int) -> list[dict]:
     """All prompts of a split in whole batches of one length, always the same."""
-    prompts = _prompts(config, tokenizer, split)
+    found = prompts(config, tokenizer, split)
     length = max(config.data.prompt_buckets)
-    whole = len(prompts) - len(prompts) % batch_size
+    whole = len(found) - len(found) % batch_size
     if not whole:
         raise ValueError(
-            f"{split} has {len(prompts)} prompts, fewer than one batch of {batch_size}: lower "
+            f"{split} has {len(found)} prompts, fewer than one batch of {batch_size}: lower "
             "train.prompts_per_iteration (ppo_max) or eval.batch (dpo)"
         )
     return [
-        pad_prompts(prompts[i : i + batch_size], length, pad_id=tokenizer.pad_token_id)
+        pad_prompts(found[i : i + batch_size], length, pad_id=tokenizer.pad_token_id)
         for i in range(0, whole, batch_size)
     ]
 
 
-def _prompts(config: ConfigDict, tokenizer: Any, split: str) -> list[np.ndarray]:
+def prompts(config: ConfigDict, tokenizer: Any, split: str) -> Sequence[np.ndarray]:
+    """Prompts, open for the assistant's words."""
     data, drops = config.data, DropCounts()
+    longest = max(data.prompt_buckets)
     if data.source == "reviews":
         rows = reviews.prompt_rows(_reviews(config, split, drops), seed=config.seed, drops=drops)
+        found = chat.encode_prompts(rows, tokenizer, max_length=longest, drops=drops)
     else:
-        rows = _rows(config, "prompt", split, data.limit, drops)
-    prompts = chat.encode_prompts(rows, tokenizer, max_length=max(data.prompt_buckets), drops=drops)
+        found = other_data.prepared(
+            config, "prompt", split, tokenizer, drops, max_length=longest, limit=data.limit
+        )
     _told("prompts", split, drops)
-    return prompts
+    return found
 
 
-def ptx_batches(config: ConfigDict, tokenizer: Any) -> PackedBatches:
+def ptx_batches(config: ConfigDict, tokenizer: Any) -> PackedBatches | StreamedBatches:
     """Endless batches of SFT text for the ptx loss: as many rows as a minibatch has responses."""
-    length = config.data.ptx_length
-    drops = DropCounts()
-    if config.data.source == "reviews":
-        rows = reviews.sft_rows(_reviews(config, "train"))
-    else:
-        rows = _rows(config, "sft", "train", config.data.limit)
-    return PackedBatches(
-        chat.encode_sft(rows, tokenizer, max_length=length, drops=drops),
-        batch_size=config.train.minibatch,
-        length=length,
-        seed=config.seed,
-        pad_id=tokenizer.pad_token_id,
-        # One document a row: as many ptx documents as responses, as the released code draws them.
+    return sft_batches(
+        config,
+        tokenizer,
+        rows=config.train.minibatch,
+        length=config.data.ptx_length,
+        max_length=config.data.ptx_length,
         packed=False,
     )

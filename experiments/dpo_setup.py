@@ -74,7 +74,7 @@ class PairSet(NamedTuple):
       batches: All of them once.
     """
 
-    pairs: list[EncodedPair]
+    pairs: Sequence[EncodedPair]
     batches: list[dict]
 
 
@@ -129,8 +129,10 @@ def reference_log_probs(
     Raises:
       ValueError: the file holds numbers of other pairs.
     """
-    sides = [side.tokens.tobytes() for pair in pairs for side in (pair.chosen, pair.rejected)]
-    digest = hashlib.sha256(b"|".join(sides)).hexdigest()
+    hashed = hashlib.sha256()
+    for pair in pairs:
+        hashed.update(pair.chosen.tokens.tobytes() + b"|" + pair.rejected.tokens.tobytes() + b"|")
+    digest = hashed.hexdigest()
     if path.exists():
         saved = np.load(path)
         if str(saved["digest"]) != digest:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,12 @@ def tokenizer_of(config: ConfigDict) -> Any:
     return train_bpe(data.tokenizer_texts(sft), sft.tokenizer.vocab_size)
 
 
-def examples_of(config: ConfigDict, tokenizer: Any, split: str) -> list[Any]:
+def examples_of(config: ConfigDict, tokenizer: Any, split: str) -> Sequence[Any]:
     """Pairs, prompts or documents: what the config's data section is for."""
     if "pairs" in config.data:
         return data.preference_pairs(config, tokenizer, split, config.data.pairs)
     if "prompt_buckets" in config.data:
-        batches = data.fixed_prompts(config, tokenizer, split, 1)
-        return [batch["tokens"][0][batch["mask"][0]] for batch in batches]
+        return data.prompts(config, tokenizer, split)
     return data.sft_documents(config, tokenizer, split)
 
 

@@ -53,8 +53,8 @@ def require_inputs(config: ConfigDict) -> None:
     inputs = config.inputs
     policy_variant = inputs.variant
     if inputs.policy_variant:
-        policy_variant = f"{config.scale},{inputs.policy_variant}"
-        policy_variant += f",seed={config.seed}" if config.seed else ""
+        named = f"{config.scale},{inputs.policy_variant}"
+        policy_variant = inputs.variant.replace(config.scale, named, 1)
     for folder, stage, variant in (
         (inputs.reference, "sft", inputs.variant),
         (inputs.policy, "sft", policy_variant),
@@ -83,12 +83,11 @@ def derived_numbers(config: ConfigDict, policy: str, sharding, prompts) -> dict[
     """The banner: every number that follows from the config."""
     train, batch = config.train, rollout_batch(config)
     per_iteration = train.epochs * batch // train.minibatch
-    size = prompts.steps_per_epoch * train.prompts_per_iteration
     longest = prompts.shapes[-1].length + config.sampling.max_new_tokens
     return {
         "policy": f"{policy}, from {config.inputs.policy}",
         "reward model": config.inputs.reward_model,
-        "prompts": f"about {size:,}, {train.prompts_per_iteration} per iteration, "
+        "prompts": f"{prompts.count_text()}, {train.prompts_per_iteration} per iteration, "
         f"buckets of {', '.join(str(shape.length) for shape in prompts.shapes)} tokens",
         "responses per iteration": f"{batch} of at most {config.sampling.max_new_tokens} tokens "
         f"({train.samples_per_prompt} per prompt)",
@@ -96,8 +95,7 @@ def derived_numbers(config: ConfigDict, policy: str, sharding, prompts) -> dict[
         f"in microbatches of {train.microbatch}",
         "iterations": f"{train.iterations} ({train.critic_pretrain_iterations} of the critic "
         f"alone), "
-        f"{prompts.steps_per_epoch:,} an epoch, "
-        f"{train.iterations * train.prompts_per_iteration / size:.2f} epochs of prompts",
+        f"{prompts.epochs_text(train.iterations)} of prompts",
         "tokens per iteration": f"at most {batch * longest:,}, prompts included",
         "devices": f"{sharding.mesh.size}, {sharding.mode}",
         "run folder": config.workdir,

@@ -115,10 +115,8 @@ def main(config: ConfigDict) -> None:
     tokenizer = load_tokenizer(folder)
     model = stages.load_scalar(folder, config, sharding, key=jax.random.key(config.seed))
     tuning = stages.make_tuning(config, model)
-    pairs = data.preference_pairs(config, tokenizer, "train", config.data.pairs)
+    batches = data.training_pairs(config, tokenizer, sharding.data).share(sharding.local_rows)
     held_out = data.preference_pairs(config, tokenizer, "test", config.data.eval_pairs)
-    batches = data.pair_batches(pairs, tokenizer, train, config.seed, sharding.data)
-    batches = batches.share(sharding.local_rows)
     eval_batches = data.all_pairs(held_out, tokenizer, train, sharding.data)
 
     # 2. Optimizer and the compiled step.
@@ -136,13 +134,12 @@ def main(config: ConfigDict) -> None:
         "Reward model",
         {
             "model": f"{stages.parameters_line(tuning, state.model)}, from {folder}",
-            "pairs": f"{len(pairs):,} ({len(held_out):,} held out)",
+            "pairs": f"{batches.count_text()} ({len(held_out):,} held out)",
             "pairs per update": f"{train.min_pairs} to {train.max_pairs}, "
             f"at most {train.max_tokens:,} tokens",
             "batches": batches.describe(),
             "updates": f"{train.steps:,} in {train.microbatches} microbatches; "
-            f"{batches.steps_per_epoch:,} an epoch, "
-            f"{train.steps / batches.steps_per_epoch:.2f} epochs",
+            f"{batches.epochs_text(train.steps)}",
             "devices": f"{sharding.mesh.size}, {sharding.mode}",
             "run folder": config.workdir,
         }

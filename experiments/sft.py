@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from experiments import data, harness, stages
-from rlhf_jax.data.batching import PackedBatches
 from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import next_token_log_probs
@@ -85,15 +84,14 @@ def main(config: ConfigDict) -> None:
     # 1. Text, tokenizer and model.
     tokenizer, model = starting_point(config, sharding, data.tokenizer_texts(config))
     tuning = stages.make_tuning(config, model)
-    documents = data.sft_documents(config, tokenizer, "train")
-    held_out = data.sft_documents(config, tokenizer, "validation")
-    batches = PackedBatches(
-        documents,
-        batch_size=train.minibatch,
+    batches = data.sft_batches(
+        config,
+        tokenizer,
+        rows=train.minibatch,
         length=train.row_length,
-        seed=config.seed,
-        pad_id=tokenizer.pad_token_id,
+        max_length=config.data.max_length,
     ).share(sharding.local_rows)
+    held_out = data.sft_documents(config, tokenizer, "validation")
     eval_batches = data.evaluation_batches(held_out, tokenizer, train)
 
     # 2. Optimizer and the compiled step.
@@ -111,11 +109,10 @@ def main(config: ConfigDict) -> None:
         "Supervised fine-tuning",
         {
             "model": f"{stages.parameters_line(tuning, state.model)}, {len(tokenizer):,} tokens",
-            "documents": f"{len(documents):,} ({len(held_out):,} held out)",
+            "documents": f"{batches.count_text()} ({len(held_out):,} held out)",
             "tokens per update": f"{train.minibatch * train.row_length:,}",
             "updates": f"{train.steps:,} of {train.minibatch} rows in microbatches of "
-            f"{train.microbatch}; {batches.steps_per_epoch:,} an epoch, "
-            f"{train.steps / batches.steps_per_epoch:.1f} epochs",
+            f"{train.microbatch}; {batches.epochs_text(train.steps)}",
             "devices": f"{sharding.mesh.size}, {sharding.mode}",
             "run folder": config.workdir,
         }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from configs import ppo_max, reward_model, sft
+from configs import dpo, ppo_max, reward_model, sft
 from experiments.dpo_setup import DPOConfig
 from rlhf_jax.experience import AdvantageConfig, RewardConfig
 from rlhf_jax.models.config import ModelConfig
@@ -171,3 +171,19 @@ def test_wrong_arguments_are_told_in_one_line(arg, message):
     with pytest.raises(ValueError, match=message) as caught:
         ppo_max.get_config(arg)
     assert "\n" not in str(caught.value)
+
+
+def test_stages_before_are_those_on_the_same_data():
+    argument = "tiny,seed=2,data.source=hh:/data/hh"
+    config = ppo_max.get_config(argument)
+    assert config.workdir == "runs/ppo_max/tiny-seed=2-data.source=hh:_data_hh"
+    assert config.inputs.variant == argument
+    before = sft.get_config(config.inputs.variant), reward_model.get_config(config.inputs.variant)
+    assert config.inputs.reference == config.inputs.policy == f"{before[0].workdir}/model"
+    assert config.inputs.reward_model == f"{before[1].workdir}/model"
+    assert before[1].inputs.model == f"{before[0].workdir}/model"
+    after = dpo.get_config(argument)
+    assert after.inputs.reference == config.inputs.reference
+    assert after.compare.ppo_max == f"{config.workdir}/model"
+    given = ppo_max.get_config(f"{argument},inputs.policy=runs/mine/model")
+    assert given.inputs.policy == "runs/mine/model"

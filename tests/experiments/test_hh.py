@@ -1,0 +1,133 @@
+"""What every stage reads from a folder in the format of HH-RLHF, loaded or streamed."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from configs import dpo, ppo_max, reward_model, sft
+from experiments import data, inspect_data
+from rlhf_jax import distributed
+from rlhf_jax.data import chat, prepare
+from rlhf_jax.data.tokenizer import train_bpe
+from tests import hh
+
+STAGES = {"sft": sft, "reward_model": reward_model, "ppo_max": ppo_max, "dpo": dpo}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return hh.write_folder(tmp_path_factory.mktemp("hh"))
+
+
+@pytest.fixture(params=["", "stream:"], ids=["loaded", "streamed"])
+def configs(request, folder):
+    """The tiny config of every stage on the folder."""
+    made = {n: s.get_config(f"tiny,data.source={request.param}{folder}") for n, s in STAGES.items()}
+    for name in ("ppo_max", "dpo"):
+        made[name].data.prompt_buckets = (16, 48)
+    return made
+
+
+@pytest.fixture
+def tokenizer(configs):
+    """The tokenizer of a model from scratch, trained on the folder's texts."""
+    texts = data.tokenizer_texts(configs["sft"])
+    assert all(set(text.strip("?").split(" ")[:-1]) <= {*hh.WORDS, ""} for text in texts)
+    return train_bpe(texts, 300)
+
+
+def read(tokenizer, batch):
+    """The documents of packed rows."""
+    return [
+        tokenizer.decode(tokens[segments == number])
+        for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True)
+        for number in range(1, segments.max() + 1)
+    ]
+
+
+def test_fine_tuning_packs_conversations_and_trains_every_answer(configs, tokenizer, capsys):
+    config = configs["sft"]
+    batches = data.sft_batches(config, tokenizer, rows=8, length=96, max_length=96)
+    batch = next(batches)
+    texts = read(tokenizer, batch)
+    assert len(texts) > 8
+    assert all(text.endswith("chosen<eos>") for text in texts)
+    for tokens, segments, mask in zip(*batch.values(), strict=True):
+        stops = tokens == tokenizer.eos_token_id
+        assert mask[stops].all()
+        assert not mask[segments == 0].any()
+    held_out = data.sft_documents(config, tokenizer, "validation")
+    assert data.evaluation_batches(held_out, tokenizer, config.train)
+    assert "kept 120 of 120" in capsys.readouterr().out
+
+
+def test_pairs_share_their_prompt(configs, tokenizer):
+    config = configs["reward_model"]
+    batch = next(data.training_pairs(config, tokenizer, 1))
+    assert batch["valid"].any()
+    for row in np.flatnonzero(batch["valid"]):
+        tokens, mask = batch["tokens"][row], batch["loss_mask"][row]
+        prompts = [tokens[side, : mask[side].argmax()] for side in range(2)]
+        np.testing.assert_array_equal(*prompts)
+        answers = [tokenizer.decode(tokens[side, mask[side]]) for side in range(2)]
+        assert answers[0].endswith("chosen<eos>")
+        assert answers[1].endswith("rejected<eos>")
+    assert len(data.preference_pairs(config, tokenizer, "test", 40)) > 5
+    assert len(data.reference_documents(config, tokenizer)) == 20
+
+
+def test_prompts_end_with_the_last_question(configs, tokenizer):
+    config = configs["ppo_max"]
+    batch = next(data.prompt_batches(config, tokenizer, "train"))
+    assert batch["tokens"].shape[0] == 16
+    for tokens, mask in zip(batch["tokens"], batch["mask"], strict=True):
+        assert tokenizer.decode(tokens[mask]).endswith("?\n")
+    ptx = next(data.ptx_batches(config, tokenizer))
+    assert ptx["tokens"].shape == (8, 32)
+    assert ptx["segments"].max() == 1
+
+
+def test_held_out_prompts_are_not_trained_on(configs, tokenizer):
+    config = configs["ppo_max"]
+
+    def texts(split):
+        return {ids.tobytes() for ids in data.prompts(config, tokenizer, split)}
+
+    splits = [texts(split) for split in ("train", "validation", "test")]
+    assert all(splits)
+    assert not any(a & b for a, b in itertools.combinations(splits, 2))
+
+
+def test_dpo_reads_pairs_and_prompts(configs, tokenizer):
+    config = configs["dpo"]
+    pairs = data.preference_pairs(config, tokenizer, "train", config.data.pairs)
+    batch = next(data.pair_batches(pairs, tokenizer, config.train, 0, 1))
+    for index, tokens in zip(batch["index"], batch["tokens"], strict=True):
+        chosen = pairs[int(index)].chosen.tokens
+        np.testing.assert_array_equal(tokens[0, : len(chosen)], chosen)
+    assert len(data.fixed_prompts(config, tokenizer, "validation", config.eval.batch)) > 0
+
+
+def test_other_processes_open_what_process_0_has_encoded(configs, tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(prepare, "IN_MEMORY", 50)
+    events = []
+    monkeypatch.setattr(distributed, "barrier", events.append)
+    first = data.sft_documents(configs["sft"], tokenizer, "train")
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(chat, "encoded_rows", lambda *_, **__: events.append("encoded"))
+    second = data.sft_documents(configs["sft"], tokenizer, "train")
+    assert len(first) == len(second) == 120
+    assert events == ["sft rows are encoded"] * 2
+    assert second.counts == first.counts
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_inspection_shows_the_folder(configs, stage, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inspect_data.main(configs[stage], 1, "train")
+    out = capsys.readouterr().out
+    assert "(train): kept" in out
+    assert "examples, tokens: min" in out
+    assert "--- train 0" in out
