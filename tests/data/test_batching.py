@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from rlhf_jax.data import batching
 from rlhf_jax.data.batching import (
     PackedBatches,
     PairBatches,
@@ -118,6 +119,18 @@ def test_an_epoch_of_documents_holds_each_once(packed):
                 starts = np.flatnonzero(np.diff(segments, prepend=0) > 0)
                 found += tokens[starts].tolist()
         assert sorted(found) == list(range(1, 51))
+
+
+def test_documents_are_packed_some_at_a_time(monkeypatch):
+    monkeypatch.setattr(batching, "_FITTED", 7)
+    seen = []
+    fit = batching.first_fit
+    monkeypatch.setattr(
+        batching, "first_fit", lambda sizes, room: seen.append(sizes) or fit(sizes, room)
+    )
+    found = [int(t) for batch in epoch(make_packed()) for t in np.unique(batch["tokens"]) if t]
+    assert sorted(found) == list(range(1, 51))
+    assert max(map(len, seen)) == 7
 
 
 def test_rows_are_spread_evenly_over_batches():
