@@ -1,6 +1,8 @@
 """A small tokenizer, chat templates in the style of several families, and an index on disk."""
 
+import gzip
 import io
+import json
 import tarfile
 
 import pytest
@@ -91,6 +93,16 @@ def local_index(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
     monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
     return folder
+
+
+def write_jsonl(path, rows):
+    """Writes rows, gzipped if the name says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
 
 
 def make_tar(files: dict[str, str]) -> bytes:
