@@ -10,6 +10,7 @@ the other processes open it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import itertools
@@ -26,6 +27,7 @@ from rlhf_jax.progress import progress
 IN_MEMORY = 10_000  # Rows; some 10 to 50 MiB.
 _CHECKED = 4096  # Documents whose masks are checked at a time.
 _SILENT_SECONDS = 3.0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def encoded_rows(
@@ -56,7 +58,7 @@ def encoded_rows(
         say: told which store is opened or was written.
 
     Raises:
-        ValueError: see `sources.iter_rows` and `chat.encode_sft`.
+        ValueError: see `sources.iter_rows` and `chat.encode_sft`; or the cache cannot be written.
     """
     counts = DropCounts() if drops is None else drops
     most = IN_MEMORY if in_memory is None else in_memory
@@ -81,7 +83,15 @@ def encoded_rows(
         raise ValueError(f"no row is left to train on: {counts.summary()}")
     if len(few) <= most:
         return few
-    store = token_store.write(folder, kind, itertools.chain(few, encoded), counts)
+    try:
+        store = token_store.write(folder, kind, itertools.chain(few, encoded), counts)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise ValueError(
+            f"cannot write encoded rows below {folder.parent}: {error.strerror}; set RLHF_JAX_CACHE "
+            "to a folder with room, or use a source with stream: before it"
+        ) from error
     say(f"{kind} rows of {source} ({split}): written to {folder}")
     return store
 

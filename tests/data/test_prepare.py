@@ -1,5 +1,7 @@
 """Encoded rows in memory and on disk."""
 
+import errno
+
 import numpy as np
 import pytest
 
@@ -119,6 +121,15 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
         token_store.write(folder, "sft", rows(), DropCounts())
     assert list(tmp_path.iterdir()) == []
     assert not token_store.exists(folder)
+
+
+def test_a_full_disk_is_one_line(load, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(token_store, "write", full)
+    with pytest.raises(ValueError, match=r"cannot write .*No space left .*set RLHF_JAX_CACHE"):
+        load()
 
 
 def test_rows_of_a_store_cannot_be_changed(load):
