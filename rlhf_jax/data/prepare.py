@@ -89,8 +89,8 @@ def encoded_rows(
         if error.errno not in _NO_ROOM:
             raise
         raise ValueError(
-            f"cannot write encoded rows below {folder.parent}: {error.strerror}; set RLHF_JAX_CACHE "
-            "to a folder with room, or use a source with stream: before it"
+            f"cannot write encoded rows below {folder.parent}: {error.strerror}; set "
+            "RLHF_JAX_CACHE to a folder with room, or put stream: before the source"
         ) from error
     say(f"{kind} rows of {source} ({split}): written to {folder}")
     return store
