@@ -76,6 +76,24 @@ def test_batches_of_a_store_are_those_of_a_list(load, kind, make):
         assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
+def test_a_process_reads_its_share_of_a_store_and_no_more(load, monkeypatch):
+    read = []
+    get = token_store.TokenStore.__getitem__
+    monkeypatch.setattr(
+        token_store.TokenStore, "__getitem__", lambda self, i: read.append(i) or get(self, i)
+    )
+    shares = []
+    for half in (slice(0, 2), slice(2, 4)):
+        batches = PackedBatches(load(), batch_size=4, length=64, seed=0).share(lambda _, h=half: h)
+        assert read == []  # the plan needs lengths only
+        for _ in range(batches.steps_per_epoch):
+            next(batches)
+        shares.append(sorted(read))
+        read.clear()
+    assert sorted(shares[0] + shares[1]) == list(range(80))
+    assert all(len(share) > 20 for share in shares)
+
+
 def test_rows_are_encoded_once(load, monkeypatch):
     said, drops, again = [], DropCounts(), DropCounts()
     first = load(said=said, drops=drops)
