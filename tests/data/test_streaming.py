@@ -160,6 +160,19 @@ def test_nothing_is_read_ahead_of_the_block():
     assert max(read) == 14
 
 
+def test_every_block_of_every_epoch_is_shuffled_anew():
+    def orders(seed):
+        def make(block, block_seed):
+            rows = [Encoded(np.array([r["n"], 2], np.int32), np.ones(2, bool)) for r in block]
+            return PackedBatches(rows, batch_size=10, length=2, seed=block_seed)
+
+        rows = [{"n": n % 10} for n in range(20)]
+        batches = StreamedBatches(lambda: [rows], make, seed=seed, name="n", block_rows=10)
+        return [tuple(batch["tokens"][:, 0].tolist()) for batch in take(batches, 4)]
+
+    assert len(set(orders(0))) == len(set(orders(0) + orders(1))) / 2 == 4
+
+
 def test_files_are_drawn_from_side_by_side():
     rows = list(drawn([["a"] * 50, ["b"] * 50, []], order()))
     assert sorted(rows) == ["a"] * 50 + ["b"] * 50
