@@ -173,6 +173,23 @@ def test_every_block_of_every_epoch_is_shuffled_anew():
     assert len(set(orders(0))) == len(set(orders(0) + orders(1))) / 2 == 4
 
 
+def test_every_epoch_draws_from_the_files_anew():
+    def draws(seed):
+        found = []
+
+        def make(block, _):
+            found.append(tuple(row["n"] for row in block))
+            rows = [Encoded(np.array([n, 2], np.int32), np.ones(2, bool)) for n in found[-1]]
+            return PackedBatches(rows, batch_size=20, length=2, seed=0)
+
+        files = [[{"n": n} for n in range(start, start + 10)] for start in (0, 10)]
+        take(StreamedBatches(lambda: files, make, seed=seed, name="n", block_rows=20), 2)
+        return found
+
+    assert draws(0) == draws(0)
+    assert len({*draws(0), *draws(1)}) == 4
+
+
 def test_files_are_drawn_from_side_by_side():
     rows = list(drawn([["a"] * 50, ["b"] * 50, []], order()))
     assert sorted(rows) == ["a"] * 50 + ["b"] * 50
