@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import chat
+from rlhf_jax.data.templates import open_text, renderings_kept
 from tests.data import conftest as templates
 from tests.data.conftest import TALK, stretches
 
@@ -99,3 +100,14 @@ def test_changed_template_is_noticed(with_template):
     first = chat.stop_tokens(tokenizer)
     tokenizer.chat_template = templates.HEADERS
     assert chat.stop_tokens(tokenizer) != first
+
+
+def test_kept_renderings_are_of_the_whole_message(with_template):
+    name = "{{ '(' + m['name'] + ')' if m['name'] else '' }}"
+    tokenizer = with_template(templates.CHATML.replace("{% endfor %}", name + "{% endfor %}"))
+    talk = [{"role": "user", "content": "a"}]
+    with renderings_kept(tokenizer):
+        texts = [open_text([{**talk[0], **more}], tokenizer) for more in ({}, {"name": "b"}, {})]
+    assert texts[0] == texts[2]
+    assert "(b)" in texts[1]
+    assert "(b)" not in texts[0]

@@ -15,6 +15,7 @@ from rlhf_jax.data.tokenizer import (
     ensure_pad,
     ensure_template,
     load_tokenizer,
+    pieces_encoded,
     train_bpe,
 )
 from tests.data.conftest import CHATML, TEXTS
@@ -183,3 +184,17 @@ def test_pieces_of_byte_level_tokenizers_are_plain_encodings(plain):
         assert encode_piece(plain, text, first=False) == plain.encode(
             text, add_special_tokens=False
         )
+
+
+@pytest.mark.parametrize("scheme", ["byte level", "always", "first", "llama"])
+def test_pieces_encoded_at_once_are_those_encoded_one_by_one(plain, scheme, monkeypatch):
+    tokenizer = plain if scheme == "byte level" else sentencepiece_like(scheme)
+    texts = ["the sea", " and the people", "\nand", "I like 12", ""]
+    pieces = [(text, first) for text in texts for first in (True, False)]
+    alone = [encode_piece(tokenizer, text, first=first) for text, first in pieces]
+    with pieces_encoded(tokenizer, [*pieces, *pieces]):
+        monkeypatch.setattr(
+            "rlhf_jax.data.tokenizer._ids", lambda _, text: [] if not text else None
+        )
+        assert [encode_piece(tokenizer, text, first=first) for text, first in pieces] == alone
+    assert encode_piece(tokenizer, "the sea", first=True) is None  # nothing is kept afterwards
