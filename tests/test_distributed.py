@@ -221,7 +221,7 @@ def packed(items):
 
 def pairs(items):
     """Pairs in two buckets, with filler at the end."""
-    return PairBatches(items, max_tokens=96, min_pairs=4, max_pairs=8, seed=1, multiple_of=4)
+    return PairBatches(items, max_tokens=128, min_pairs=4, max_pairs=8, seed=1, multiple_of=4)
 
 
 def prompts(items):
