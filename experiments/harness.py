@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments import run_folder
 from rlhf_jax import distributed
 from rlhf_jax.checkpoint import Checkpointer, GracefulStop
+from rlhf_jax.host_memory import reuse_freed_memory
 from rlhf_jax.metrics import MetricsWriter, NonFiniteError, check_finite
 from rlhf_jax.progress import Progress, progress
 
@@ -48,6 +49,7 @@ def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
     def run(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}: settings start with --config.")
+        reuse_freed_memory()
         enable_compilation_cache()
         # Orbax tells of every file that it writes.
         logging.set_verbosity(logging.DEBUG if debug.value else logging.WARNING)

@@ -15,6 +15,7 @@ from experiments import dpo, dpo_setup, ppo_max, ppo_setup, sft
 from experiments.responses import jit_generate
 from rlhf_jax import losses
 from rlhf_jax.experience import AdvantageConfig, take
+from rlhf_jax.host_memory import reuse_freed_memory
 from rlhf_jax.models import hf_weights
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
@@ -148,6 +149,7 @@ CASES = {"generate": generation, "sft": supervised, "dpo": preferences, "ppo": p
 def main() -> None:
     """Takes turns with the peers."""
     turns = Turns("jax", "flax", "optax", "numpy")  # before jax starts: it pins the process
+    reuse_freed_memory()  # as every experiment does
     jax.config.update("jax_platforms", "cpu")
     work = CASES[turns.spec["case"]](turns.spec)
     turns.hello()
