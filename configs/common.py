@@ -11,6 +11,10 @@ from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
+# The folder that SmolLM2-135M-Instruct is converted to, and what it is asked to do.
+SMOLLM2 = "runs/pretrained/smollm2/model"
+CONTINUE = "Finish the review."
+
 Change = Callable[[ConfigDict], None]
 
 

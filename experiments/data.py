@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax.data import chat, reviews
+from rlhf_jax.data import chat, harm, review_chats, reviews
 from rlhf_jax.data.batching import PackedBatches, PairBatches, PromptBatches, pad_prompts
 from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair
 from rlhf_jax.judges import VaderJudge
@@ -18,6 +20,13 @@ def _reviews(
 ) -> list[reviews.Review]:
     loaded = reviews.load_reviews(split, domains=tuple(config.data.domains), drops=drops)
     return loaded[: config.data.limit or None]
+
+
+def _review_rows(config: ConfigDict, split: str, drops: DropCounts | None = None) -> list[dict]:
+    """Reviews to be written: as they stand, or behind their opening words in a chat."""
+    if config.data.instruction:
+        return review_chats.response_rows(_reviews(config, split, drops), config.data.instruction)
+    return reviews.sft_rows(_reviews(config, split, drops))
 
 
 def _rows(
@@ -48,7 +57,7 @@ def sft_documents(config: ConfigDict, tokenizer: Any, split: str) -> list[Encode
     """Documents with loss masks."""
     data, drops = config.data, DropCounts()
     if data.source == "reviews":
-        rows = reviews.sft_rows(_reviews(config, split, drops))
+        rows = _review_rows(config, split, drops)
     else:
         rows = _rows(config, "sft", split, data.limit, drops)
     documents = chat.encode_sft(rows, tokenizer, max_length=data.max_length, drops=drops)
@@ -73,7 +82,13 @@ def preference_pairs(
 ) -> list[EncodedPair]:
     """Pairs of responses, the better one first."""
     data, drops = config.data, DropCounts()
-    if data.source == "reviews":
+    if data.source == "reviews" and data.instruction:
+        return rated_pairs(config, tokenizer, split, count)[0]
+    if data.source == "harm":
+        rows = harm.harm_pairs(
+            split, min_gap=data.min_gap, num_pairs=count, seed=config.seed, drops=drops
+        )
+    elif data.source == "reviews":
         rows = reviews.preference_rows(
             _reviews(config, split, drops),
             min_gap=data.min_gap,
@@ -86,6 +101,34 @@ def preference_pairs(
     pairs = chat.encode_pairs(rows, tokenizer, max_length=data.max_length, drops=drops)
     _told("pairs", split, drops)
     return pairs
+
+
+def rated_pairs(
+    config: ConfigDict, tokenizer: Any, split: str, count: int
+) -> tuple[list[EncodedPair], np.ndarray]:
+    """Pairs of reviews, each behind its own opening words, and their ratings `[n, 2]`.
+
+    Raises:
+      ValueError: another source, or reviews without `data.instruction`.
+    """
+    data, drops = config.data, DropCounts()
+    if data.source != "reviews" or not data.instruction:
+        raise ValueError(
+            f"loss.comparisons='batch' needs ratings: data.source={data.source!r} must be "
+            "'reviews' with a data.instruction; or set loss.comparisons='pairs'"
+        )
+    pairs, ratings = review_chats.encode_pairs(
+        _reviews(config, split),
+        tokenizer,
+        data.instruction,
+        min_gap=data.min_gap,
+        num_pairs=count,
+        seed=config.seed,
+        max_length=data.max_length,
+        drops=drops,
+    )
+    _told("pairs", split, drops)
+    return pairs, ratings
 
 
 def pair_batches(
@@ -129,7 +172,7 @@ def reference_documents(config: ConfigDict, tokenizer: Any) -> list[Encoded]:
     """
     count = config.data.reference_texts
     if config.data.source == "reviews":
-        rows = reviews.sft_rows(_reviews(config, "train"))[:count]
+        rows = _review_rows(config, "train")[:count]
         return chat.encode_sft(rows, tokenizer, max_length=config.data.max_length)
     return [pair.chosen for pair in preference_pairs(config, tokenizer, "train", count)]
 
@@ -178,6 +221,7 @@ def _prompts(config: ConfigDict, tokenizer: Any, split: str) -> list[np.ndarray]
     data, drops = config.data, DropCounts()
     if data.source == "reviews":
         rows = reviews.prompt_rows(_reviews(config, split, drops), seed=config.seed, drops=drops)
+        rows = review_chats.asked(rows, data.instruction) if data.instruction else rows
     else:
         rows = _rows(config, "prompt", split, data.limit, drops)
     prompts = chat.encode_prompts(rows, tokenizer, max_length=max(data.prompt_buckets), drops=drops)
@@ -185,12 +229,22 @@ def _prompts(config: ConfigDict, tokenizer: Any, split: str) -> list[np.ndarray]
     return prompts
 
 
+def shown_prompt(config: ConfigDict, tokenizer: Any) -> Callable[[str], str]:
+    """What of a decoded prompt is shown and judged: of reviews in a chat, the opening words."""
+    data = config.data
+    if data.source != "reviews" or not data.instruction:
+        return lambda prompt: prompt
+    return functools.partial(
+        review_chats.shown_prompt, tokenizer=tokenizer, instruction=data.instruction
+    )
+
+
 def ptx_batches(config: ConfigDict, tokenizer: Any) -> PackedBatches:
     """Endless batches of SFT text for the ptx loss: as many rows as a minibatch has responses."""
     length = config.data.ptx_length
     drops = DropCounts()
     if config.data.source == "reviews":
-        rows = reviews.sft_rows(_reviews(config, "train"))
+        rows = _review_rows(config, "train")
     else:
         rows = _rows(config, "sft", "train", config.data.limit)
     return PackedBatches(
