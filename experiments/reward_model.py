@@ -52,7 +52,7 @@ def all_comparisons(
 
 
 def loss_fn(
-    model: ScalarModel, batch: dict, *, lm_coef: float, min_gap: float
+    model: ScalarModel, batch: dict, *, lm_coef: float, min_gap: float = 0.0
 ) -> tuple[jax.Array, dict]:
     """L = -log σ(r(x, y_w) - r(x, y_l)) - β log p_LM(y_w | x) (PAPER: eq 2, with its sign mended).
 

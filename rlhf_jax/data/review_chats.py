@@ -6,6 +6,7 @@ the template's own system message, if it has one, does not stand there.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -105,8 +106,9 @@ def encode_pairs(
     drops = DropCounts() if drops is None else drops
     sides: list[tuple[Encoded, float]] = []
     for row in response_rows(rated, instruction, drops=drops):
-        encoded = encode_response(row["prompt"], row["response"], tokenizer, max_length)
-        if encoded is None:
+        # Without a limit: it would cut opening words off, and a rating is of the whole review.
+        encoded = encode_response(row["prompt"], row["response"], tokenizer, sys.maxsize)
+        if encoded is None or len(encoded.tokens) > max_length:
             drops.drop("review longer than max_length")
         else:
             sides.append((encoded, row["rating"]))
