@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
-# The folder that SmolLM2-135M-Instruct is converted to, and what it is asked to do.
+# The folder that SmolLM2-135M-Instruct is converted to, and what it is asked for.
 SMOLLM2 = "runs/pretrained/smollm2/model"
-CONTINUE = "Finish the review."
+INSTRUCTION = "Write a one-sentence movie review."
 
 Change = Callable[[ConfigDict], None]
 

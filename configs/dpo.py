@@ -5,8 +5,7 @@
 
 Scales:
   tiny        seconds on two CPU cores; for tests
-  smollm2     SmolLM2-135M-Instruct, adapters of rank 8, reviews in its chat template; each side of
-              a pair continues its own opening words
+  smollm2     SmolLM2-135M-Instruct, adapters of rank 8, movie reviews in its chat template
   quickstart  from the quickstart's SFT policy, pairs of reviews ranked by their human ratings
   paper       LLaMA-7B on HH-RLHF: beta 0.1, batch 64, learning rate 1e-6, 150 steps of warm-up, one
               epoch (Rafailov et al. 2023, appendix B). Their RMSprop is AdamW with b1 = 0 and no

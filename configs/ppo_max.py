@@ -46,7 +46,7 @@ def _quickstart() -> ConfigDict:
     config.data = ConfigDict(
         {"source": "reviews", "domains": ("movie", "amazon"), "limit": 0, "prompt_buckets": (16,)}
     )
-    # Reviews in a chat: the system's message, after which the user gives the opening words.
+    # Reviews in a chat: what the system asks of the assistant; empty is plain text.
     config.data.instruction = ""
     config.data.ptx_length = 64
     # The batch vocabulary, all global: an iteration samples prompts x samples responses and makes
@@ -115,7 +115,7 @@ def _tiny() -> ConfigDict:
 def _smollm2() -> ConfigDict:
     config = _quickstart()
     config.inputs.update(policy=common.SMOLLM2, reference=common.SMOLLM2, variant="smollm2")
-    config.data.update(domains=("movie",), instruction=common.CONTINUE, prompt_buckets=(28,))
+    config.data.update(domains=("movie",), instruction=common.INSTRUCTION, prompt_buckets=(28,))
     config.train.update(iterations=24, prompts_per_iteration=32, minibatch=16, microbatch=16)
     config.train.critic_pretrain_iterations = 2
     config.sampling.update(max_new_tokens=24)

@@ -32,7 +32,7 @@ def _quickstart() -> ConfigDict:
     config.data = ConfigDict(
         {"source": "reviews", "domains": ("movie", "amazon"), "limit": 0, "max_length": 128}
     )
-    # Reviews in a chat: the system's message, after which the user gives the opening words.
+    # Reviews in a chat: what the system asks of the assistant; empty is plain text.
     config.data.instruction = ""
     config.data.update(min_gap=1.0, pairs=20_000, eval_pairs=2_000, reference_texts=1_000)
     # A step takes as many pairs as fit into `max_tokens`, at least min_pairs, at most max_pairs.
@@ -61,7 +61,7 @@ def _tiny() -> ConfigDict:
 def _smollm2() -> ConfigDict:
     config = _quickstart()
     config.inputs.update(model=common.SMOLLM2, variant="smollm2", layers=15)
-    config.data.update(domains=("movie",), max_length=64, instruction=common.CONTINUE)
+    config.data.update(domains=("movie",), max_length=64, instruction=common.INSTRUCTION)
     config.data.update(pairs=4_000, eval_pairs=500, reference_texts=256)
     config.train.update(steps=60, max_tokens=2304, min_pairs=8, max_pairs=32, eval_every=30)
     # No LM loss: its logits over 49,152 tokens would cost a third more, and the policy is another

@@ -37,7 +37,7 @@ def _quickstart() -> ConfigDict:
     config.data = ConfigDict(
         {"source": "reviews", "domains": ("movie", "amazon"), "limit": 0, "max_length": 128}
     )
-    # Reviews in a chat: the system's message, after which the user gives the opening words.
+    # Reviews in a chat: what the system asks of the assistant; empty is plain text.
     config.data.instruction = ""
     # Sequences are packed into rows of `row_length` tokens; `minibatch` rows make one update.
     config.train = ConfigDict(
@@ -65,7 +65,7 @@ def _smollm2() -> ConfigDict:
     config = _quickstart()
     config.inputs.model = common.SMOLLM2
     config.model = ConfigDict({"dtype": "float32", "remat": "none", "attention": "xla"})
-    config.data.update(domains=("movie",), max_length=96, instruction=common.CONTINUE)
+    config.data.update(domains=("movie",), max_length=96, instruction=common.INSTRUCTION)
     config.train.update(steps=40, minibatch=16, microbatch=16, row_length=128, eval_every=20)
     config.lora.rank = 8
     config.optimizer.update(learning_rate=1e-3, weight_decay=0.0)

@@ -23,7 +23,7 @@ def _reviews(
 
 
 def _review_rows(config: ConfigDict, split: str, drops: DropCounts | None = None) -> list[dict]:
-    """Reviews to be written: as they stand, or behind their opening words in a chat."""
+    """Reviews to be written: as they stand, or as the assistant's turn in a chat."""
     if config.data.instruction:
         return review_chats.response_rows(_reviews(config, split, drops), config.data.instruction)
     return reviews.sft_rows(_reviews(config, split, drops))
@@ -106,7 +106,7 @@ def preference_pairs(
 def rated_pairs(
     config: ConfigDict, tokenizer: Any, split: str, count: int
 ) -> tuple[list[EncodedPair], np.ndarray]:
-    """Pairs of reviews, each behind its own opening words, and their ratings `[n, 2]`.
+    """Pairs of reviews in a chat, and their ratings `[n, 2]`.
 
     Raises:
       ValueError: another source, or reviews without `data.instruction`.
@@ -118,7 +118,7 @@ def rated_pairs(
             "'reviews' with a data.instruction; or set loss.comparisons='pairs'"
         )
     pairs, ratings = review_chats.encode_pairs(
-        _reviews(config, split),
+        _reviews(config, split, drops),
         tokenizer,
         data.instruction,
         min_gap=data.min_gap,
@@ -221,10 +221,15 @@ def _prompts(config: ConfigDict, tokenizer: Any, split: str) -> list[np.ndarray]
     data, drops = config.data, DropCounts()
     if data.source == "reviews":
         rows = reviews.prompt_rows(_reviews(config, split, drops), seed=config.seed, drops=drops)
-        rows = review_chats.asked(rows, data.instruction) if data.instruction else rows
     else:
         rows = _rows(config, "prompt", split, data.limit, drops)
-    prompts = chat.encode_prompts(rows, tokenizer, max_length=max(data.prompt_buckets), drops=drops)
+    longest = max(data.prompt_buckets)
+    if data.source == "reviews" and data.instruction:
+        prompts = review_chats.encode_openings(
+            rows, tokenizer, data.instruction, max_length=longest, drops=drops
+        )
+    else:
+        prompts = chat.encode_prompts(rows, tokenizer, max_length=longest, drops=drops)
     _told("prompts", split, drops)
     return prompts
 

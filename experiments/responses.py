@@ -118,14 +118,8 @@ class Respondent:
         full = self._decode(sampled.tokens, sampled.mask)
         responses = [text[len(prompt) :] for text, prompt in zip(full, prompts, strict=True)]
         shown = [self._show(prompt) for prompt in prompts]
-        judged = self._judge(
-            [
-                text if words == prompt else f"{words} {response}"
-                for text, prompt, words, response in zip(
-                    full, prompts, shown, responses, strict=True
-                )
-            ]
-        )
+        read = [words + response for words, response in zip(shown, responses, strict=True)]
+        judged = self._judge(read)
         statistics = rollout_statistics(sampled, evaluated) | {"judge/mean": float(judged.mean())}
         if not self._scored:
             statistics.pop("reward/mean")

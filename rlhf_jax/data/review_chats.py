@@ -1,7 +1,9 @@
-"""The review task as a chat: the user gives the opening words of a review, the assistant goes on.
+"""The review task as a chat: the system asks for a review, the assistant writes it.
 
-For models that were tuned to follow instructions: the instruction is the system's message, so that
-the template's own system message, if it has one, does not stand there.
+For models that were tuned to follow instructions. A prompt leaves the assistant's turn open behind
+the opening words of a review, so that the policy goes on with a text that it has begun; a model of
+135 M parameters that is *asked* to continue a text talks about it instead. What the reward model is
+trained on, a whole turn, is what a rollout ends as.
 """
 
 from __future__ import annotations
@@ -13,59 +15,27 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.data import pairs, reviews
-from rlhf_jax.data.rows import encode_response
-from rlhf_jax.data.splits import fraction_of
+from rlhf_jax.data.rows import encode_prompt, encode_response
 from rlhf_jax.data.templates import open_text
-from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair, Message, Row
-
-WORDS = (2, 5)
-
-
-def ask(instruction: str, opening: str) -> list[Message]:
-    """Returns the messages that ask to go on from the opening words."""
-    return [
-        {"role": "system", "content": instruction},
-        {"role": "user", "content": opening},
-    ]
+from rlhf_jax.data.tokenizer import encode_piece
+from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair, EncodedPrompt, Message, Row
 
 
-def asked(rows: Iterable[Row], instruction: str) -> list[Row]:
-    """Returns rows {"prompt"} with each prompt, some opening words, asked as a chat."""
-    return [{**row, "prompt": ask(instruction, row["prompt"])} for row in rows]
+def ask(instruction: str) -> list[Message]:
+    """Returns the messages before a review.
 
-
-def response_rows(
-    rated: Iterable[reviews.Review],
-    instruction: str,
-    *,
-    words: tuple[int, int] = WORDS,
-    drops: DropCounts | None = None,
-) -> list[Row]:
-    """Returns {"prompt": messages, "response", "rating"}: each review cut behind its opening.
-
-    How many words open a review is a hash of its text, uniform between `words`: a review is cut at
-    the same place in every stage.
-
-    Args:
-        rated: their order is kept.
-        instruction: the system's message.
-        words: the least and the most words of an opening.
-        drops: counts reviews that have no word left behind the opening.
+    The instruction is the system's message, so that the template's own, if it has one, does not
+    stand there: a forward pass over it would cost as much as one over the review.
     """
-    low, high = words
-    drops = DropCounts() if drops is None else drops
-    rows = []
-    for review in rated:
-        parts = review.text.split(" ")
-        # Another hash than that of the split: within a split that one covers a part of [0, 1).
-        count = low + int(fraction_of(f"opening of {review.text}") * (high - low + 1))
-        if len(parts) <= count:
-            drops.drop("review no longer than its prompt")
-            continue
-        opening, rest = " ".join(parts[:count]), " ".join(parts[count:])
-        row = {"prompt": ask(instruction, opening), "response": rest, "rating": review.rating}
-        rows.append(row)
-    return rows
+    return [{"role": "system", "content": instruction}]
+
+
+def response_rows(rated: Iterable[reviews.Review], instruction: str) -> list[Row]:
+    """Returns {"prompt": messages, "response", "rating"} for each review."""
+    return [
+        {"prompt": ask(instruction), "response": review.text, "rating": review.rating}
+        for review in rated
+    ]
 
 
 def encode_pairs(
@@ -79,10 +49,7 @@ def encode_pairs(
     max_length: int,
     drops: DropCounts | None = None,
 ) -> tuple[list[EncodedPair], np.ndarray]:
-    """Pairs of reviews, each side behind its own opening words, and how people rated both.
-
-    The sides answer different prompts: a reward model learns to compare across prompts, and for
-    DPO the normalisers Z(x) of its derivation no longer cancel.
+    """Pairs of reviews, the better one first, and how people rated both.
 
     Args:
         rated: reviews of one domain.
@@ -105,8 +72,7 @@ def encode_pairs(
         raise ValueError(f"reviews of several domains {sorted(domains)} cannot be asked as one")
     drops = DropCounts() if drops is None else drops
     sides: list[tuple[Encoded, float]] = []
-    for row in response_rows(rated, instruction, drops=drops):
-        # Without a limit: it would cut opening words off, and a rating is of the whole review.
+    for row in response_rows(rated, instruction):
         encoded = encode_response(row["prompt"], row["response"], tokenizer, sys.maxsize)
         if encoded is None or len(encoded.tokens) > max_length:
             drops.drop("review longer than max_length")
@@ -124,9 +90,42 @@ def encode_pairs(
     return encoded_pairs, ratings[drawn]
 
 
+def encode_openings(
+    rows: Iterable[Row],
+    tokenizer: Any,
+    instruction: str,
+    *,
+    max_length: int,
+    drops: DropCounts | None = None,
+) -> list[EncodedPrompt]:
+    """Encodes rows {"prompt"}, opening words, as the beginning of the assistant's turn.
+
+    Args:
+        rows: of `reviews.prompt_rows`.
+        tokenizer: with a chat template.
+        instruction: the system's message.
+        max_length: the most tokens; longer prompts are left out.
+        drops: counts prompts.
+
+    Raises:
+        ValueError: no prompt is left.
+    """
+    drops = DropCounts() if drops is None else drops
+    head = encode_prompt(ask(instruction), tokenizer, sys.maxsize)
+    encoded = []
+    for row in rows:
+        opening = np.array(encode_piece(tokenizer, row["prompt"], first=False), dtype=np.int32)
+        if len(head) + len(opening) > max_length:
+            drops.drop("prompt longer than max_length")
+            continue
+        drops.keep()
+        encoded.append(np.concatenate([head, opening]))
+    if not encoded:
+        raise ValueError(f"no prompt is left to sample from: {drops.summary()}")
+    return encoded
+
+
 def shown_prompt(text: str, tokenizer: Any, instruction: str) -> str:
     """The opening words out of a prompt that was decoded without special tokens."""
-    probe = "zq7w"
-    ids = tokenizer.encode(open_text(ask(instruction, probe), tokenizer), add_special_tokens=False)
-    before, behind = tokenizer.decode(ids, skip_special_tokens=True).split(probe)
-    return text.removeprefix(before).removesuffix(behind)
+    ids = tokenizer.encode(open_text(ask(instruction), tokenizer), add_special_tokens=False)
+    return text.removeprefix(tokenizer.decode(ids, skip_special_tokens=True))

@@ -1,10 +1,9 @@
-"""Reviews in a chat: where they are cut, what is trained, which pairs are compared."""
+"""Reviews in a chat: what is trained, which pairs are compared, what prompts leave open."""
 
 import numpy as np
 import pytest
 
-from rlhf_jax.data import review_chats
-from rlhf_jax.data.chat import encode_prompt
+from rlhf_jax.data import chat, review_chats, reviews
 from rlhf_jax.data.reviews import Review
 from rlhf_jax.data.types import DropCounts
 from tests.data.conftest import CHATML, HEADERS, stretches
@@ -23,40 +22,14 @@ RATED = [
 ]
 
 
-def test_opening_and_response_make_the_review():
-    drops = DropCounts()
-    rows = review_chats.response_rows(RATED, "go on", drops=drops)
-    assert len(rows) == 5 and drops["review no longer than its prompt"] == 1
-    for row, review in zip(rows, RATED, strict=False):
-        system, user = row["prompt"]
-        assert system == {"role": "system", "content": "go on"} and user["role"] == "user"
-        assert f"{user['content']} {row['response']}" == review.text
-        assert 2 <= len(user["content"].split()) <= 5
-        assert row["rating"] == review.rating
-
-
-def test_a_review_is_cut_at_one_place_and_reviews_at_several():
-    alone = [review_chats.response_rows([review], "go on") for review in RATED[:5]]
-    together = review_chats.response_rows(RATED, "go on")
-    assert [rows[0] for rows in alone] == together
-    many = [Review("movie", f"word {n} a b c d e f", 0.0, 0.0, 20) for n in range(400)]
-    lengths = [
-        len(row["prompt"][1]["content"].split())
-        for row in review_chats.response_rows(many, "go on")
-    ]
-    counts = np.bincount(lengths, minlength=6)
-    # 100 of each are expected; five standard deviations are 43.
-    assert counts[:2].sum() == 0 and np.abs(counts[2:] - 100).max() < 43
-
-
 @pytest.mark.parametrize("template", [CHATML, HEADERS])
 def test_pairs_hold_the_review_and_train_its_end(with_template, template):
     tokenizer = with_template(template)
     pairs, ratings = review_chats.encode_pairs(
         RATED, tokenizer, "go on", min_gap=1.0, num_pairs=100, seed=0, max_length=200
     )
-    # Of 2, .5, -2, .2, 1.5: 2 and 1.5 over .5, .2 and -2 (.5 is 1 away), .5 and .2 over -2.
-    assert len(pairs) == 8 and ratings.shape == (8, 2)
+    # 2 and 1.5 (.5 is 1 away) over .5, .2, -1, -2; .5 and .2 over -1, -2; -1 over -2.
+    assert len(pairs) == 13 and ratings.shape == (13, 2)
     rows = review_chats.response_rows(RATED, "go on")
     by_rating = {np.float32(row["rating"]): row for row in rows}
     for pair, rated in zip(pairs, ratings, strict=True):
@@ -65,22 +38,33 @@ def test_pairs_hold_the_review_and_train_its_end(with_template, template):
         for side, rating in zip((pair.chosen, pair.rejected), rated, strict=True):
             (said,) = stretches(side, tokenizer)
             assert said.startswith(by_rating[rating]["response"])
-            read = tokenizer.decode(side.tokens[~side.loss_mask])
-            assert "go on" in read and by_rating[rating]["prompt"][1]["content"] in read
+            assert "go on" in tokenizer.decode(side.tokens[~side.loss_mask])
 
 
-def test_a_rollout_reads_what_the_reward_model_was_trained_on(with_template):
-    tokenizer = with_template(CHATML)
-    pairs, _ = review_chats.encode_pairs(
-        RATED, tokenizer, "go on", min_gap=1.0, num_pairs=1, seed=0, max_length=200
-    )
-    chosen = pairs[0].chosen
-    head = chosen.tokens[: np.flatnonzero(chosen.loss_mask)[0]]
-    shown = review_chats.shown_prompt(
-        tokenizer.decode(head, skip_special_tokens=True), tokenizer, "go on"
-    )
-    (row,) = review_chats.asked([{"prompt": shown}], "go on")
-    np.testing.assert_array_equal(encode_prompt(row["prompt"], tokenizer, 200), head)
+@pytest.mark.parametrize("template", [CHATML, HEADERS])
+def test_a_prompt_begins_as_the_review_does(with_template, template):
+    tokenizer = with_template(template)
+    rows = reviews.prompt_rows(RATED, seed=0)
+    prompts = review_chats.encode_openings(rows, tokenizer, "go on", max_length=200)
+    written = chat.encode_sft(review_chats.response_rows(RATED, "go on"), tokenizer, max_length=200)
+    assert len(prompts) == 5  # one review is no longer than its prompt
+    for row, prompt, document in zip(rows, prompts, written, strict=False):
+        np.testing.assert_array_equal(document.tokens[: len(prompt)], prompt)
+        assert 0 < document.loss_mask[: len(prompt)].sum() < document.loss_mask.sum()
+        shown = review_chats.shown_prompt(
+            tokenizer.decode(prompt, skip_special_tokens=True), tokenizer, "go on"
+        )
+        assert shown == row["prompt"]
+
+
+def test_long_prompts_are_left_out_and_counted(with_template):
+    tokenizer, drops = with_template(CHATML), DropCounts()
+    rows = [{"prompt": "the film"}, {"prompt": "the film " * 40}]
+    (short,) = review_chats.encode_openings(rows, tokenizer, "go on", max_length=80, drops=drops)
+    assert tokenizer.decode(short).endswith("the film")
+    assert drops["prompt longer than max_length"] == 1 and drops[DropCounts.KEPT] == 1
+    with pytest.raises(ValueError, match="no prompt is left to sample from"):
+        review_chats.encode_openings(rows, tokenizer, "go on", max_length=3)
 
 
 def test_long_reviews_are_left_out_and_counted(with_template):
@@ -91,9 +75,9 @@ def test_long_reviews_are_left_out_and_counted(with_template):
     fewer, _ = review_chats.encode_pairs(
         RATED, tokenizer, "go on", max_length=longest - 1, drops=drops, **settings
     )
-    assert len(pairs) == 10  # of five texts
+    assert len(pairs) == 15  # of six texts
     assert drops["review longer than max_length"] >= 1
-    assert len(fewer) == drops[DropCounts.KEPT] < 10
+    assert len(fewer) == drops[DropCounts.KEPT] < 15
 
 
 def test_several_domains_are_refused(with_template):

@@ -17,7 +17,7 @@ from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import hf_weights
 from tests.models.test_gguf import assert_same, random_model, write_gguf
 
-CHAT = ("sharding.devices=1", "lora.rank=4", "data.instruction=Finish the review.")
+CHAT = ("sharding.devices=1", "lora.rank=4", "data.instruction=Write a review.")
 
 
 def test_a_gguf_out_of_a_package_is_converted_once(tmp_path, monkeypatch, capsys):
@@ -86,7 +86,8 @@ def test_reward_model_keeps_the_first_layers_and_its_normalisation(reward_run):
 
 
 def test_ppo_answers_in_the_chat_and_shows_the_opening_words(chain, reward_run, tmp_path):
-    config = ppo_configs.get_config(",".join(["tiny", *CHAT, "data.prompt_buckets=(96,)"]))
+    config = ppo_configs.get_config(",".join(["tiny", *CHAT]))
+    config.data.prompt_buckets = (96,)
     config.workdir = str(tmp_path)
     config.inputs.update(
         policy=str(chain.sft),
@@ -97,7 +98,7 @@ def test_ppo_answers_in_the_chat_and_shows_the_opening_words(chain, reward_run, 
     ppo_max.main(config)
     assert len(read_metrics(tmp_path)["step"]) == config.train.iterations
     report = (tmp_path / "report.md").read_text()
-    assert "Finish the review." not in report.split("Samples")[-1]
+    assert "Write a review." not in report.split("Samples")[-1]
 
 
 @pytest.mark.parametrize(
