@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 # The folder that SmolLM2-135M-Instruct is converted to, and what it is asked for.
 SMOLLM2 = "runs/pretrained/smollm2/model"
-INSTRUCTION = "Write a one-sentence movie review."
+INSTRUCTION = "Review a movie in a few words."
 
 Change = Callable[[ConfigDict], None]
 
