@@ -119,10 +119,11 @@ def _smollm2() -> ConfigDict:
     config.train.update(iterations=24, prompts_per_iteration=32, minibatch=16, microbatch=16)
     config.train.critic_pretrain_iterations = 2
     config.sampling.update(max_new_tokens=24)
+    # A batch of ptx text costs as much as the responses, and the adapters stay near the reference.
     config.ppo.ptx_coef = 0.0
     config.lora.rank = 8
-    config.optimizer.learning_rate = 1e-3
-    config.critic_optimizer.learning_rate = 1e-3
+    config.optimizer.update(learning_rate=1e-3, schedule="constant")
+    config.critic_optimizer.update(learning_rate=1e-3, schedule="constant")
     config.eval.update(every=12, prompts=32)
     return config
 
