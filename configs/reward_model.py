@@ -113,6 +113,7 @@ def _moss(base: ConfigDict, variant: str) -> ConfigDict:
 def _harm(config: ConfigDict) -> None:
     config.data.update(source="harm", instruction="", min_gap=0.25, max_length=256)
     config.data.update(pairs=1_000, eval_pairs=200, reference_texts=100)
+    config.train.update(min_pairs=4)
     config.loss.comparisons = "pairs"
 
 
