@@ -115,8 +115,8 @@ def _tiny() -> ConfigDict:
 def _smollm2() -> ConfigDict:
     config = _quickstart()
     config.inputs.update(policy=common.SMOLLM2, reference=common.SMOLLM2, variant="smollm2")
-    config.data.update(domains=("movie",), instruction=common.INSTRUCTION, prompt_buckets=(28,))
-    config.train.update(iterations=24, prompts_per_iteration=32, minibatch=16, microbatch=16)
+    config.data.update(domains=("movie",), instruction=common.INSTRUCTION, prompt_buckets=(24,))
+    config.train.update(iterations=20, prompts_per_iteration=32, minibatch=16, microbatch=16)
     config.train.critic_pretrain_iterations = 2
     config.sampling.update(max_new_tokens=24)
     # A batch of ptx text costs as much as the responses, and the adapters stay near the reference.
@@ -124,7 +124,7 @@ def _smollm2() -> ConfigDict:
     config.lora.rank = 8
     config.optimizer.update(learning_rate=1e-3, schedule="constant")
     config.critic_optimizer.update(learning_rate=1e-3, schedule="constant")
-    config.eval.update(every=12, prompts=32)
+    config.eval.update(every=10, prompts=32)
     return config
 
 

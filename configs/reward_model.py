@@ -62,8 +62,8 @@ def _smollm2() -> ConfigDict:
     config = _quickstart()
     config.inputs.update(model=common.SMOLLM2, variant="smollm2", layers=15)
     config.data.update(domains=("movie",), max_length=64, instruction=common.INSTRUCTION)
-    config.data.update(pairs=4_000, eval_pairs=500, reference_texts=256)
-    config.train.update(steps=48, max_tokens=2304, min_pairs=8, max_pairs=32, eval_every=24)
+    config.data.update(pairs=4_000, eval_pairs=400, reference_texts=256)
+    config.train.update(steps=32, max_tokens=2304, min_pairs=8, max_pairs=32, eval_every=32)
     # No LM loss: its logits over 49,152 tokens would cost a third more, and the policy is another
     # model.
     config.loss.update(lm_coef=0.0, comparisons="batch")

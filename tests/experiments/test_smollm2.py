@@ -87,7 +87,7 @@ def test_reward_model_keeps_the_first_layers_and_its_normalisation(reward_run):
 
 def test_ppo_answers_in_the_chat_and_shows_the_opening_words(chain, reward_run, tmp_path):
     config = ppo_configs.get_config(",".join(["tiny", *CHAT]))
-    config.data.prompt_buckets = (96,)
+    config.data.prompt_buckets = (40,)
     config.workdir = str(tmp_path)
     config.inputs.update(
         policy=str(chain.sft),
