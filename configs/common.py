@@ -11,6 +11,10 @@ from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
+# The folder that SmolLM2-135M-Instruct is converted to, and what it is asked for.
+SMOLLM2 = "runs/pretrained/smollm2/model"
+INSTRUCTION = "Review a movie in a few words."
+
 Change = Callable[[ConfigDict], None]
 
 

@@ -5,6 +5,7 @@
 
 Scales:
   tiny        seconds on two CPU cores; for tests
+  smollm2     SmolLM2-135M-Instruct, adapters of rank 8, movie reviews in its chat template
   quickstart  from the quickstart's SFT policy, pairs of reviews ranked by their human ratings
   paper       LLaMA-7B on HH-RLHF: beta 0.1, batch 64, learning rate 1e-6, 150 steps of warm-up, one
               epoch (Rafailov et al. 2023, appendix B). Their RMSprop is AdamW with b1 = 0 and no
@@ -32,11 +33,15 @@ def _task(scale: str) -> ConfigDict:
     config.label = "DPO"
     # `reference`: folder with the SFT policy, from which training starts; `build`: run SFT if it is
     # missing.
-    config.inputs = ConfigDict({"reference": "", "build": pairs.inputs.build, "variant": scale})
+    reference = prompts.inputs.reference if scale == "smollm2" else ""
+    config.inputs = ConfigDict(
+        {"reference": reference, "build": pairs.inputs.build, "variant": scale}
+    )
     # Folders of what the report compares with; left out of it where missing.
     config.compare = ConfigDict({"ppo_max": "", "reward_model": ""})
-    config.model = pairs.model
-    shared = ("source", "domains", "limit", "max_length", "min_gap", "pairs", "eval_pairs")
+    config.model, config.lora = pairs.model, pairs.lora
+    shared = ("source", "domains", "limit", "instruction", "max_length", "min_gap")
+    shared += ("pairs", "eval_pairs")
     config.data = ConfigDict({name: pairs.data[name] for name in shared})
     # For the curves; `eval_pairs` of the test split are for the report.
     config.data.validation_pairs = pairs.data.eval_pairs
@@ -74,6 +79,19 @@ def _tiny() -> ConfigDict:
     config.train.update(steps=6, max_tokens=2048, min_pairs=8, max_pairs=16)
     config.eval.every = 3
     config.checkpoint.every = 2
+    return config
+
+
+def _smollm2() -> ConfigDict:
+    config = _quickstart()
+    task = _task("smollm2")
+    for group in ("inputs", "model", "data", "sampling", "eval", "lora"):
+        config[group] = task[group]
+    config.inputs.reference = common.SMOLLM2
+    config.data.update(pairs=1_000, validation_pairs=100, eval_pairs=200)
+    config.train.update(steps=40, max_tokens=2304, min_pairs=8, max_pairs=32)
+    config.optimizer.learning_rate = 1e-3
+    config.eval.every = 20
     return config
 
 
@@ -124,7 +142,7 @@ def _finish(config: ConfigDict) -> None:
     inputs.variant = common.with_seed(inputs.variant, config.seed)
 
 
-SCALES = {"tiny": _tiny, "quickstart": _quickstart, "paper": _paper}
+SCALES = {"tiny": _tiny, "quickstart": _quickstart, "smollm2": _smollm2, "paper": _paper}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -7,6 +7,8 @@ Scales (model, data and batch sizes):
   tiny        seconds on two CPU cores; for tests
   quickstart  the review task on two CPU cores; runs SFT and reward model where missing; win rate
               against SFT by the judge .79 to .87 over seeds 0, 1, 2, KL 6.6 to 8.3 nats a response
+  smollm2     SmolLM2-135M-Instruct as it is for SFT model, adapters of rank 8, movie reviews in its
+              chat template, without ptx
   paper_en, paper_zh  7B models, HH-RLHF, 8 x A100-80G, the deck's numbers
   moss_en, moss_zh    the released scripts' numbers
 
@@ -44,6 +46,8 @@ def _quickstart() -> ConfigDict:
     config.data = ConfigDict(
         {"source": "reviews", "domains": ("movie", "amazon"), "limit": 0, "prompt_buckets": (16,)}
     )
+    # Reviews in a chat: what the system asks of the assistant; empty is plain text.
+    config.data.instruction = ""
     config.data.ptx_length = 64
     # The batch vocabulary, all global: an iteration samples prompts x samples responses and makes
     # epochs x (prompts x samples / minibatch) updates of policy and critic.
@@ -105,6 +109,22 @@ def _tiny() -> ConfigDict:
     config.sampling.max_new_tokens = 8
     config.eval.update(every=2, prompts=8, final_prompts=16)
     config.checkpoint.every = 2
+    return config
+
+
+def _smollm2() -> ConfigDict:
+    config = _quickstart()
+    config.inputs.update(policy=common.SMOLLM2, reference=common.SMOLLM2, variant="smollm2")
+    config.data.update(domains=("movie",), instruction=common.INSTRUCTION, prompt_buckets=(24,))
+    config.train.update(iterations=20, prompts_per_iteration=32, minibatch=16, microbatch=16)
+    config.train.critic_pretrain_iterations = 2
+    config.sampling.update(max_new_tokens=24)
+    # A batch of ptx text costs as much as the responses, and the adapters stay near the reference.
+    config.ppo.ptx_coef = 0.0
+    config.lora.rank = 8
+    config.optimizer.update(learning_rate=1e-3, schedule="constant")
+    config.critic_optimizer.update(learning_rate=1e-3, schedule="constant")
+    config.eval.update(every=10, prompts=32)
     return config
 
 
@@ -257,6 +277,7 @@ def _finish(config: ConfigDict) -> None:
 SCALES = {
     "tiny": _tiny,
     "quickstart": _quickstart,
+    "smollm2": _smollm2,
     "paper_en": _paper_en,
     "paper_zh": _paper_zh,
     "moss_en": lambda: _moss(_paper_en(), "moss_en", kl_coef=0.01),

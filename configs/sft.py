@@ -6,6 +6,8 @@ Scales:
   tiny        seconds on two CPU cores; for tests
   quickstart  a 1 M Llama from scratch on movie and product reviews; held-out perplexity 81 to 105
               over seeds 0, 1, 2; below 1.2 GiB
+  smollm2     SmolLM2-135M-Instruct, adapters of rank 8, 640 rows of reviews in its chat template;
+              not part of the chain of ppo_max's smollm2, whose SFT model is the instruct model
   paper_en    LLaMA-7B, 2 epochs, learning rate 9.5e-6, global batch 1024 (deck: "Training Setup")
   paper_zh    OpenChineseLLaMA-7B, the same numbers
 Variants:
@@ -35,6 +37,8 @@ def _quickstart() -> ConfigDict:
     config.data = ConfigDict(
         {"source": "reviews", "domains": ("movie", "amazon"), "limit": 0, "max_length": 128}
     )
+    # Reviews in a chat: what the system asks of the assistant; empty is plain text.
+    config.data.instruction = ""
     # Sequences are packed into rows of `row_length` tokens; `minibatch` rows make one update.
     config.train = ConfigDict(
         {"steps": 420, "minibatch": 32, "microbatch": 32, "row_length": 128, "eval_every": 60}
@@ -57,11 +61,23 @@ def _tiny() -> ConfigDict:
     return config
 
 
+def _smollm2() -> ConfigDict:
+    config = _quickstart()
+    config.inputs.model = common.SMOLLM2
+    config.model = ConfigDict({"dtype": "float32", "remat": "none", "attention": "xla"})
+    config.data.update(domains=("movie",), max_length=96, instruction=common.INSTRUCTION)
+    config.train.update(steps=40, minibatch=16, microbatch=16, row_length=128, eval_every=20)
+    config.lora.rank = 8
+    config.optimizer.update(learning_rate=1e-3, weight_decay=0.0)
+    return config
+
+
 def _paper_en() -> ConfigDict:
     config = _quickstart()
     config.inputs.model = "huggyllama/llama-7b"
     config.model = ConfigDict({"dtype": "bfloat16", "remat": "full", "attention": "cudnn"})
     config.data = ConfigDict({"source": "hh", "domains": (), "limit": 0, "max_length": 2048})
+    config.data.instruction = ""
     # 2 epochs of 1 M conversations in batches of 1024.
     config.train.update(steps=1953, minibatch=1024, microbatch=64, row_length=2048, eval_every=200)
     config.optimizer = ConfigDict(
@@ -86,6 +102,7 @@ def _pretrain(config: ConfigDict) -> None:
 SCALES = {
     "tiny": _tiny,
     "quickstart": _quickstart,
+    "smollm2": _smollm2,
     "paper_en": _paper_en,
     "paper_zh": _paper_zh,
 }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import other_data
-from rlhf_jax.data import chat, reviews
+from rlhf_jax.data import chat, harm, review_chats, reviews
 from rlhf_jax.data.batching import PackedBatches, PairBatches, PromptBatches, pad_prompts
 from rlhf_jax.data.streaming import StreamedBatches
 from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair
@@ -21,6 +22,13 @@ def _reviews(
 ) -> list[reviews.Review]:
     loaded = reviews.load_reviews(split, domains=tuple(config.data.domains), drops=drops)
     return loaded[: config.data.limit or None]
+
+
+def _review_rows(config: ConfigDict, split: str, drops: DropCounts | None = None) -> list[dict]:
+    """Reviews to be written: as they stand, or as the assistant's turn in a chat."""
+    if config.data.instruction:
+        return review_chats.response_rows(_reviews(config, split, drops), config.data.instruction)
+    return reviews.sft_rows(_reviews(config, split, drops))
 
 
 def _told(what: str, split: str, drops: DropCounts) -> None:
@@ -47,7 +55,7 @@ def sft_documents(
     data, drops = config.data, DropCounts()
     longest = max_length or data.max_length
     if data.source == "reviews":
-        rows = reviews.sft_rows(_reviews(config, split, drops))
+        rows = _review_rows(config, split, drops)
         documents = chat.encode_sft(rows, tokenizer, max_length=longest, drops=drops)
     else:
         documents = other_data.prepared(
@@ -99,7 +107,13 @@ def preference_pairs(
 ) -> Sequence[EncodedPair]:
     """Pairs of responses, the better one first."""
     data, drops = config.data, DropCounts()
-    if data.source == "reviews":
+    if data.source == "reviews" and data.instruction:
+        return rated_pairs(config, tokenizer, split, count)[0]
+    if data.source == "harm":
+        rows = harm.harm_pairs(
+            split, min_gap=data.min_gap, num_pairs=count, seed=config.seed, drops=drops
+        )
+    elif data.source == "reviews":
         rows = reviews.preference_rows(
             _reviews(config, split, drops),
             min_gap=data.min_gap,
@@ -114,6 +128,34 @@ def preference_pairs(
         )
     _told("pairs", split, drops)
     return pairs
+
+
+def rated_pairs(
+    config: ConfigDict, tokenizer: Any, split: str, count: int
+) -> tuple[list[EncodedPair], np.ndarray]:
+    """Pairs of reviews in a chat, and their ratings `[n, 2]`.
+
+    Raises:
+      ValueError: another source, or reviews without `data.instruction`.
+    """
+    data, drops = config.data, DropCounts()
+    if data.source != "reviews" or not data.instruction:
+        raise ValueError(
+            f"loss.comparisons='batch' needs ratings: data.source={data.source!r} must be "
+            "'reviews' with a data.instruction; or set loss.comparisons='pairs'"
+        )
+    pairs, ratings = review_chats.encode_pairs(
+        _reviews(config, split, drops),
+        tokenizer,
+        data.instruction,
+        min_gap=data.min_gap,
+        num_pairs=count,
+        seed=config.seed,
+        max_length=data.max_length,
+        drops=drops,
+    )
+    _told("pairs", split, drops)
+    return pairs, ratings
 
 
 def pair_batches(
@@ -172,7 +214,7 @@ def reference_documents(config: ConfigDict, tokenizer: Any) -> list[Encoded]:
     """
     count = config.data.reference_texts
     if config.data.source == "reviews":
-        rows = reviews.sft_rows(_reviews(config, "train"))[:count]
+        rows = _review_rows(config, "train")[:count]
         return chat.encode_sft(rows, tokenizer, max_length=config.data.max_length)
     return [pair.chosen for pair in preference_pairs(config, tokenizer, "train", count)]
 
@@ -227,13 +269,28 @@ def prompts(config: ConfigDict, tokenizer: Any, split: str) -> Sequence[np.ndarr
     longest = max(data.prompt_buckets)
     if data.source == "reviews":
         rows = reviews.prompt_rows(_reviews(config, split, drops), seed=config.seed, drops=drops)
-        found = chat.encode_prompts(rows, tokenizer, max_length=longest, drops=drops)
+        if data.instruction:
+            found = review_chats.encode_openings(
+                rows, tokenizer, data.instruction, max_length=longest, drops=drops
+            )
+        else:
+            found = chat.encode_prompts(rows, tokenizer, max_length=longest, drops=drops)
     else:
         found = other_data.prepared(
             config, "prompt", split, tokenizer, drops, max_length=longest, limit=data.limit
         )
     _told("prompts", split, drops)
     return found
+
+
+def shown_prompt(config: ConfigDict, tokenizer: Any) -> Callable[[str], str]:
+    """What of a decoded prompt is shown and judged: of reviews in a chat, the opening words."""
+    data = config.data
+    if data.source != "reviews" or not data.instruction:
+        return lambda prompt: prompt
+    return functools.partial(
+        review_chats.shown_prompt, tokenizer=tokenizer, instruction=data.instruction
+    )
 
 
 def ptx_batches(config: ConfigDict, tokenizer: Any) -> PackedBatches | StreamedBatches:

@@ -173,6 +173,7 @@ def make_respondents(
             reward_model=scorer,
             sharding=sharding,
             temperature=config.sampling.temperature or 1.0,
+            show=data.shown_prompt(config, tokenizer),
         )
         for split in ("validation", "test")
     }

@@ -140,6 +140,7 @@ def main(config: ConfigDict) -> None:
             reward_model=reward_model,
             sharding=sharding,
             temperature=config.sampling.temperature or 1.0,
+            show=data.shown_prompt(config, tokenizer),
         )
         for split in ("validation", "test")
     }

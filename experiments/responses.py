@@ -73,6 +73,7 @@ class Respondent:
       reward_model: None where there is none.
       sharding: Where batches go.
       temperature: Of the policy.
+      show: What of a prompt is shown and judged, for prompts that hold more than their text.
     """
 
     def __init__(
@@ -86,8 +87,9 @@ class Respondent:
         reward_model: Any,
         sharding: Sharding,
         temperature: float,
+        show: Callable[[str], str] = lambda prompt: prompt,
     ):
-        self._generate, self._batches = generate, batches
+        self._generate, self._batches, self._show = generate, batches, show
         self._tokenizer, self._judge = tokenizer, judge
         self._reference = reference
         self._scored = reward_model is not None
@@ -115,11 +117,13 @@ class Respondent:
         prompts = self._decode(sampled.tokens[:, :split], sampled.mask[:, :split])
         full = self._decode(sampled.tokens, sampled.mask)
         responses = [text[len(prompt) :] for text, prompt in zip(full, prompts, strict=True)]
-        judged = self._judge(full)
+        shown = [self._show(prompt) for prompt in prompts]
+        read = [words + response for words, response in zip(shown, responses, strict=True)]
+        judged = self._judge(read)
         statistics = rollout_statistics(sampled, evaluated) | {"judge/mean": float(judged.mean())}
         if not self._scored:
             statistics.pop("reward/mean")
-        return Responses(prompts, responses, judged, statistics)
+        return Responses(shown, responses, judged, statistics)
 
     def _decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
         rows = [row[keep] for row, keep in zip(tokens, mask, strict=True)]

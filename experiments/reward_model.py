@@ -9,6 +9,7 @@ metrics.jsonl, config.json and summary.json to the run folder.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,10 @@ from ml_collections import ConfigDict
 from experiments import data, harness, stages
 from rlhf_jax import distributed, plots
 from rlhf_jax.comparison import bootstrap_interval, paired_outcomes
+from rlhf_jax.data.endless import Batches
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.data.types import EncodedPair
-from rlhf_jax.losses import bradley_terry_loss, preference_accuracy
+from rlhf_jax.losses import bradley_terry_loss, masked_mean, preference_accuracy
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models.heads import ScalarModel, hidden_at, last_real_index, log_probs_of
 from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
@@ -28,20 +30,49 @@ from rlhf_jax.reductions import reduction_weights, weighted_sum
 from rlhf_jax.train import create_state, make_train_step
 
 
-def loss_fn(model: ScalarModel, batch: dict, *, lm_coef: float) -> tuple[jax.Array, dict]:
+def all_comparisons(
+    scores: jax.Array, ratings: jax.Array, valid: jax.Array, *, min_gap: float
+) -> jax.Array:
+    """Mean Bradley-Terry loss over every two texts of a batch that people rated apart.
+
+    A forward pass over 2B texts then gives up to B (2B - 1) comparisons in place of B.
+
+    Args:
+      scores: `[B, 2]`.
+      ratings: `[B, 2]`, of the same texts.
+      valid: `[B]` bool, False on filler.
+      min_gap: The least difference of two ratings.
+    """
+    scores, ratings, real = scores.reshape(-1), ratings.reshape(-1), jnp.repeat(valid, 2)
+    # Mean ratings are fractions: 1e-5 forgives rounding, so that 1.9 and 0.9 are 1 apart.
+    apart = ratings[:, None] - ratings[None, :] >= min_gap - 1e-5
+    chosen, rejected = jnp.broadcast_arrays(scores[:, None], scores[None, :])
+    return masked_mean(
+        bradley_terry_loss(chosen, rejected), where=apart & real[:, None] & real[None, :]
+    )
+
+
+def loss_fn(
+    model: ScalarModel, batch: dict, *, lm_coef: float, min_gap: float = 0.0
+) -> tuple[jax.Array, dict]:
     """L = -log σ(r(x, y_w) - r(x, y_l)) - β log p_LM(y_w | x) (PAPER: eq 2, with its sign mended).
 
     Args:
       model: Trunk with a scalar head and an LM head.
-      batch: Tokens and segments `[B, 2, T]`, chosen first, and weights from `weigh`.
+      batch: Tokens and segments `[B, 2, T]`, chosen first, and weights from `weigh`; with
+        `ratings` `[B, 2]` all texts of the batch are compared, not only those of a pair.
       lm_coef: β_rm.
+      min_gap: The least difference of two ratings; read with `ratings` only.
     """
     pairs, _, width = batch["tokens"].shape
     tokens, segments = (batch[k].reshape(-1, width) for k in ("tokens", "segments"))
     hidden = model.trunk(tokens, segments)
     scores = model.read(hidden_at(hidden, last_real_index(segments > 0))).reshape(pairs, 2)
     chosen, rejected = scores[:, 0], scores[:, 1]
-    ranking = weighted_sum(bradley_terry_loss(chosen, rejected), batch["pair_weights"])
+    if "ratings" in batch:
+        ranking = all_comparisons(scores, batch["ratings"], batch["valid"], min_gap=min_gap)
+    else:
+        ranking = weighted_sum(bradley_terry_loss(chosen, rejected), batch["pair_weights"])
     metrics = {
         "loss/bradley_terry": ranking,
         "reward/accuracy": weighted_sum(
@@ -76,18 +107,44 @@ def score(model: ScalarModel, tokens: jax.Array, segments: jax.Array) -> jax.Arr
 
 def score_pairs(model: ScalarModel, batches: list[dict], sharding) -> tuple[np.ndarray, np.ndarray]:
     """Scores of all chosen and all rejected responses."""
-    chosen, rejected = [], []
+    return tuple(score_side(model, batches, side, sharding) for side in (0, 1))  # type: ignore
+
+
+def score_side(model: ScalarModel, batches: list[dict], side: int, sharding) -> np.ndarray:
+    """Scores of all chosen (side 0) or all rejected responses (side 1)."""
+    scores = []
     for batch in batches:
-        placed = sharding.put_whole({k: batch[k] for k in ("tokens", "segments")})
-        for side, scores in enumerate((chosen, rejected)):
-            values = score(model, placed["tokens"][:, side], placed["segments"][:, side])
-            scores.append(distributed.fetch(values)[batch["valid"]])
-    return np.concatenate(chosen), np.concatenate(rejected)
+        placed = sharding.put_whole({k: batch[k][:, side] for k in ("tokens", "segments")})
+        values = score(model, placed["tokens"], placed["segments"])
+        scores.append(distributed.fetch(values)[batch["valid"]])
+    return np.concatenate(scores)
 
 
 def accuracy(chosen: np.ndarray, rejected: np.ndarray) -> float:
     """Share of pairs that are ordered right, ties one half."""
     return float(paired_outcomes(chosen, rejected).mean())
+
+
+def training_batches(
+    config: ConfigDict, tokenizer: Any, devices: int
+) -> tuple[Batches, np.ndarray | None]:
+    """Endless pairs, and ratings `[n, 2]` where all texts of a batch are to be compared.
+
+    Raises:
+      ValueError: an unknown `loss.comparisons`, or microbatches, which would compare less.
+    """
+    comparisons = config.loss.comparisons
+    if comparisons == "pairs":
+        return data.training_pairs(config, tokenizer, devices), None
+    if comparisons != "batch":
+        raise ValueError(f"loss.comparisons={comparisons!r} must be 'pairs' or 'batch'")
+    if config.train.microbatches != 1:
+        raise ValueError(
+            f"loss.comparisons='batch' compares all texts of a batch at once: "
+            f"train.microbatches={config.train.microbatches} must be 1"
+        )
+    pairs, ratings = data.rated_pairs(config, tokenizer, "train", config.data.pairs)
+    return data.pair_batches(pairs, tokenizer, config.train, config.seed, devices), ratings
 
 
 def draw_figures(workdir, chosen: np.ndarray, rejected: np.ndarray) -> None:
@@ -113,16 +170,18 @@ def main(config: ConfigDict) -> None:
     inputs = config.inputs
     folder = stages.require(inputs.model, stage="sft", variant=inputs.variant, build=inputs.build)
     tokenizer = load_tokenizer(folder)
-    model = stages.load_scalar(folder, config, sharding, key=jax.random.key(config.seed))
+    key = jax.random.key(config.seed)
+    model = stages.load_scalar(folder, config, sharding, key=key, layers=inputs.layers)
     tuning = stages.make_tuning(config, model)
-    batches = data.training_pairs(config, tokenizer, sharding.data).share(sharding.local_rows)
+    batches, ratings = training_batches(config, tokenizer, sharding.data)
+    batches = batches.share(sharding.local_rows)
     held_out = data.preference_pairs(config, tokenizer, "test", config.data.eval_pairs)
     eval_batches = data.all_pairs(held_out, tokenizer, train, sharding.data)
 
     # 2. Optimizer and the compiled step.
     optimizer, schedule = make_optimizer(OptimizerConfig(**config.optimizer), train.steps)
     train_step = make_train_step(
-        functools.partial(loss_fn, lm_coef=config.loss.lm_coef),
+        functools.partial(loss_fn, lm_coef=config.loss.lm_coef, min_gap=config.data.min_gap),
         optimizer,
         sharding,
         microbatches=train.microbatches,
@@ -150,13 +209,16 @@ def main(config: ConfigDict) -> None:
     show = ("loss/bradley_terry", "reward/accuracy", "eval/accuracy")
     with harness.Run(config, total=train.steps, desc="reward model", show=show) as run:
         state = run.restore(state, batches)
+        scored = None
         for step in run.steps():
-            state, metrics = train_step(state, sharding.put_batch(next(batches)))
+            batch = next(batches)
+            if ratings is not None:
+                batch["ratings"] = ratings[batch["index"]]
+            state, metrics = train_step(state, sharding.put_batch(batch))
             metrics["optim/learning_rate"] = schedule(step)
             if (step + 1) % train.eval_every == 0 or step + 1 == train.steps:
-                metrics["eval/accuracy"] = accuracy(
-                    *score_pairs(tuning.model(state.model), eval_batches, sharding)
-                )
+                scored = score_pairs(tuning.model(state.model), eval_batches, sharding)
+                metrics["eval/accuracy"] = accuracy(*scored)
             run.log(step, metrics)
             run.checkpoint(step, state, batches)
 
@@ -166,10 +228,11 @@ def main(config: ConfigDict) -> None:
         for document in data.reference_documents(config, tokenizer)
     ]
     reference_batches = data.all_pairs(references, tokenizer, train, sharding.data)
-    scores, _ = score_pairs(tuning.model(state.model), reference_batches, sharding)
+    scores = score_side(tuning.model(state.model), reference_batches, 0, sharding)
     trained = state.model.normalized(scores.mean(), scores.std())
-    model = stages.save_tuned(tuning, trained, run.workdir, tokenizer, base=folder)
-    chosen, rejected = score_pairs(model, eval_batches, sharding)
+    stages.save_tuned(tuning, trained, run.workdir, tokenizer, base=folder)
+    scored = scored or score_pairs(tuning.model(state.model), eval_batches, sharding)
+    chosen, rejected = ((side - scores.mean()) / scores.std() for side in scored)
     judged = data.judge_pairs(held_out, tokenizer)
     summary = {
         "accuracy": accuracy(chosen, rejected),

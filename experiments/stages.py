@@ -11,10 +11,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments import harness
+from experiments import harness, pretrained
 from rlhf_jax import distributed, memory
 from rlhf_jax.models import hf_weights, lora, lora_files
 from rlhf_jax.models.lora import Tuning
+from rlhf_jax.models.transformer import first_layers
 from rlhf_jax.sharding import Sharding, make_mesh
 
 # Folder of a run with the adapters that it trained, next to the merged model.
@@ -35,6 +36,9 @@ def require(folder: str, *, stage: str, variant: str, build: bool) -> str:
     """
     there = distributed.from_main((Path(folder) / "config.json").exists())
     if there or not folder.startswith("runs/"):
+        return folder
+    if folder in pretrained.SOURCES:
+        pretrained.convert(folder)
         return folder
     command = f"python -m experiments.{stage} --config configs/{stage}.py:{variant}"
     if not build:
@@ -58,11 +62,29 @@ def load_policy(folder: str, config: ConfigDict, sharding: Sharding, *, frozen: 
 
 
 def load_scalar(
-    folder: str, config: ConfigDict, sharding: Sharding, *, key: Any = None, frozen: bool = False
+    folder: str,
+    config: ConfigDict,
+    sharding: Sharding,
+    *,
+    key: Any = None,
+    frozen: bool = False,
+    layers: int = 0,
 ):
-    """A reward model or critic; `key` draws a new head for a language model."""
+    """A reward model or critic.
+
+    Args:
+      folder: Of the model.
+      config: Of the experiment.
+      sharding: Where trees live.
+      key: Draws a new head for a language model.
+      frozen: It does not train.
+      layers: Only the first of its layers are kept; 0 keeps all.
+    """
     shardings = sharding.frozen if frozen else sharding.params
-    return hf_weights.load_scalar_model(folder, key=key, shardings=shardings, **config.model)
+    model = hf_weights.load_scalar_model(folder, key=key, shardings=shardings, **config.model)
+    if layers:
+        model.trunk = first_layers(model.trunk, layers)
+    return model
 
 
 def load_scalar_beside(folder: str, trunk: Any, sharding: Sharding) -> Any:

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax._src.ad_checkpoint import saved_residuals
 
 from rlhf_jax.models import layers
 from rlhf_jax.models.config import ModelConfig, RopeScaling
-from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.models.transformer import Transformer, first_layers
 from tests import tiny
 from tests.references import decoder
 
@@ -232,3 +233,18 @@ def test_unknown_keys_are_refused():
         ModelConfig(**{"vocab_size": 8, "hidden_sizes": 8})
     with pytest.raises(ValueError, match=r"rope_scaling.kind='yarn' is unknown"):
         RopeScaling("yarn")
+
+
+def test_first_layers_are_the_model_whose_other_layers_add_nothing():
+    model = tiny.language_model(tiny.model_config(num_layers=3))
+    silent = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))
+    for name in ("o", "down"):
+        weight = getattr(model.layers, name)[...]
+        setattr(silent.layers, name, nnx.Param(weight.at[1:].set(0.0)))
+    tokens, one = jnp.array([[5, 6, 7, 8, 1]]), jnp.ones((1, 5), jnp.int32)
+    shorter = first_layers(model, 1)
+    assert shorter.config.num_layers == 1 and model.config.num_layers == 3
+    np.testing.assert_allclose(shorter(tokens, one), silent(tokens, one), atol=1e-5)
+    assert np.abs(shorter(tokens, one) - model(tokens, one)).max() > 0.1
+    with pytest.raises(ValueError, match="layers=4 must be from 1 to 3"):
+        first_layers(model, 4)
