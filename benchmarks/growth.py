@@ -3,9 +3,9 @@
     python -m benchmarks.growth            measures (about eight minutes) and plots
     python -m benchmarks.growth --plot     plots the saved results
 
-Writes results/growth.json and docs/images/growth.png. Each point is a pair of processes of its own,
-so that the peak of resident memory belongs to it alone; it includes the libraries and, for ours,
-what compilation took.
+Writes results/2-cores/growth.json and docs/images/growth.png. Each point is a pair of processes of
+its own, so that the peak of resident memory belongs to it alone; it includes the libraries and, for
+ours, what compilation took.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from benchmarks import machine
 from benchmarks.cases import growth
 from benchmarks.driver import ROOT, measure
-from benchmarks.peers import RESULTS
+from benchmarks.peers import RESULTS, cores_name
 
-FILE = RESULTS / "growth.json"
+FILE = "growth.json"
 LINES = {
     ("generate", "ours"): ("generate, rlhf_jax", "C0", "-"),
     ("generate", "torch"): ("generate, transformers", "C0", "--"),
@@ -71,9 +71,11 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    file = RESULTS / cores_name(args.cores) / FILE
     if not args.plot:
-        FILE.write_text(json.dumps(run(args.cores, args.repeats), indent=1) + "\n")
-    plot(json.loads(FILE.read_text())["points"], ROOT / "docs" / "images" / "growth.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(run(args.cores, args.repeats), indent=1) + "\n")
+    plot(json.loads(file.read_text())["points"], ROOT / "docs" / "images" / "growth.png")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,11 @@ from benchmarks.driver import measure
 RESULTS = Path(__file__).parent / "results"
 
 
+def cores_name(cores: int) -> str:
+    """The folder of results on so many cores."""
+    return "1-core" if cores == 1 else f"{cores}-cores"
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measures, writes one JSON file a case, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -30,15 +35,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results/N-cores")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args(argv)
+    folder = args.results or RESULTS / cores_name(args.cores)
     known = {case.name: case for case in CASES + TINY}
     unknown = sorted(set(args.cases) - set(known))
     if unknown:
         parser.error(f"unknown cases {unknown}; known: {sorted(known)}")
     if not args.table:
-        args.results.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         hardware = machine.describe(args.cores)
         for name in args.cases:
             case = known[name]
@@ -47,8 +53,8 @@ def main(argv: list[str] | None = None) -> None:
                 case, libraries, cores=args.cores, warmup=args.warmup, repeats=args.repeats
             )
             result |= {"machine": hardware, "asked": case.peers}
-            (args.results / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(table.markdown(args.results))
+            (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(table.markdown(folder))
 
 
 if __name__ == "__main__":
