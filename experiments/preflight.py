@@ -77,14 +77,15 @@ def remedies(config: ConfigDict, devices: int) -> Iterator[tuple[str, ConfigDict
 
 def advise(config: ConfigDict, verdict: Verdict, model: str) -> Iterator[str]:
     """Tries the remedies on the program that decides until it fits; one line for each."""
-    changes: list[str] = []
+    changes: dict[str, str] = {}
     for change, changed in remedies(config, verdict.topology.size):
-        changes.append(f"--{change}")
+        key, value = change.split("=")
+        changes[key] = f"--{key}={value}"
         run = make_run(changed, verdict.topology, model)
         smaller = compile_all(run, verdict.topology, verdict.deciding.name)
         if smaller.missing <= 0:  # then all the others have to fit as well
             smaller = compile_all(run, verdict.topology)
-        yield f"with {' '.join(changes)}: {verdicts.summary(smaller)}"
+        yield f"with {' '.join(changes.values())}: {verdicts.summary(smaller)}"
         if smaller.missing <= 0:
             return
     yield "nothing tried makes it fit: use more devices, or fewer rows or tokens"
