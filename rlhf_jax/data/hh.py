@@ -2,7 +2,6 @@
 
 What stands behind `hh:` in a source names the place and the parts, `PLACE:PART+PART`, either of
 which may be left out:
-
     hh                              all four parts, from the hub
     hh:helpful-base+harmless-base   two of them
     hh:FOLDER                       a copy: PART/train.jsonl.gz and test.jsonl.gz (or .jsonl),
