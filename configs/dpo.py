@@ -6,7 +6,9 @@
 Scales:
   tiny        seconds on two CPU cores; for tests
   smollm2     SmolLM2-135M-Instruct, adapters of rank 8, movie reviews in its chat template
-  quickstart  from the quickstart's SFT policy, pairs of reviews ranked by their human ratings
+  quickstart  from the quickstart's SFT policy, pairs of reviews ranked by their human ratings; win
+              rate against SFT by the judge .66 (seed 0), KL 11 nats a response; 2.5 minutes on two
+              CPU cores (AMD EPYC, shared), 1.9 GiB
   paper       LLaMA-7B on HH-RLHF: beta 0.1, batch 64, learning rate 1e-6, 150 steps of warm-up, one
               epoch (Rafailov et al. 2023, appendix B). Their RMSprop is AdamW with b1 = 0 and no
               weight decay here: the same update but for the bias correction of early steps
