@@ -111,12 +111,11 @@ def ppo_step(spec: dict):
     reward_model, critic = (ScalarModel(reference, jax.random.key(seed)) for seed in (1, 2))
     sampler = jit_generate(config, NO_EOS, 0, sharding)
     score = ppo_setup.make_score(config, AdvantageConfig(**config.advantage), sharding)
-    policy_step, optimizer, critic_step, critic_optimizer, _ = ppo_setup.make_updates(
-        config, sharding, 1000
-    )
+    optimizers, _ = ppo_setup.make_optimizers(config, 1000)
+    policy_step, critic_step = ppo_setup.make_updates(config, sharding, optimizers)
     state = ppo_max.PPOState(
-        policy=create_state(policy, optimizer, sharding),
-        critic=create_state(critic, critic_optimizer, sharding),
+        policy=create_state(policy, optimizers[0], sharding),
+        critic=create_state(critic, optimizers[1], sharding),
         moments=losses.RunningMoments.zeros(),
         kl_coef=jnp.float32(config.kl.coef),
         penalty_coef=jnp.float32(config.penalty.coef),
