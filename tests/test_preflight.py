@@ -91,6 +91,11 @@ def test_flops_with_their_loops():
     assert Module(HLO, devices=8, unknown_trips=5).flops() == products + 2 * one + 5 * one
 
 
+def test_loops_that_are_not_counted_are_named():
+    """The inner loop tells its trip count, the outer one does not."""
+    assert Module(HLO, devices=8).unknown_loops == {"until"}
+
+
 def test_kernels_of_libraries():
     """What tells flash attention from plain attention."""
     kernels = Module(HLO, devices=8).kernels()
@@ -216,6 +221,20 @@ def test_the_program_with_the_highest_peak_decides():
     assert result.fraction == 0.7
     assert result.seconds == 2 * 3.0 + 2 * 3.0
     assert "fits: peak 70.00 GiB a device in large, 28.00 GiB free" in verdict.summary(result)
+
+
+def test_where_loops_are_not_counted_only_the_memory_is_told():
+    """Rather than the work of one layer as that of all."""
+    told = make_verdict(program())
+    assert told.to_json()["samples_per_second_at_most"] == 12 / (2 * 3)
+    assert "samples/s" in verdict.text(told)
+    result = make_verdict(program(), program("score", counted=False))
+    numbers = result.to_json()
+    assert not numbers["counted"] and "samples_per_second_at_most" not in numbers
+    assert "flops" in numbers["programs"][0] and "flops" not in numbers["programs"][1]
+    text = verdict.text(result)
+    assert "memory only: the compiler for host does not tell" in text
+    assert "samples/s" not in text and "fits: peak 70.00 GiB a device" in text
 
 
 def test_what_does_not_fit_says_by_how_much():

@@ -103,6 +103,8 @@ class Module:
 
     def __init__(self, text: str, *, devices: int, unknown_trips: int = 1):
         self._devices, self._unknown = devices, unknown_trips
+        # Loops whose trip count the module does not tell.
+        self.unknown_loops: set[str] = set()
         self._computations: dict[str, dict[str, Instruction]] = {}
         self._entry = ""
         self._parse(text)
@@ -141,6 +143,8 @@ class Module:
 
     def _trips(self, loop: Instruction) -> int:
         known = re.search(r'"?known_trip_count"?:? ?=?\{"?n"?:"?(\d+)', loop.rest)
+        if not known:
+            self.unknown_loops.add(loop.name)
         return int(known[1]) if known else self._unknown
 
     def _calls(self) -> Iterator[tuple[dict[str, Instruction], Instruction, tuple[int, ...]]]:

@@ -53,6 +53,8 @@ class Measured:
       compile_seconds: Wall time of lowering and compiling.
       weights: See `Program`.
       kernels: Library kernels, and how often each runs.
+      counted: Whether the compiler tells how often each loop runs, but for the one of `Program`;
+        if not, only the memory is known. TPU modules do not tell.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Measured:
     compile_seconds: float
     weights: int = 0
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)
+    counted: bool = True
 
     @property
     def extra(self) -> int:
@@ -111,6 +114,7 @@ def measure(program: Program, topology: Topology) -> Measured:
         compile_seconds=seconds,
         weights=program.weights,
         kernels=module.kernels(),
+        counted=len(module.unknown_loops) <= (program.steps > 1),
     )
 
 

@@ -70,6 +70,11 @@ class Verdict:
         return -(-100 * self.peak(self.deciding) // self.topology.chip.memory) / 100
 
     @property
+    def counted(self) -> bool:
+        """Whether work, traffic and times are known; the memory always is."""
+        return all(program.counted for program in self.programs)
+
+    @property
     def seconds(self) -> float:
         """The least time of an iteration."""
         return sum(p.calls * p.seconds(self.topology) for p in self.programs)
@@ -97,7 +102,12 @@ class Verdict:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as numbers."""
+        """Everything that is known, as numbers."""
+        work = {
+            "iteration_seconds_at_least": self.seconds,
+            "samples_per_second_at_most": self.samples / self.seconds,
+            "all_reduces": self.gradient_all_reduces(),
+        }
         return {
             "topology": self.topology.name,
             "devices": self.topology.size,
@@ -112,23 +122,26 @@ class Verdict:
             "deciding_program": self.deciding.name,
             "peak_bytes": self.peak(self.deciding),
             "samples": self.samples,
-            "iteration_seconds_at_least": self.seconds,
-            "samples_per_second_at_most": self.samples / self.seconds,
-            "all_reduces": self.gradient_all_reduces(),
+            "counted": self.counted,
+            **(work if self.counted else {}),
             "programs": [self._program(program) for program in self.programs],
         }
 
     def _program(self, program: Measured) -> dict[str, Any]:
-        return {
+        known = {
             "name": program.name,
             "calls": program.calls,
             "peak_bytes": self.peak(program),
             "extra_bytes": program.extra,
+            "compile_seconds": round(program.compile_seconds, 1),
+        }
+        if not program.counted:
+            return known
+        return known | {
             "flops": program.flops,
             "sent_bytes": program.sent,
             "seconds_at_least": program.seconds(self.topology),
             "bounds": program.bounds(self.topology),
-            "compile_seconds": round(program.compile_seconds, 1),
             "update_traffic": self.traffic(program),
             "kernels": program.kernels,
             "collectives": [
@@ -152,7 +165,23 @@ def text(verdict: Verdict) -> str:
     for item in verdict.holdings:
         if item.whole and sum(size for _, size in item.whole) > SMALL:
             lines.append(f"  {item.name}: {len(item.whole)} leaves are whole ({item.reason})")
-    lines.append("\npeak of each program, its work and its least time")
+    if verdict.counted:
+        lines += _work(verdict)
+    else:
+        lines.append("\npeak of each program")
+        lines += _table((p.name, show(verdict.peak(p))) for p in verdict.programs)
+        lines.append(
+            f"\nmemory only: the compiler for {chip.name} does not tell how often its loops run, "
+            "so work, traffic and least times are not known"
+        )
+    lines.append(summary(verdict))
+    return "\n".join(lines)
+
+
+def _work(verdict: Verdict) -> list[str]:
+    """What the programs compute and send, and how long that takes at least."""
+    topology = verdict.topology
+    lines = ["\npeak of each program, its work and its least time"]
     lines += [f"  {'':<26} {'peak':>10} {'TFLOP':>8} {'sent':>10} {'seconds':>8}  bound by"]
     for program in verdict.programs:
         bounds = program.bounds(topology)
@@ -184,8 +213,7 @@ def text(verdict: Verdict) -> str:
         f"\nan iteration of {verdict.samples} responses takes at least {verdict.seconds:.1f} s: "
         f"at most {verdict.samples / verdict.seconds:.1f} samples/s"
     )
-    lines.append(summary(verdict))
-    return "\n".join(lines)
+    return lines
 
 
 def summary(verdict: Verdict) -> str:
