@@ -9,7 +9,8 @@ Scales (model, data and batch sizes):
               the judge .78 to .88 over seeds 0, 1, 2, KL 5.9 to 7.9 nats a response; 2 minutes on
               two CPU cores (AMD EPYC, shared), 8 with the stages before, 2.1 GiB
   smollm2     SmolLM2-135M-Instruct as it is for SFT model, adapters of rank 8, movie reviews in its
-              chat template, without ptx
+              chat template, without ptx; its numbers are a first choice: no run has gone beyond a
+              few iterations yet
   paper_en, paper_zh  7B models, HH-RLHF, 8 x A100-80G, the deck's numbers
   moss_en, moss_zh    the released scripts' numbers
 
