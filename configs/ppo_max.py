@@ -7,7 +7,7 @@ Scales (model, data and batch sizes):
   tiny        seconds on two CPU cores; for tests
   quickstart  the review task; runs SFT and reward model where missing; win rate against SFT by
               the judge .78 to .88 over seeds 0, 1, 2, KL 5.9 to 7.9 nats a response; 2 minutes on
-              two CPU cores (AMD EPYC, shared), 8 with the stages before, 2.1 GiB
+              two CPU cores (AMD EPYC), 7 with the stages before, 1.8 GiB
   smollm2     SmolLM2-135M-Instruct as it is for SFT model, adapters of rank 8, movie reviews in its
               chat template, without ptx; its numbers are a first choice: no run has gone beyond a
               few iterations yet

@@ -6,11 +6,11 @@ Scales:
   tiny        seconds on two CPU cores; for tests
   quickstart  from the quickstart's SFT model, pairs of reviews whose human ratings differ by >= 1;
               held-out pair accuracy .77 to .78 over seeds 0, 1, 2, the VADER rule .70 to .73;
-              2.5 minutes on two CPU cores (AMD EPYC, shared), 2.0 GiB
+              2 minutes on two CPU cores (AMD EPYC), 1.8 GiB
   smollm2     the first 15 of 30 layers of SmolLM2-135M-Instruct, adapters of rank 8, all texts of a
               batch compared; movie reviews of up to 64 tokens (97%) in its chat template; held-out
-              pair accuracy .91 on 400 pairs (seed 1 only), the VADER rule .74; 5.5 minutes,
-              3.4 GiB, as above
+              pair accuracy .91 on 400 pairs (seed 1 only), the VADER rule .74; 5.5 minutes
+              beside other work, 3.4 GiB
   paper_en    LLaMA-7B on HH-RLHF, learning rate 5e-6, 10% warm-up, 1000 steps, 4 to 128 pairs a
               step, beta_rm 1 (deck: "Training Implementations for the RM")
   paper_zh    OpenChineseLLaMA-7B on your own pairs, the same numbers

@@ -5,7 +5,7 @@
 Scales:
   tiny        seconds on two CPU cores; for tests
   quickstart  a 1 M Llama from scratch on movie and product reviews; held-out perplexity 78 to 98
-              over seeds 0, 1, 2; 4 minutes on two CPU cores (AMD EPYC, shared), 2.0 GiB
+              over seeds 0, 1, 2; 3 minutes on two CPU cores (AMD EPYC), 1.8 GiB
   smollm2     SmolLM2-135M-Instruct, adapters of rank 8, 640 rows of reviews in its chat template;
               not part of the chain of ppo_max's smollm2, whose SFT model is the instruct model
   paper_en    LLaMA-7B, 2 epochs, learning rate 9.5e-6, global batch 1024 (deck: "Training Setup")
