@@ -17,11 +17,12 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 for ((attempt = 0; attempt <= ${RESTARTS:-3}; attempt++)); do
   "$@" &
   pid=$!
-  trap 'kill -TERM "$pid" 2>/dev/null' INT TERM
-  status=0
-  while kill -0 "$pid" 2>/dev/null; do wait "$pid"; status=$?; done
+  signalled="" stopped=""
+  trap 'signalled=yes stopped=yes; kill -TERM "$pid" 2>/dev/null' INT TERM
+  # A signal ends `wait` early, with its own status: wait again for that of the command.
+  while wait "$pid"; status=$?; [[ -n $signalled ]]; do signalled=""; done
   trap - INT TERM
-  if [[ $status -eq 0 || $status -eq 130 ]]; then
+  if [[ $status -eq 0 || $status -eq 130 || -n $stopped ]]; then
     exit "$status"
   fi
   echo "attempt $((attempt + 1)) ended with status $status" >&2
