@@ -109,18 +109,17 @@ def preference_pairs(
     data, drops = config.data, DropCounts()
     if data.source == "reviews" and data.instruction:
         return rated_pairs(config, tokenizer, split, count)[0]
-    if data.source == "harm":
-        rows = harm.harm_pairs(
-            split, min_gap=data.min_gap, num_pairs=count, seed=config.seed, drops=drops
-        )
-    elif data.source == "reviews":
-        rows = reviews.preference_rows(
-            _reviews(config, split, drops),
-            min_gap=data.min_gap,
-            num_pairs=count,
-            seed=config.seed,
-            drops=drops,
-        )
+    if data.source in ("harm", "reviews"):
+        drawn = {
+            "min_gap": data.min_gap,
+            "num_pairs": count,
+            "seed": config.seed,
+            "drops": drops,
+        }
+        if data.source == "harm":
+            rows = harm.harm_pairs(split, **drawn)
+        else:
+            rows = reviews.preference_rows(_reviews(config, split, drops), **drawn)
         pairs = chat.encode_pairs(rows, tokenizer, max_length=data.max_length, drops=drops)
     else:
         pairs = other_data.prepared(

@@ -112,3 +112,15 @@ def test_ppo_answers_in_the_chat_and_shows_the_opening_words(chain, reward_run, 
 def test_wrong_comparisons_are_told(change, message):
     with pytest.raises(ValueError, match=message):
         reward_model.training_batches(reward_configs.get_config(f"tiny,{change}"), None, 1)
+
+
+def test_pairs_of_harm_scores_are_encoded(chain, monkeypatch):
+    row = {
+        "prompt": [{"role": "user", "content": "the film"}],
+        "chosen": "a good one of a film",
+        "rejected": "bad",
+    }
+    monkeypatch.setattr(data.harm, "harm_pairs", lambda split, **drawn: [row])
+    config = reward_configs.get_config("tiny,data.source=harm")
+    (pair,) = data.preference_pairs(config, load_tokenizer(chain.sft), "train", 1)
+    assert len(pair.chosen.tokens) > len(pair.rejected.tokens)
