@@ -1,7 +1,8 @@
-"""Memory that is freed comes back without page faults."""
+"""Memory that is freed comes back without page faults, and in huge pages."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +36,42 @@ def test_buffers_of_the_next_call_cause_no_page_faults():
     assert faults["as it is"] > 50 * 16_000  # pages of 64 MiB at every call
     # Another thread frees a buffer, at times only after the next call has taken one more.
     assert faults["reuse"] < faults["as it is"] / 4
+
+
+# Makes arrays of 128 MiB; prints the KiB of huge pages that the process then holds.
+ARRAYS = """
+import sys
+from rlhf_jax.host_memory import reuse_freed_memory
+if sys.argv[1] == "reuse":
+    assert reuse_freed_memory()
+import jax, jax.numpy as jnp
+arrays = [jnp.ones(2**20).at[i].set(2).block_until_ready() for i in range(32)]
+lines = open("/proc/self/smaps_rollup").read().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("AnonHugePages")))
+"""
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not SETTING.is_file() or "[madvise]" not in SETTING.read_text(),
+    reason="huge pages are not for programs to ask for here",
+)
+def test_arrays_lie_in_huge_pages():
+    held = {
+        mode: int(
+            subprocess.run(
+                [sys.executable, "-c", ARRAYS, mode], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for mode in ("as it is", "reuse")
+    }
+    assert held["as it is"] < 32 * 1024
+    assert held["reuse"] > 96 * 1024
+
+
+def test_without_address_space_the_rest_still_works():
+    code = (
+        "import resource; from rlhf_jax.host_memory import reuse_freed_memory;"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31)); assert reuse_freed_memory()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
