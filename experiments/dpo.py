@@ -26,7 +26,6 @@ from experiments import data, dpo_setup, harness, reporting, stages
 from experiments.dpo_setup import DPOConfig, PairSet, log_probs_of_pairs, sequence_log_probs
 from rlhf_jax import distributed, losses, plots
 from rlhf_jax.comparison import win_tie_lose
-from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.panels import DPO_PANELS, PPO_PANELS
@@ -113,7 +112,7 @@ def main(config: ConfigDict) -> None:
     folder = stages.require(
         inputs.reference, stage="sft", variant=inputs.variant, build=inputs.build
     )
-    tokenizer = load_tokenizer(folder)
+    tokenizer = stages.load_tokenizer(folder)
     policy = stages.make_tuning(config, stages.load_policy(folder, config, sharding))
     reference = policy.trunk or stages.load_policy(folder, config, sharding, frozen=True)
 

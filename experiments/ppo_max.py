@@ -22,7 +22,6 @@ from experiments.ppo_setup import rollout_batch
 from experiments.responses import Respondent, make_generate, rollout_statistics
 from rlhf_jax import distributed, losses, ppo
 from rlhf_jax.comparison import win_tie_lose
-from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.experience import AdvantageConfig, take
 from rlhf_jax.judges import VaderJudge
 from rlhf_jax.train import TrainState
@@ -122,7 +121,7 @@ def main(config: ConfigDict) -> None:
 
     # 1. What the stages before left: policy and reference from SFT, and the reward model.
     ppo_setup.require_inputs(config)
-    tokenizer = load_tokenizer(inputs.reference)
+    tokenizer = stages.load_tokenizer(inputs.reference, inputs.policy, inputs.reward_model)
     policy, reference = ppo_setup.load_policies(config, sharding)
     reward_model = ppo_setup.load_reward_model(config, policy, sharding)
 

@@ -20,7 +20,6 @@ from experiments import data, harness, stages
 from rlhf_jax import distributed, plots
 from rlhf_jax.comparison import bootstrap_interval, paired_outcomes
 from rlhf_jax.data.endless import Batches
-from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.data.types import EncodedPair
 from rlhf_jax.losses import bradley_terry_loss, masked_mean, preference_accuracy
 from rlhf_jax.metrics import read_metrics
@@ -169,7 +168,7 @@ def main(config: ConfigDict) -> None:
     # 1. The SFT model with a new scalar head, and pairs that people have ranked.
     inputs = config.inputs
     folder = stages.require(inputs.model, stage="sft", variant=inputs.variant, build=inputs.build)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = stages.load_tokenizer(folder)
     key = jax.random.key(config.seed)
     model = stages.load_scalar(folder, config, sharding, key=key, layers=inputs.layers)
     tuning = stages.make_tuning(config, model)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from experiments import data, harness, stages
-from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
+from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
@@ -58,9 +58,8 @@ def starting_point(config: ConfigDict, sharding, texts: list[str]):
       ValueError: adapters without a pretrained model.
     """
     if config.inputs.model:
-        model = stages.load_policy(config.inputs.model, config, sharding)
-        # A pad token may be new: it needs a row of the embedding that no token uses.
-        return load_tokenizer(config.inputs.model, vocab_size=model.config.vocab_size), model
+        tokenizer = stages.load_tokenizer(config.inputs.model)
+        return tokenizer, stages.load_policy(config.inputs.model, config, sharding)
     if config.lora.rank:
         raise ValueError(
             f"lora.rank={config.lora.rank} trains beside a model that is there: set inputs.model, "

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from experiments import harness, pretrained
 from rlhf_jax import distributed, memory
+from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.models import hf_weights, lora, lora_files
 from rlhf_jax.models.lora import Tuning
 from rlhf_jax.models.transformer import first_layers
@@ -47,6 +48,25 @@ def require(folder: str, *, stage: str, variant: str, build: bool) -> str:
     get_config = importlib.import_module(f"configs.{stage}").get_config
     importlib.import_module(f"experiments.{stage}").main(get_config(variant))
     return folder
+
+
+def load_tokenizer(folder: str, *others: str) -> Any:
+    """The tokenizer of a model, fit for training, before any weights are read.
+
+    Args:
+      folder: Of the model.
+      *others: Folders of models that will read the same tokens.
+
+    Raises:
+      ValueError: no tokenizer there, or one of the models has fewer rows than it has tokens.
+    """
+    configs = {name: hf_weights.load_config(name) for name in (folder, *others)}
+    # A pad token may be new: it needs a row of the embedding that no token uses.
+    rows = min(config.vocab_size for config in configs.values())
+    loaded = tokenizers.load_tokenizer(folder, vocab_size=rows)
+    for name, config in configs.items():
+        hf_weights.check_vocabulary(loaded, config, name)
+    return loaded
 
 
 def make_sharding(config: ConfigDict) -> Sharding:

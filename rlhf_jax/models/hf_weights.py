@@ -172,8 +172,13 @@ def save_model(
         hf_files.write_tensors(partial, _tensors_of(model, config), max_shard_bytes)
 
 
-def check_vocabulary(tokenizer: Any, config: ModelConfig) -> None:
+def check_vocabulary(tokenizer: Any, config: ModelConfig, where: str = "") -> None:
     """Checks that every token has a row in the embedding.
+
+    Args:
+      tokenizer: Of transformers.
+      config: Of the model.
+      where: Folder of the model, for the message.
 
     Raises:
       ValueError: The tokenizer has more tokens than `config.vocab_size`.
@@ -181,8 +186,8 @@ def check_vocabulary(tokenizer: Any, config: ModelConfig) -> None:
     size = len(tokenizer)
     if size > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {size} tokens, but the embedding only {config.vocab_size} rows; "
-            "use the tokenizer that the model was trained with"
+            f"{where and f'{where}: '}the tokenizer has {size} tokens, but the embedding only "
+            f"{config.vocab_size} rows; use the tokenizer that the model was trained with"
         )
 
 

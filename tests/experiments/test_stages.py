@@ -1,0 +1,75 @@
+"""Tokenizers that do not fit the models of a stage are told before any weights are read."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from configs import dpo as dpo_configs
+from configs import ppo_max as ppo_configs
+from configs import reward_model as reward_configs
+from configs import sft as sft_configs
+from experiments import dpo, ppo_max, reward_model, sft, stages
+from rlhf_jax.data.tokenizer import load_tokenizer
+from tests.data.test_tokenizer import without_spare
+
+
+def resized(folder: Path, to: Path, rows: int) -> str:
+    """A copy of a model whose config states another number of rows; the weights are gone."""
+    shutil.copytree(folder, to)
+    file = to / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": rows}))
+    for weights in to.glob("*.safetensors"):
+        weights.unlink()
+    return str(to)
+
+
+def run_sft(folder, tmp_path, chain):
+    config = sft_configs.get_config("tiny")
+    config.inputs.model, config.workdir = folder, str(tmp_path / "run")
+    sft.main(config)
+
+
+def run_reward_model(folder, tmp_path, chain):
+    config = reward_configs.get_config("tiny")
+    config.inputs.model, config.workdir = folder, str(tmp_path / "run")
+    reward_model.main(config)
+
+
+def run_dpo(folder, tmp_path, chain):
+    config = dpo_configs.get_config("tiny")
+    config.inputs.reference, config.workdir = folder, str(tmp_path / "run")
+    dpo.main(config)
+
+
+def run_ppo(folder, tmp_path, chain):
+    config = ppo_configs.get_config("tiny")
+    config.inputs.update(policy=str(chain.sft), reference=str(chain.sft), reward_model=folder)
+    config.workdir = str(tmp_path / "run")
+    ppo_max.main(config)
+
+
+@pytest.mark.parametrize("stage", [run_sft, run_reward_model, run_dpo, run_ppo])
+def test_every_stage_refuses_a_tokenizer_with_more_tokens_than_rows(chain, tmp_path, stage):
+    size = len(load_tokenizer(chain.sft))
+    source = chain.reward_model if stage is run_ppo else chain.sft
+    folder = resized(source, tmp_path / "model", size - 1)
+    with pytest.raises(ValueError) as error:
+        stage(folder, tmp_path, chain)
+    assert str(error.value) == (
+        f"{folder}: the tokenizer has {size} tokens, but the embedding only {size - 1} rows; "
+        "use the tokenizer that the model was trained with"
+    )
+
+
+def test_a_new_pad_token_takes_a_row_that_every_model_has(chain, tmp_path):
+    tokenizer = without_spare()
+    size = len(tokenizer)
+    folders = [
+        resized(chain.sft, tmp_path / name, rows) for name, rows in (("a", size + 4), ("b", size))
+    ]
+    tokenizer.save_pretrained(folders[0])
+    assert stages.load_tokenizer(folders[0]).pad_token_id == size
+    with pytest.raises(ValueError, match=f"new one would be id {size} of an embedding with {size}"):
+        stages.load_tokenizer(*folders)
