@@ -9,8 +9,9 @@ Scales (model, data and batch sizes):
               the judge .78 to .88 over seeds 0, 1, 2, KL 5.9 to 7.9 nats a response; 2 minutes on
               two CPU cores (AMD EPYC), 7 with the stages before, 1.8 GiB
   smollm2     SmolLM2-135M-Instruct as it is for SFT model, adapters of rank 8, movie reviews in its
-              chat template, without ptx; its numbers are a first choice: no run has gone beyond a
-              few iterations yet
+              chat template, without ptx; win rate against it by the judge .65 to .71 (seeds 0, 1
+              and 2), KL 3.3 to 3.9 nats a response; 10 minutes on two CPU cores (AMD EPYC), 14
+              with the reward model before, 8.2 GiB
   paper_en, paper_zh  7B models, HH-RLHF, 8 x A100-80G, the deck's numbers
   moss_en, moss_zh    the released scripts' numbers
 
@@ -123,6 +124,8 @@ def _smollm2() -> ConfigDict:
     config.sampling.update(max_new_tokens=24)
     # A batch of ptx text costs as much as the responses, and the adapters stay near the reference.
     config.ppo.ptx_coef = 0.0
+    # With 0.05 one of three seeds kept less than 70% of the reference's distinct-2.
+    config.kl.coef = 0.1
     config.lora.rank = 8
     config.optimizer.update(learning_rate=1e-3, schedule="constant")
     config.critic_optimizer.update(learning_rate=1e-3, schedule="constant")
