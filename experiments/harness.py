@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments import run_folder
 from rlhf_jax import distributed
 from rlhf_jax.checkpoint import Checkpointer, GracefulStop
-from rlhf_jax.host_memory import reuse_freed_memory
+from rlhf_jax.host_memory import release_freed_memory, reuse_freed_memory
 from rlhf_jax.metrics import MetricsWriter, NonFiniteError, check_finite
 from rlhf_jax.progress import Progress, progress
 
@@ -176,6 +176,7 @@ class Run:
                     self.first_step_seconds = time.time() - begun
                 self._bar.set_postfix(self._shown)
                 self._bar.update(1)
+                release_freed_memory()
             self.flush()
 
     def _open_logs(self) -> Progress:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import distributed, evaluation, experience, rollout
 from rlhf_jax.data.chat import stop_tokens
+from rlhf_jax.host_memory import release_freed_memory
 from rlhf_jax.judges import Judge
 from rlhf_jax.rollout import Rollout, SamplingConfig
 from rlhf_jax.sharding import Sharding
@@ -110,6 +111,7 @@ class Respondent:
             evaluated = self._evaluate(sampled, self._reference, self._reward_model)
             evaluations.append(distributed.fetch(evaluated))
             rollouts.append(distributed.fetch(sampled))
+            release_freed_memory()
         return self._measure(_stack(rollouts), _stack(evaluations))
 
     def _measure(self, sampled: Rollout, evaluated: experience.Evaluation) -> Responses:

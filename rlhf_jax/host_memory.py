@@ -19,8 +19,9 @@ def reuse_freed_memory() -> bool:
     the system and unmaps it when it is freed, so that every page of it is faulted in and zeroed at
     every step: a fifth of the processor time of a small training run. And with pages of 4 KiB the
     weights of even a small model are more pages than a processor keeps track of, which slows down
-    sampling by 5 to 10% on one or two cores. The process then holds its peak until it ends. Call
-    it before jax starts its threads.
+    sampling by 5 to 10% on one or two cores. The process then holds what it has freed, more than it
+    ever needed at once where programs of several shapes take turns: see `release_freed_memory`.
+    Call it before jax starts its threads.
 
     Returns:
       Whether freed memory is kept; False where the C library is another one.
@@ -40,9 +41,37 @@ def reuse_freed_memory() -> bool:
     )
     kept = all([mallopt(parameter, value) == 1 for parameter, value in settings])
     if kept:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        _advise_huge_pages(libc, memory // 8 * 7)  # Linux refuses more than it has at once
+        # Linux refuses more than it has at once.
+        _advise_huge_pages(libc, _memory_of_machine() // 8 * 7)
     return kept
+
+
+def release_freed_memory(above: float = 0.4) -> bool:
+    """Gives what is freed back to the system once the process holds much of the machine's memory.
+
+    The counterpart of `reuse_freed_memory`, for between two steps: blocks of one program that do
+    not fit the next one would otherwise add up.
+
+    Args:
+      above: Share of the machine's memory up to which nothing is done.
+
+    Returns:
+      Whether memory was given back.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    with open("/proc/self/statm") as file:
+        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident <= above * _memory_of_machine():
+        return False
+    try:
+        return ctypes.CDLL(None).malloc_trim(0) == 1
+    except AttributeError:
+        return False
+
+
+def _memory_of_machine() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _advise_huge_pages(libc: ctypes.CDLL, size: int) -> None:

@@ -75,3 +75,33 @@ def test_without_address_space_the_rest_still_works():
         "resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31)); assert reuse_freed_memory()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Frees 256 MiB that lie below an array that stays; prints the MiB held before and after.
+RELEASES = """
+from pathlib import Path
+from rlhf_jax.host_memory import release_freed_memory, reuse_freed_memory
+assert reuse_freed_memory()
+import ctypes, os
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+held = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+block, above = libc.malloc(2**28), libc.malloc(2**20)
+ctypes.memset(block, 1, 2**28)
+ctypes.memset(above, 1, 2**20)
+libc.free(block)
+before = held()
+assert not release_freed_memory(above=1.0) and held() == before
+assert release_freed_memory(above=0.0)
+print(before // 2**20, held() // 2**20)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other C libraries")
+def test_freed_memory_goes_back_above_the_share_only():
+    done = subprocess.run(
+        [sys.executable, "-c", RELEASES], capture_output=True, text=True, check=True
+    )
+    before, after = map(int, done.stdout.split())
+    assert before > 256 and after < before - 240
