@@ -26,12 +26,8 @@ def reuse_freed_memory() -> bool:
     Returns:
       Whether freed memory is kept; False where the C library is another one.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        libc = ctypes.CDLL(None)
-        mallopt = libc.mallopt
-    except AttributeError:
+    libc = _glibc()
+    if libc is None:
         return False
     settings = (
         (_ARENA_MAX, 1),  # one heap for all threads: others could not grow beyond 64 MiB
@@ -39,7 +35,7 @@ def reuse_freed_memory() -> bool:
         (_TRIM_THRESHOLD, -1),  # never
         (_TOP_PAD, 64 * 2**20),
     )
-    kept = all([mallopt(parameter, value) == 1 for parameter, value in settings])
+    kept = all([libc.mallopt(parameter, value) == 1 for parameter, value in settings])
     if kept:
         # Linux refuses more than it has at once.
         _advise_huge_pages(libc, _memory_of_machine() // 8 * 7)
@@ -58,16 +54,22 @@ def release_freed_memory(above: float = 0.4) -> bool:
     Returns:
       Whether memory was given back.
     """
-    if not sys.platform.startswith("linux"):
+    libc = _glibc()
+    if libc is None:
         return False
     with open("/proc/self/statm") as file:
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if resident <= above * _memory_of_machine():
         return False
-    try:
-        return ctypes.CDLL(None).malloc_trim(0) == 1
-    except AttributeError:
-        return False
+    return libc.malloc_trim(0) == 1
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library of this process if it is glibc on Linux."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
 
 
 def _memory_of_machine() -> int:

@@ -6,6 +6,13 @@ from pathlib import Path
 
 import pytest
 
+
+def printed(code: str, *arguments: str) -> str:
+    """What a program prints in a process of its own."""
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 # Calls of a program with a temporary of 64 MiB; prints the page faults of the last fifty.
 CALLS = """
 import resource, sys
@@ -25,14 +32,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other C libraries")
 def test_buffers_of_the_next_call_cause_no_page_faults():
-    faults = {
-        mode: int(
-            subprocess.run(
-                [sys.executable, "-c", CALLS, mode], capture_output=True, text=True, check=True
-            ).stdout
-        )
-        for mode in ("as it is", "reuse")
-    }
+    faults = {mode: int(printed(CALLS, mode)) for mode in ("as it is", "reuse")}
     assert faults["as it is"] > 50 * 16_000  # pages of 64 MiB at every call
     # Another thread frees a buffer, at times only after the next call has taken one more.
     assert faults["reuse"] < faults["as it is"] / 4
@@ -57,14 +57,7 @@ SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     reason="huge pages are not for programs to ask for here",
 )
 def test_arrays_lie_in_huge_pages():
-    held = {
-        mode: int(
-            subprocess.run(
-                [sys.executable, "-c", ARRAYS, mode], capture_output=True, text=True, check=True
-            ).stdout
-        )
-        for mode in ("as it is", "reuse")
-    }
+    held = {mode: int(printed(ARRAYS, mode)) for mode in ("as it is", "reuse")}
     assert held["as it is"] < 32 * 1024
     assert held["reuse"] > 96 * 1024
 
@@ -74,7 +67,7 @@ def test_without_address_space_the_rest_still_works():
         "import resource; from rlhf_jax.host_memory import reuse_freed_memory;"
         "resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31)); assert reuse_freed_memory()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    printed(code)
 
 
 # Frees 256 MiB that lie below an array that stays; prints the MiB held before and after.
@@ -100,8 +93,5 @@ print(before // 2**20, held() // 2**20)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other C libraries")
 def test_freed_memory_goes_back_above_the_share_only():
-    done = subprocess.run(
-        [sys.executable, "-c", RELEASES], capture_output=True, text=True, check=True
-    )
-    before, after = map(int, done.stdout.split())
+    before, after = map(int, printed(RELEASES).split())
     assert before > 256 and after < before - 240

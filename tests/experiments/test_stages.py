@@ -25,38 +25,29 @@ def resized(folder: Path, to: Path, rows: int) -> str:
     return str(to)
 
 
-def run_sft(folder, tmp_path, chain):
-    config = sft_configs.get_config("tiny")
-    config.inputs.model, config.workdir = folder, str(tmp_path / "run")
-    sft.main(config)
+# Stage, its config file, and the input that names the model in question.
+STAGES = (
+    (sft, sft_configs, "model"),
+    (reward_model, reward_configs, "model"),
+    (dpo, dpo_configs, "reference"),
+    (ppo_max, ppo_configs, "reward_model"),
+)
 
 
-def run_reward_model(folder, tmp_path, chain):
-    config = reward_configs.get_config("tiny")
-    config.inputs.model, config.workdir = folder, str(tmp_path / "run")
-    reward_model.main(config)
-
-
-def run_dpo(folder, tmp_path, chain):
-    config = dpo_configs.get_config("tiny")
-    config.inputs.reference, config.workdir = folder, str(tmp_path / "run")
-    dpo.main(config)
-
-
-def run_ppo(folder, tmp_path, chain):
-    config = ppo_configs.get_config("tiny")
-    config.inputs.update(policy=str(chain.sft), reference=str(chain.sft), reward_model=folder)
-    config.workdir = str(tmp_path / "run")
-    ppo_max.main(config)
-
-
-@pytest.mark.parametrize("stage", [run_sft, run_reward_model, run_dpo, run_ppo])
-def test_every_stage_refuses_a_tokenizer_with_more_tokens_than_rows(chain, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "configs", "name"), STAGES)
+def test_every_stage_refuses_a_tokenizer_with_more_tokens_than_rows(
+    chain, tmp_path, stage, configs, name
+):
     size = len(load_tokenizer(chain.sft))
-    source = chain.reward_model if stage is run_ppo else chain.sft
+    source = chain.reward_model if name == "reward_model" else chain.sft
     folder = resized(source, tmp_path / "model", size - 1)
+    config = configs.get_config("tiny")
+    config.workdir = str(tmp_path / "run")
+    if stage is ppo_max:
+        config.inputs.update(policy=str(chain.sft), reference=str(chain.sft))
+    config.inputs[name] = folder
     with pytest.raises(ValueError) as error:
-        stage(folder, tmp_path, chain)
+        stage.main(config)
     assert str(error.value) == (
         f"{folder}: the tokenizer has {size} tokens, but the embedding only {size - 1} rows; "
         "use the tokenizer that the model was trained with"
