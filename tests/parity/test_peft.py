@@ -19,10 +19,23 @@ def tokens_and_mask():
     return tiny.left_padded([9, 4, 7], 9)
 
 
+def torch_logits(model, tokens, mask):
+    """What a model of transformers or PEFT gives for left-padded tokens."""
+    import torch
+
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    with torch.no_grad():
+        logits = model(
+            input_ids=torch.tensor(tokens).long(),
+            attention_mask=torch.tensor(mask).long(),
+            position_ids=torch.tensor(positions).long(),
+        ).logits
+    return logits.float().numpy()
+
+
 @pytest.mark.parametrize("targets", [lora.TARGETS, ("q", "v")])
 def test_peft_opens_adapters_and_agrees(tmp_path, targets):
     import peft
-    import torch
     import transformers
 
     model = tiny.language_model()
@@ -38,14 +51,7 @@ def test_peft_opens_adapters_and_agrees(tmp_path, targets):
     ours = np.asarray(load_model(tmp_path / "base").logits(hidden))[mask]
 
     def theirs(torch_model):
-        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-        with torch.no_grad():
-            logits = torch_model(
-                input_ids=torch.tensor(tokens).long(),
-                attention_mask=torch.tensor(mask).long(),
-                position_ids=torch.tensor(positions).long(),
-            ).logits
-        return logits.float().numpy()[mask]
+        return torch_logits(torch_model, tokens, mask)[mask]
 
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
     plain = theirs(base)
@@ -58,7 +64,6 @@ def test_peft_opens_adapters_and_agrees(tmp_path, targets):
 
 def test_peft_opens_a_reward_models_adapters(tmp_path):
     import peft
-    import torch
     import transformers
 
     model = tiny.scalar_model()
@@ -73,13 +78,7 @@ def test_peft_opens_a_reward_models_adapters(tmp_path):
         tmp_path / "base", num_labels=1, pad_token_id=tiny.PAD
     )
     opened = peft.PeftModel.from_pretrained(base, tmp_path / "adapters").eval()
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    with torch.no_grad():
-        theirs = opened(
-            input_ids=torch.tensor(tokens).long(),
-            attention_mask=torch.tensor(mask).long(),
-            position_ids=torch.tensor(positions).long(),
-        ).logits[:, 0]
+    theirs = torch_logits(opened, tokens, mask)[:, 0]
     # The format has no bias: other tools are lower by this constant.
     bias = float(trained.bias[...])
-    np.testing.assert_allclose(theirs.numpy() + bias, np.asarray(scores), atol=TOLERANCE)
+    np.testing.assert_allclose(theirs + bias, np.asarray(scores), atol=TOLERANCE)
