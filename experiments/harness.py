@@ -22,6 +22,7 @@ from rlhf_jax.checkpoint import Checkpointer, GracefulStop
 from rlhf_jax.host_memory import release_freed_memory, reuse_freed_memory
 from rlhf_jax.metrics import MetricsWriter, NonFiniteError, check_finite
 from rlhf_jax.progress import Progress, progress
+from rlhf_jax.runtime.compiler_guard import FLAG, guard_cpu_compiler
 
 # transformers advises to install PyTorch at import; nothing here needs it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -50,6 +51,7 @@ def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}: settings start with --config.")
         reuse_freed_memory()
+        guarded = guard_cpu_compiler()  # before anything asks for a device
         enable_compilation_cache()
         # Orbax tells of every file that it writes.
         logging.set_verbosity(logging.DEBUG if debug.value else logging.WARNING)
@@ -58,6 +60,8 @@ def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
         try:
             if several.value:
                 distributed.initialize()
+            if guarded:
+                print(f"XLA_FLAGS: {FLAG} (docs/losses/index.md, wrong numbers on a CPU)")
             main(config.value)
         except Stopped as stopped:
             print(stopped)

@@ -20,6 +20,7 @@ from rlhf_jax.models import hf_weights
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.rollout import SamplingConfig, generate
+from rlhf_jax.runtime.compiler_guard import guard_cpu_compiler
 from rlhf_jax.sharding import Sharding, make_mesh
 from rlhf_jax.train import create_state, make_train_step
 
@@ -150,6 +151,7 @@ def main() -> None:
     turns = Turns("jax", "flax", "optax", "numpy")  # before jax starts: it pins the process
     reuse_freed_memory()  # as every experiment does
     jax.config.update("jax_platforms", "cpu")
+    guard_cpu_compiler()
     work = CASES[turns.spec["case"]](turns.spec)
     turns.hello()
     repeat(turns, work)

@@ -1,0 +1,1 @@
+"""What a process sets up before and around the work: compiler, memory."""
