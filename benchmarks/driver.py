@@ -34,7 +34,7 @@ def model_folder(name: str) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     from rlhf_jax.models.config import ModelConfig
-    from rlhf_jax.models.hf_weights import save_model
+    from rlhf_jax.models.files.hf_weights import save_model
     from rlhf_jax.models.transformer import Transformer
 
     config = ModelConfig(**MODELS[name])

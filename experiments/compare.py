@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rlhf_jax import plots, report
+from rlhf_jax.evaluation import plots, report
 
 
 def parse_runs(arguments: list[str]) -> dict[str, list[str]]:

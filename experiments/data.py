@@ -10,11 +10,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import other_data
-from rlhf_jax.data import chat, harm, review_chats, reviews
-from rlhf_jax.data.batching import PackedBatches, PairBatches, PromptBatches, pad_prompts
+from rlhf_jax.data import chat, review_chats
+from rlhf_jax.data.batches import PackedBatches, PairBatches, PromptBatches, pad_prompts
+from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair
+from rlhf_jax.data.sets import harm, reviews
 from rlhf_jax.data.streaming import StreamedBatches
-from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair
-from rlhf_jax.judges import VaderJudge
+from rlhf_jax.evaluation.judges import VaderJudge
 
 
 def _reviews(

@@ -24,13 +24,15 @@ from ml_collections import ConfigDict
 
 from experiments import data, dpo_setup, harness, reporting, stages
 from experiments.dpo_setup import DPOConfig, PairSet, log_probs_of_pairs, sequence_log_probs
-from rlhf_jax import distributed, losses, plots
-from rlhf_jax.comparison import win_tie_lose
+from rlhf_jax import losses
+from rlhf_jax.evaluation import plots
+from rlhf_jax.evaluation.comparison import win_tie_lose
+from rlhf_jax.evaluation.panels import DPO_PANELS, PPO_PANELS
+from rlhf_jax.methods.reductions import weighted_sum
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
-from rlhf_jax.panels import DPO_PANELS, PPO_PANELS
-from rlhf_jax.reductions import weighted_sum
-from rlhf_jax.train import create_state, make_train_step
+from rlhf_jax.runtime import distributed
+from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
+from rlhf_jax.training.step import create_state, make_train_step
 
 _SAMPLED = {"judge/win_rate", "policy/kl_ref_sequence", "policy/perplexity", "response/distinct_2"}
 PANELS = (*DPO_PANELS, *(panel for panel in PPO_PANELS if _SAMPLED & set(panel.metrics)))

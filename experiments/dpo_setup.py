@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from experiments import data, reward_model, stages
 from experiments.responses import Respondent, make_generate
 from rlhf_jax import losses
-from rlhf_jax.comparison import Interval, bootstrap_interval, paired_outcomes
-from rlhf_jax.data.types import EncodedPair
-from rlhf_jax.judges import VaderJudge
+from rlhf_jax.data.schemas import EncodedPair
+from rlhf_jax.evaluation.comparison import Interval, bootstrap_interval, paired_outcomes
+from rlhf_jax.evaluation.judges import VaderJudge
 from rlhf_jax.models.heads import ScalarModel, next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
 

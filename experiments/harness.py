@@ -17,11 +17,11 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from experiments import run_folder
-from rlhf_jax import distributed
-from rlhf_jax.checkpoint import Checkpointer, GracefulStop
-from rlhf_jax.host_memory import release_freed_memory, reuse_freed_memory
-from rlhf_jax.metrics import MetricsWriter, NonFiniteError, check_finite
-from rlhf_jax.progress import Progress, progress
+from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.host_memory import release_freed_memory, reuse_freed_memory
+from rlhf_jax.runtime.metrics import MetricsWriter, NonFiniteError, check_finite
+from rlhf_jax.runtime.progress import Progress, progress
+from rlhf_jax.training.checkpoint import Checkpointer, GracefulStop
 
 # transformers advises to install PyTorch at import; nothing here needs it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

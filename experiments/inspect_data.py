@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 
 from experiments import data, harness
 from rlhf_jax.data.inspect import legend, lengths_line, render, use_color
+from rlhf_jax.data.schemas import EncodedPair
 from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
-from rlhf_jax.data.types import EncodedPair
 
 
 def tokenizer_of(config: ConfigDict) -> Any:

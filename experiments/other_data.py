@@ -7,12 +7,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhf_jax import distributed
 from rlhf_jax.data import prepare, sources
 from rlhf_jax.data.endless import Batches
 from rlhf_jax.data.preferences import texts_of
+from rlhf_jax.data.schemas import DropCounts
 from rlhf_jax.data.streaming import StreamedBatches
-from rlhf_jax.data.types import DropCounts
+from rlhf_jax.runtime import distributed
 
 _TOKENIZER_ROWS = 20_000
 

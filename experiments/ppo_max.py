@@ -20,11 +20,13 @@ from ml_collections import ConfigDict
 from experiments import data, harness, ppo_setup, reporting, stages
 from experiments.ppo_setup import rollout_batch
 from experiments.responses import Respondent, make_generate, rollout_statistics
-from rlhf_jax import distributed, losses, ppo
-from rlhf_jax.comparison import win_tie_lose
-from rlhf_jax.experience import AdvantageConfig, take
-from rlhf_jax.judges import VaderJudge
-from rlhf_jax.train import TrainState
+from rlhf_jax import losses
+from rlhf_jax.evaluation.comparison import win_tie_lose
+from rlhf_jax.evaluation.judges import VaderJudge
+from rlhf_jax.methods import ppo
+from rlhf_jax.rollouts.experience import AdvantageConfig, take
+from rlhf_jax.runtime import distributed
+from rlhf_jax.training.step import TrainState
 
 experience_metrics = jax.jit(ppo.experience_metrics)
 # Of the first minibatch, before any update: 0, 1 and 1 where sampler and trainer agree.

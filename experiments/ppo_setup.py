@@ -8,8 +8,12 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments import harness, stages
-from rlhf_jax import ppo
-from rlhf_jax.experience import (
+from rlhf_jax.methods import ppo
+from rlhf_jax.methods.trpo import TRPOConfig, make_trust_region_step
+from rlhf_jax.models.heads import ScalarModel
+from rlhf_jax.models.lora import Tuning
+from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.rollouts.experience import (
     AdvantageConfig,
     Experience,
     RewardConfig,
@@ -17,12 +21,8 @@ from rlhf_jax.experience import (
     evaluate,
     shape_rewards,
 )
-from rlhf_jax.models.heads import ScalarModel
-from rlhf_jax.models.lora import Tuning
-from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
-from rlhf_jax.train import TrainState, create_state, make_train_step
-from rlhf_jax.trpo import TRPOConfig, make_trust_region_step
+from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
+from rlhf_jax.training.step import TrainState, create_state, make_train_step
 
 
 def check(config: ConfigDict, advantage: AdvantageConfig, devices: int) -> None:

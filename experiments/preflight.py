@@ -28,7 +28,7 @@ from rlhf_jax.preflight import verdict as verdicts
 from rlhf_jax.preflight.programs import measure
 from rlhf_jax.preflight.topologies import Topology, make_devices, parse_topology
 from rlhf_jax.preflight.verdict import Verdict
-from rlhf_jax.sharding import Sharding, mesh_of
+from rlhf_jax.runtime.sharding import Sharding, mesh_of
 
 
 def examine(config: ConfigDict, topology: Topology, model: str = "") -> Verdict:

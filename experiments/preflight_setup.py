@@ -14,16 +14,17 @@ from ml_collections import ConfigDict
 
 from experiments import ppo_setup
 from experiments.responses import jit_generate
-from rlhf_jax import losses, memory
-from rlhf_jax.experience import AdvantageConfig
-from rlhf_jax.models import hf_weights
+from rlhf_jax import losses
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.files import hf_weights
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.models.presets import PRESETS, preset
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.preflight.programs import Program, placed
-from rlhf_jax.sharding import Sharding
-from rlhf_jax.train import create_state, make_create_state, state_shardings
+from rlhf_jax.rollouts.experience import AdvantageConfig
+from rlhf_jax.runtime.sharding import Sharding
+from rlhf_jax.training import memory
+from rlhf_jax.training.step import create_state, make_create_state, state_shardings
 
 
 def model_sizes(config: ConfigDict, name: str = "") -> ModelConfig:

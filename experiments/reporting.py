@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 
 from experiments import harness
 from experiments.responses import Responses
-from rlhf_jax import distributed, metrics, plots, report
-from rlhf_jax.comparison import WinRate, win_tie_lose
-from rlhf_jax.report import Target
+from rlhf_jax.evaluation import plots, report
+from rlhf_jax.evaluation.comparison import WinRate, win_tie_lose
+from rlhf_jax.evaluation.report import Target
+from rlhf_jax.runtime import distributed, metrics
 
 # Rows of the table: metric -> how it reads.
 ROWS = {

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax import distributed, evaluation, experience, rollout
 from rlhf_jax.data.chat import stop_tokens
-from rlhf_jax.host_memory import release_freed_memory
-from rlhf_jax.judges import Judge
-from rlhf_jax.rollout import Rollout, SamplingConfig
-from rlhf_jax.sharding import Sharding
+from rlhf_jax.evaluation import statistics
+from rlhf_jax.evaluation.judges import Judge
+from rlhf_jax.rollouts import experience, rollout
+from rlhf_jax.rollouts.rollout import Rollout, SamplingConfig
+from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.host_memory import release_freed_memory
+from rlhf_jax.runtime.sharding import Sharding
 
 
 class Responses(NamedTuple):
@@ -139,12 +141,12 @@ def rollout_statistics(sampled: Rollout, evaluated: experience.Evaluation) -> di
     ref_log_probs = np.asarray(evaluated.ref_log_probs)
     return {
         "reward/mean": float(np.mean(evaluated.scores)),
-        "policy/perplexity": evaluation.response_perplexity(log_probs, where=where),
-        "policy/perplexity_moss": evaluation.moss_perplexity(log_probs, where=where),
-        "policy/perplexity_reference": evaluation.response_perplexity(ref_log_probs, where=where),
+        "policy/perplexity": statistics.response_perplexity(log_probs, where=where),
+        "policy/perplexity_moss": statistics.moss_perplexity(log_probs, where=where),
+        "policy/perplexity_reference": statistics.response_perplexity(ref_log_probs, where=where),
         "policy/entropy": float(np.asarray(sampled.entropies)[where].mean()),
-        **evaluation.kl_statistics(log_probs, ref_log_probs, where=where),
-        **evaluation.response_statistics(
+        **statistics.kl_statistics(log_probs, ref_log_probs, where=where),
+        **statistics.response_statistics(
             sampled.responses, where=where, ended=np.asarray(sampled.ended)
         ),
     }

@@ -17,16 +17,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import data, harness, stages
-from rlhf_jax import distributed, plots
-from rlhf_jax.comparison import bootstrap_interval, paired_outcomes
 from rlhf_jax.data.endless import Batches
-from rlhf_jax.data.types import EncodedPair
+from rlhf_jax.data.schemas import EncodedPair
+from rlhf_jax.evaluation import plots
+from rlhf_jax.evaluation.comparison import bootstrap_interval, paired_outcomes
 from rlhf_jax.losses import bradley_terry_loss, masked_mean, preference_accuracy
-from rlhf_jax.metrics import read_metrics
+from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
 from rlhf_jax.models.heads import ScalarModel, hidden_at, last_real_index, log_probs_of
-from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
-from rlhf_jax.reductions import reduction_weights, weighted_sum
-from rlhf_jax.train import create_state, make_train_step
+from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.metrics import read_metrics
+from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
+from rlhf_jax.training.step import create_state, make_train_step
 
 
 def all_comparisons(

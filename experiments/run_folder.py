@@ -9,8 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhf_jax import distributed
-from rlhf_jax.run_info import run_info
+from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.run_info import run_info
 
 # What may change when a run goes on: it does not change the numbers.
 FREE = ("log.", "checkpoint.", "sharding.")

@@ -17,12 +17,12 @@ from ml_collections import ConfigDict
 
 from experiments import data, harness, stages
 from rlhf_jax.data.tokenizer import train_bpe
+from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
-from rlhf_jax.reductions import reduction_weights, weighted_sum
-from rlhf_jax.train import create_state, make_train_step
+from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
+from rlhf_jax.training.step import create_state, make_train_step
 
 
 def loss_fn(model: Transformer, batch: dict) -> tuple[jax.Array, dict]:

@@ -12,12 +12,14 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments import harness, pretrained
-from rlhf_jax import distributed, memory
 from rlhf_jax.data import tokenizer as tokenizers
-from rlhf_jax.models import hf_weights, lora, lora_files
+from rlhf_jax.models import lora
+from rlhf_jax.models.files import hf_weights, lora_files
 from rlhf_jax.models.lora import Tuning
 from rlhf_jax.models.transformer import first_layers
-from rlhf_jax.sharding import Sharding, make_mesh
+from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.sharding import Sharding, make_mesh
+from rlhf_jax.training import memory
 
 # Folder of a run with the adapters that it trained, next to the merged model.
 ADAPTERS = "adapters"

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.experience import Evaluation, Experience
-from rlhf_jax.rollout import Rollout
+from rlhf_jax.rollouts.experience import Evaluation, Experience
+from rlhf_jax.rollouts.rollout import Rollout
 
 VOCAB, PROMPT, RESPONSE = 6, 3, 5
 LENGTHS = [5, 1, 3, 2, 5, 4, 2, 3]  # of the responses

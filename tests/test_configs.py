@@ -10,13 +10,13 @@ from ml_collections import ConfigDict
 
 from configs import dpo, ppo_max, reward_model, sft
 from experiments.dpo_setup import DPOConfig
-from rlhf_jax.experience import AdvantageConfig, RewardConfig
+from rlhf_jax.methods.ppo import PPOConfig
+from rlhf_jax.methods.trpo import TRPOConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import LoRAConfig
-from rlhf_jax.optimizers import OptimizerConfig
-from rlhf_jax.ppo import PPOConfig
-from rlhf_jax.rollout import SamplingConfig
-from rlhf_jax.trpo import TRPOConfig
+from rlhf_jax.rollouts.experience import AdvantageConfig, RewardConfig
+from rlhf_jax.rollouts.rollout import SamplingConfig
+from rlhf_jax.training.optimizers import OptimizerConfig
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem[0] != "_")

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf_jax import evaluation, losses
+from rlhf_jax import losses
+from rlhf_jax.evaluation import statistics
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -51,8 +52,8 @@ def logged_metrics() -> set[str]:
         text for text in strings("rlhf_jax") | strings("experiments") if METRIC.fullmatch(text)
     }
     where, tokens = np.ones((2, 3), bool), np.arange(6).reshape(2, 3)
-    found |= set(evaluation.response_statistics(tokens, where=where, ended=np.ones(2, bool)))
-    found |= set(evaluation.kl_statistics(np.zeros((2, 3)), np.zeros((2, 3)), where=where))
+    found |= set(statistics.response_statistics(tokens, where=where, ended=np.ones(2, bool)))
+    found |= set(statistics.kl_statistics(np.zeros((2, 3)), np.zeros((2, 3)), where=where))
     # `optim/` is renamed where the critic's metrics join the policy's.
     return found | {"critic/grad_norm"}
 

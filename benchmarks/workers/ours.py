@@ -14,14 +14,14 @@ from configs import ppo_max as ppo_max_config
 from experiments import dpo, dpo_setup, ppo_max, ppo_setup, sft
 from experiments.responses import jit_generate
 from rlhf_jax import losses
-from rlhf_jax.experience import AdvantageConfig, take
-from rlhf_jax.host_memory import reuse_freed_memory
-from rlhf_jax.models import hf_weights
+from rlhf_jax.models.files import hf_weights
 from rlhf_jax.models.heads import ScalarModel
-from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
-from rlhf_jax.rollout import SamplingConfig, generate
-from rlhf_jax.sharding import Sharding, make_mesh
-from rlhf_jax.train import create_state, make_train_step
+from rlhf_jax.rollouts.experience import AdvantageConfig, take
+from rlhf_jax.rollouts.rollout import SamplingConfig, generate
+from rlhf_jax.runtime.host_memory import reuse_freed_memory
+from rlhf_jax.runtime.sharding import Sharding, make_mesh
+from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
+from rlhf_jax.training.step import create_state, make_train_step
 
 NO_EOS = (-1,)  # no token ends a response: every library makes the same number of tokens
 

@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.fields import require, require_sft
-from rlhf_jax.data.rows import (
+from rlhf_jax.data.encode import (
     encode_messages,
     encode_pair,
     encode_prompt,
     encode_response,
     encode_text,
 )
+from rlhf_jax.data.fields import require, require_sft
+from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, EncodedPrompt, Row
 from rlhf_jax.data.templates import pieces_of, renderings_kept, stop_tokens
 from rlhf_jax.data.tokenizer import pieces_encoded
-from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair, EncodedPrompt, Row
 
 __all__ = [
     "check_masks",

@@ -20,9 +20,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.data import assets, chat, sources, token_store
-from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair, Row
-from rlhf_jax.progress import progress
+from rlhf_jax.data import chat, sources
+from rlhf_jax.data import store as token_store
+from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, Row
+from rlhf_jax.data.sets import archives
+from rlhf_jax.runtime.progress import progress
 
 IN_MEMORY = 10_000  # Rows; some 10 to 50 MiB.
 _CHECKED = 4096  # Documents whose masks are checked at a time.
@@ -53,7 +55,7 @@ def encoded_rows(
         max_length: the most tokens of a row (of each side of a pair).
         limit: the most rows that are read; 0 is all of them.
         drops: counts what was kept, dropped and truncated, also where a store is opened.
-        cache: folder of the stores; by default one below `assets.cache_dir()`.
+        cache: folder of the stores; by default one below `archives.cache_dir()`.
         in_memory: the most rows of a list; by default `IN_MEMORY`.
         say: told which store is opened or was written.
 
@@ -63,7 +65,7 @@ def encoded_rows(
     counts = DropCounts() if drops is None else drops
     most = IN_MEMORY if in_memory is None else in_memory
     name = _key(kind, source, split, limit, max_length, tokenizer)
-    folder = (cache or assets.cache_dir() / "tokens") / name
+    folder = (cache or archives.cache_dir() / "tokens") / name
     if token_store.exists(folder):
         store = token_store.TokenStore(folder)
         counts.update(store.counts)
@@ -150,6 +152,6 @@ def _tokenizer_text(tokenizer: Any) -> str:
 def _code() -> str:
     """Hash of the modules beside this one: rows encoded by other code are not taken for these."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data import pairs, reviews
-from rlhf_jax.data.rows import encode_prompt, encode_response
+from rlhf_jax.data import comparisons
+from rlhf_jax.data.encode import encode_prompt, encode_response
+from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, EncodedPrompt, Message, Row
+from rlhf_jax.data.sets import reviews
 from rlhf_jax.data.templates import open_text
 from rlhf_jax.data.tokenizer import encode_piece
-from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair, EncodedPrompt, Message, Row
 
 
 def ask(instruction: str) -> list[Message]:
@@ -65,7 +66,7 @@ def encode_pairs(
         The pairs, and float32 [n, 2], the ratings of chosen and rejected.
 
     Raises:
-        ValueError: see `pairs.score_pairs`; or reviews of several domains.
+        ValueError: see `comparisons.score_pairs`; or reviews of several domains.
     """
     domains = {review.domain for review in rated}
     if len(domains) > 1:
@@ -79,7 +80,7 @@ def encode_pairs(
         else:
             sides.append((encoded, row["rating"]))
     ratings = np.array([rating for _, rating in sides], dtype=np.float32)
-    drawn = pairs.score_pairs(
+    drawn = comparisons.score_pairs(
         ratings.tolist(), [""] * len(sides), min_gap=min_gap, num_pairs=num_pairs, seed=seed
     )
     drops.keep(len(drawn))

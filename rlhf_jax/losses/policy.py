@@ -147,7 +147,7 @@ def ppo_penalty_loss(
 def trpo_surrogate(
     log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array
 ) -> jax.Array:
-    """TRPO's objective, to be maximised under a KL bound: see `rlhf_jax.trust_region`.
+    """TRPO's objective, to be maximised under a KL bound: see `rlhf_jax.methods.trust_region`.
 
         J_t = ρ_t A_t   subject to   E_t[KL(π_old(·|s_t) ‖ π_θ(·|s_t))] ≤ δ
 

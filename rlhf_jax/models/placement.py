@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.sharding import tensor_spec, weight_name
+from rlhf_jax.runtime.sharding import tensor_spec, weight_name
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

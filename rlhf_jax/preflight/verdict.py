@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_jax.memory import Holding, show
 from rlhf_jax.preflight.programs import Measured
 from rlhf_jax.preflight.topologies import Topology
+from rlhf_jax.training.memory import Holding, show
 
 # Beside what XLA plans: CUDA context, NCCL's buffers, kernels, workspaces of libraries.
 RESERVE = 2 * 2**30

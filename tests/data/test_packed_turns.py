@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import chat, prepare
-from rlhf_jax.data.batching import PackedBatches
+from rlhf_jax.data.batches import PackedBatches
 from rlhf_jax.data.preferences import as_sft
 from tests import hh, tiny
 from tests.data import conftest as templates

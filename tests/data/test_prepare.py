@@ -5,9 +5,10 @@ import errno
 import numpy as np
 import pytest
 
-from rlhf_jax.data import chat, prepare, sources, token_store
-from rlhf_jax.data.batching import PackedBatches, PairBatches, PromptBatches
-from rlhf_jax.data.types import DropCounts, Encoded
+from rlhf_jax.data import chat, prepare, sources
+from rlhf_jax.data import store as token_store
+from rlhf_jax.data.batches import PackedBatches, PairBatches, PromptBatches
+from rlhf_jax.data.schemas import DropCounts, Encoded
 from tests import hh
 from tests.data import conftest as templates
 

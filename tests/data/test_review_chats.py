@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.data import chat, review_chats, reviews
-from rlhf_jax.data.reviews import Review
-from rlhf_jax.data.types import DropCounts
+from rlhf_jax.data import chat, review_chats
+from rlhf_jax.data.schemas import DropCounts
+from rlhf_jax.data.sets import reviews
+from rlhf_jax.data.sets.reviews import Review
 from tests.data.conftest import CHATML, HEADERS, stretches
 
 TEXTS = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf_jax.metrics import read_metrics
+from rlhf_jax.runtime.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -16,13 +16,13 @@ from configs import ppo_max as ppo_configs
 from configs import reward_model as reward_configs
 from experiments import data, dpo, dpo_setup, harness
 from experiments.dpo_setup import DPOConfig
-from rlhf_jax.data.batching import PairBatches
+from rlhf_jax.data.batches import PairBatches
+from rlhf_jax.data.schemas import Encoded, EncodedPair
 from rlhf_jax.data.tokenizer import load_tokenizer
-from rlhf_jax.data.types import Encoded, EncodedPair
-from rlhf_jax.metrics import read_metrics
-from rlhf_jax.models import hf_weights
-from rlhf_jax.sharding import Sharding, make_mesh
-from rlhf_jax.train import create_state, make_train_step
+from rlhf_jax.models.files import hf_weights
+from rlhf_jax.runtime.metrics import read_metrics
+from rlhf_jax.runtime.sharding import Sharding, make_mesh
+from rlhf_jax.training.step import create_state, make_train_step
 from tests import tiny as models
 
 ONE_DEVICE = Sharding(make_mesh(1))

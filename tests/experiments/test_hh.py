@@ -7,9 +7,9 @@ import pytest
 
 from configs import dpo, ppo_max, reward_model, sft
 from experiments import data, inspect_data
-from rlhf_jax import distributed
 from rlhf_jax.data import chat, prepare
 from rlhf_jax.data.tokenizer import train_bpe
+from rlhf_jax.runtime import distributed
 from tests import hh
 
 STAGES = {"sft": sft, "reward_model": reward_model, "ppo_max": ppo_max, "dpo": dpo}

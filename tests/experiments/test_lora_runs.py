@@ -23,8 +23,8 @@ from experiments import (
     sft,
     stages,
 )
-from rlhf_jax.metrics import read_metrics
-from rlhf_jax.models import hf_weights
+from rlhf_jax.models.files import hf_weights
+from rlhf_jax.runtime.metrics import read_metrics
 from tests import tiny as models
 
 CHANGES = ("tiny", "sharding.devices=1", "lora.rank=4", "log.tensorboard=False")

@@ -11,8 +11,8 @@ import pytest
 
 from configs import ppo_max as configs
 from experiments import harness, ppo_max, ppo_setup
-from rlhf_jax.metrics import read_metrics
-from rlhf_jax.models import hf_weights
+from rlhf_jax.models.files import hf_weights
+from rlhf_jax.runtime.metrics import read_metrics
 
 
 def tiny(chain, workdir, *changes):

@@ -16,7 +16,7 @@ from rlhf_jax.models.presets import preset
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.preflight import verdict
 from rlhf_jax.preflight.topologies import CHIPS
-from rlhf_jax.sharding import Sharding, make_mesh
+from rlhf_jax.runtime.sharding import Sharding, make_mesh
 
 
 def test_llama_7b_without_files_or_network():

@@ -16,9 +16,9 @@ from configs import reward_model as reward_configs
 from configs import sft as sft_configs
 from experiments import data, reward_model, sft, stages
 from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
-from rlhf_jax.metrics import read_metrics
-from rlhf_jax.models import hf_weights
+from rlhf_jax.models.files import hf_weights
 from rlhf_jax.models.heads import next_token_log_probs
+from rlhf_jax.runtime.metrics import read_metrics
 
 
 def padded(tokens: np.ndarray, length: int = 96) -> tuple[jax.Array, jax.Array]:

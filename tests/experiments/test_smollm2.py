@@ -11,10 +11,10 @@ import pytest
 from configs import ppo_max as ppo_configs
 from configs import reward_model as reward_configs
 from experiments import data, ppo_max, pretrained, reward_model, stages
-from rlhf_jax.data import assets
+from rlhf_jax.data.sets import archives
 from rlhf_jax.data.tokenizer import load_tokenizer
-from rlhf_jax.metrics import read_metrics
-from rlhf_jax.models import hf_weights
+from rlhf_jax.models.files import hf_weights
+from rlhf_jax.runtime.metrics import read_metrics
 from tests.models.test_gguf import assert_same, random_model, write_gguf
 
 CHAT = ("sharding.devices=1", "lora.rank=4", "data.instruction=Write a review.")
@@ -32,7 +32,7 @@ def test_a_gguf_out_of_a_package_is_converted_once(tmp_path, monkeypatch, capsys
         return file.read_bytes()
 
     monkeypatch.setitem(pretrained.SOURCES, folder, "a-package")
-    monkeypatch.setattr(assets, "read_member", read_member)
+    monkeypatch.setattr(archives, "read_member", read_member)
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         found = stages.require(folder, stage="sft", variant="tiny", build=False)

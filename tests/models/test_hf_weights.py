@@ -15,18 +15,18 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from rlhf_jax.models import hf_files
 from rlhf_jax.models.config import ModelConfig, RopeScaling
-from rlhf_jax.models.heads import ScalarModel
-from rlhf_jax.models.hf_config import config_from_hf, config_to_hf
-from rlhf_jax.models.hf_names import Leaf, collapse
-from rlhf_jax.models.hf_weights import (
+from rlhf_jax.models.files import hf_files
+from rlhf_jax.models.files.hf_config import config_from_hf, config_to_hf
+from rlhf_jax.models.files.hf_names import Leaf, collapse
+from rlhf_jax.models.files.hf_weights import (
     check_vocabulary,
     load_config,
     load_model,
     load_scalar_model,
     save_model,
 )
+from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.models.transformer import Transformer
 
 SIZES = {
@@ -227,7 +227,7 @@ MEMORY_PROGRAM = """
 import sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from rlhf_jax.models.hf_weights import load_model
+from rlhf_jax.models.files.hf_weights import load_model
 
 def resident(key):  # not getrusage: its peak begins with that of the parent
     lines = dict(line.split(":") for line in open("/proc/self/status"))
@@ -549,7 +549,7 @@ def test_an_index_cannot_point_outside_of_its_folder(saved, tmp_path):
 
 HUB_PROGRAM = """
 import sys
-from rlhf_jax.models.hf_weights import load_model
+from rlhf_jax.models.files.hf_weights import load_model
 for name in ("maker/small", "maker/absent"):
     try:
         print("loaded", load_model(name).config.vocab_size)

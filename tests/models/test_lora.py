@@ -12,9 +12,9 @@ from rlhf_jax.models import lora
 from rlhf_jax.models.heads import ScalarModel, next_token_log_probs
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.rollout import generate
-from rlhf_jax.sharding import Sharding, make_mesh
-from rlhf_jax.train import create_state, make_train_step
+from rlhf_jax.rollouts.rollout import generate
+from rlhf_jax.runtime.sharding import Sharding, make_mesh
+from rlhf_jax.training.step import create_state, make_train_step
 from tests import tiny
 
 CONFIG = LoRAConfig(rank=3, alpha=6.0)

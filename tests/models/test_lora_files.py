@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from rlhf_jax.models import hf_weights, lora
+from rlhf_jax.models import lora
+from rlhf_jax.models.files import hf_weights
+from rlhf_jax.models.files.lora_files import (
+    fingerprint,
+    load_adapters,
+    save_adapters,
+    trained_beside,
+)
 from rlhf_jax.models.lora import LoRAConfig
-from rlhf_jax.models.lora_files import fingerprint, load_adapters, save_adapters, trained_beside
-from rlhf_jax.sharding import Sharding, make_mesh
+from rlhf_jax.runtime.sharding import Sharding, make_mesh
 from tests import tiny
 
 

@@ -1,0 +1,1 @@
+"""Model files of others: Hugging Face folders, GGUF, PEFT adapters."""
