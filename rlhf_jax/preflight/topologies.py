@@ -15,6 +15,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from rlhf_jax.runtime.errors import MissingPackageError
+
 PIP_GPU = 'pip install "rlhf_jax[preflight]"'
 PIP_TPU = 'pip install "rlhf_jax[preflight-tpu]"'
 
@@ -171,7 +173,7 @@ def make_devices(topology: Topology) -> list[jax.Device]:
     """Abstract devices to compile for.
 
     Raises:
-      ImportError: the compiler for these chips is not installed; names the pip command.
+      MissingPackageError: the compiler for these chips is not installed; names the pip command.
       ValueError: `host` with more devices than this process has.
     """
     if topology.chip.name == "host":
@@ -199,4 +201,4 @@ def _require(module: str, topology: Topology, command: str) -> None:
     except ModuleNotFoundError:
         found = None
     if found is None:
-        raise ImportError(f"compiling for {topology.name} needs {module}: {command}")
+        raise MissingPackageError(f"compiling for {topology.name} needs {module}: {command}")

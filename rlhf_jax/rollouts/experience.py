@@ -103,7 +103,6 @@ class AdvantageConfig:
       discount: γ.
       lambda_: λ of GAE.
       k: Steps of "k_step".
-      samples_per_prompt: Adjacent rows that share a prompt ("rloo", "grpo").
       returns: The critic's target: "gae" is A + V_old, "monte_carlo" the discounted rewards-to-go.
     """
 
@@ -111,18 +110,12 @@ class AdvantageConfig:
     discount: float = 1.0
     lambda_: float = 0.9
     k: int = 1
-    samples_per_prompt: int = 1
     returns: str = "gae"
 
     def __post_init__(self):
         if self.method not in ADVANTAGES:
             raise ValueError(
                 f"advantage.method={self.method!r} is unknown; use one of {ADVANTAGES}"
-            )
-        if self.method in ("rloo", "grpo") and self.samples_per_prompt < 2:
-            raise ValueError(
-                f"advantage.method={self.method!r} compares samples of one prompt; "
-                f"samples_per_prompt={self.samples_per_prompt} must be at least 2"
             )
         if self.returns not in ("gae", "monte_carlo"):
             raise ValueError(f"advantage.returns={self.returns!r} must be 'gae' or 'monte_carlo'")
@@ -131,6 +124,18 @@ class AdvantageConfig:
     def needs_critic(self) -> bool:
         """Whether Φ_t uses V(s_t)."""
         return self.method in CRITIC_ADVANTAGES
+
+    def check_samples(self, samples_per_prompt: int) -> None:
+        """Refuses a Φ that compares samples of one prompt, where a prompt has one.
+
+        Raises:
+          ValueError: says so.
+        """
+        if self.method in ("rloo", "grpo") and samples_per_prompt < 2:
+            raise ValueError(
+                f"advantage.method={self.method!r} compares samples of one prompt; "
+                f"samples_per_prompt={samples_per_prompt} must be at least 2"
+            )
 
 
 def evaluate(
@@ -231,7 +236,12 @@ def shape_rewards(
 
 
 def advantages(
-    rewards: jax.Array, values: jax.Array, where: jax.Array, *, config: AdvantageConfig
+    rewards: jax.Array,
+    values: jax.Array,
+    where: jax.Array,
+    *,
+    config: AdvantageConfig,
+    samples_per_prompt: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """Φ_t and the critic's targets.
 
@@ -240,10 +250,15 @@ def advantages(
       values: `[B, G]`.
       where: `[B, G]` bool, real response tokens.
       config: Choice of Φ.
+      samples_per_prompt: Adjacent rows that share a prompt ("rloo", "grpo").
 
     Returns:
       Advantages and returns, `[B, G]` each, 0 on padding.
+
+    Raises:
+      ValueError: a Φ that compares samples of one prompt, where a prompt has one.
     """
+    config.check_samples(samples_per_prompt)
     discount = config.discount
     to_go = losses.rewards_to_go(rewards, discount=discount, where=where)
     totals = to_go[:, 0]
@@ -259,20 +274,20 @@ def advantages(
     elif method == "reward_to_go_baseline":
         phi = to_go - values
     else:
-        phi = _sequence_phi(totals, config)[:, None] * jnp.ones_like(rewards)
+        phi = _sequence_phi(totals, method, samples_per_prompt)[:, None] * jnp.ones_like(rewards)
     phi = jnp.where(where, phi, 0.0)
     returns = phi + values if method == "gae" and config.returns == "gae" else to_go
     return phi, jnp.where(where, returns, 0.0)
 
 
-def _sequence_phi(totals: jax.Array, config: AdvantageConfig) -> jax.Array:
+def _sequence_phi(totals: jax.Array, method: str, samples_per_prompt: int) -> jax.Array:
     """One weight per sequence `[B]`, from the total returns `[B]`."""
-    if config.method == "total_return":
+    if method == "total_return":
         return totals
-    if config.method == "batch_mean":
+    if method == "batch_mean":
         return totals - losses.batch_mean_baseline(totals)
-    groups = totals.reshape(-1, config.samples_per_prompt)
-    if config.method == "rloo":
+    groups = totals.reshape(-1, samples_per_prompt)
+    if method == "rloo":
         return (groups - losses.leave_one_out_baseline(groups)).reshape(-1)
     return losses.group_advantages(groups).reshape(-1)
 

@@ -13,6 +13,8 @@ and an infinite KL when the nucleus moves. `top_p=1, top_k=0` has no bias and is
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.struct
@@ -22,6 +24,7 @@ import jax.numpy as jnp
 from rlhf_jax.losses import entropy, select_log_probs
 from rlhf_jax.models.transformer import KVCache, LayerWeights, Rope, Transformer
 from rlhf_jax.rollouts import sampling
+from rlhf_jax.runtime.sharding import Sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +100,18 @@ class Rollout:
     def segments(self) -> jax.Array:
         """`[B, P + G]` int32, the mask as segment ids."""
         return self.mask.astype(jnp.int32)
+
+
+def make_generate(
+    config: SamplingConfig,
+    *,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    sharding: Sharding | None = None,
+) -> Callable[..., Rollout]:
+    """`generate` jitted with its settings bound: one program for each shape of prompts."""
+    bound = functools.partial(generate, config=config, eos_ids=eos_ids, pad_id=pad_id)
+    return jax.jit(bound if sharding is None else sharding.bind(bound))
 
 
 class _Carry(NamedTuple):

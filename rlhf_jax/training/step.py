@@ -173,3 +173,16 @@ def _merge(name: str, stacked: jax.Array) -> jax.Array:
 
 def _constrain(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
+
+
+def divide(name: str, whole: int, part: int) -> int:
+    """How many parts make the whole, such as minibatches of a buffer.
+
+    Raises:
+      ValueError: there would be a rest.
+    """
+    if part < 1 or whole < 1:
+        raise ValueError(f"{name}={whole} and what divides it ({part}) must be at least 1")
+    if whole % part:
+        raise ValueError(f"{name}={whole} must be divisible by {part}")
+    return whole // part

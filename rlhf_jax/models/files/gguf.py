@@ -23,6 +23,7 @@ from rlhf_jax.models.files.hf_shards import Shardings, assemble
 from rlhf_jax.models.files.hf_weights import check_vocabulary, save_model
 from rlhf_jax.models.layers import rope_frequencies
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.runtime.errors import MissingPackageError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral and SmolLM are "llama" here.
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
@@ -73,7 +74,7 @@ def load_gguf(
     Raises:
       ValueError: The file is truncated or no GGUF, or holds a model or tokenizer that is not
         supported; one line says which.
-      ImportError: The `gguf` package is not installed.
+      MissingPackageError: The `gguf` package is not installed.
     """
     file = _GGUF(Path(path))
     config = file.config(dtype=dtype, remat=remat, attention=attention, max_length=max_length)
@@ -114,7 +115,7 @@ class _GGUF:
         try:
             import gguf
         except ImportError as error:
-            raise ImportError(
+            raise MissingPackageError(
                 f"reading {path} needs the gguf package: pip install 'gguf>=0.17,<1'"
             ) from error
         if not path.is_file():

@@ -1,0 +1,95 @@
+"""Supervised fine-tuning: the next-token loss on what the assistant says.
+
+Source: Zheng et al. 2023 (arXiv 2307.04964), "Models and Training Setup".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
+from rlhf_jax.models.heads import next_token_log_probs
+from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.runtime.sharding import Sharding
+from rlhf_jax.training.step import divide, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """Batches of a run, all global.
+
+    Attributes:
+      steps: Updates.
+      minibatch: Rows of an update.
+      row_length: Tokens of a row, into which documents are packed.
+      microbatches: Parts of a minibatch whose gradients are computed one after the other.
+    """
+
+    steps: int
+    minibatch: int
+    row_length: int
+    microbatches: int = 1
+
+    def __post_init__(self):
+        for name in ("steps", "row_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+        divide("train.minibatch", self.minibatch, self.microbatches)
+
+
+def loss_fn(model: Transformer, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
+    """L = -Σ_t log π(y_t | x, y_{<t}) over the trained tokens, their mean, in nats.
+
+    Args:
+      model: The policy.
+      batch: Tokens and segments `[B, T]`, and the weights of `prepare`.
+    """
+    log_probs, _ = next_token_log_probs(model, batch["tokens"], batch["segments"])
+    loss = -weighted_sum(log_probs, batch["weights"])
+    return loss, {"loss/lm": loss}
+
+
+def prepare(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Adds each token's weight in the mean over the whole batch."""
+    return {**batch, "weights": reduction_weights("token_mean", batch["loss_mask"][:, 1:])}
+
+
+def make_step(
+    config: SFTConfig,
+    optimizer: optax.GradientTransformation,
+    sharding: Sharding,
+    *,
+    trunk: Any = None,
+) -> Callable[..., Any]:
+    """`step(state, batch) -> (state, metrics)`, see `training.step.make_train_step`."""
+    return make_train_step(
+        loss_fn,
+        optimizer,
+        sharding,
+        microbatches=config.microbatches,
+        prepare=prepare,
+        trunk=trunk,
+    )
+
+
+@jax.jit
+def negative_log_likelihood(
+    model: Transformer, batch: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Sum over trained tokens, in nats, and their number."""
+    log_probs, _ = next_token_log_probs(model, batch["tokens"], batch["segments"])
+    where = batch["loss_mask"][:, 1:]
+    return -jnp.sum(jnp.where(where, log_probs, 0.0)), where.sum()
+
+
+def evaluate(model: Transformer, batches: Sequence[dict], sharding: Sharding) -> float:
+    """Perplexity: exp of the mean negative log-likelihood of trained tokens over all batches."""
+    sums = [negative_log_likelihood(model, sharding.put_whole(batch)) for batch in batches]
+    return math.exp(sum(float(nll) for nll, _ in sums) / sum(int(count) for _, count in sums))
