@@ -200,7 +200,7 @@ def shared() -> ConfigDict:
     config.lora = ConfigDict()
     config.lora.rank = 0  # 0 trains every weight; adapters want ten times the learning rate
     config.lora.alpha = 16.0  # adapters are scaled by alpha / rank
-    config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
+    config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")  # matrices of each layer
     config.log = ConfigDict()
     config.log.tensorboard = True
     config.log.wandb = False  # needs an account

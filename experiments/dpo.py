@@ -23,13 +23,12 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
-from rlhf_jax.data.documents import stop_tokens
-from rlhf_jax.tasks import Task
 
 from configs import common
 from experiments import command, reporting, stages
 from experiments.settings import EvalConfig, Shared, judge_names
 from rlhf_jax.data.batches import fixed_prompts, once_pairs, pair_batches
+from rlhf_jax.data.chat import stop_tokens
 from rlhf_jax.evaluation.comparison import Interval, bootstrap_interval, paired_outcomes
 from rlhf_jax.evaluation.judges import Judge, judge_pairs, make_judges
 from rlhf_jax.evaluation.panels import DPO_PANELS, PPO_PANELS
@@ -43,6 +42,7 @@ from rlhf_jax.rollouts.respond import AgainstBaseline, Respondent
 from rlhf_jax.rollouts.rollout import SamplingConfig, make_generate
 from rlhf_jax.runtime import distributed
 from rlhf_jax.runtime.sharding import Sharding
+from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.training.step import create_state
 
@@ -175,8 +175,8 @@ def compare_on_pairs(
 
 def main(config: ConfigDict) -> None:
     """Trains, compares with SFT and PPO-max and reports; resumes where an earlier run stopped."""
-    settings = command.open_config("dpo", config, Settings)
     distributed.require_one("DPO")
+    settings = command.open_config("dpo", config, Settings)
     if stages.is_finished(settings.workdir, "DPO"):
         return
     train, data, sharding = settings.train, settings.data, settings.sharding.make()
@@ -195,7 +195,10 @@ def main(config: ConfigDict) -> None:
     reference = policy.trunk or stages.load_policy(folder, settings.model, sharding, frozen=True)
 
     # 2. Pairs that people have ranked; pairs and prompts to measure with.
-    pairs = task.preferences(tokenizer, "train", max_length=data.max_length, count=data.pairs)
+    # The reference's numbers are kept by pair, so pairs of a stream are read to their end first.
+    pairs = task.preferences(
+        tokenizer, "train", max_length=data.max_length, count=data.pairs
+    ).loaded()
     batches = pair_batches(
         pairs, seed=settings.seed, pad_id=tokenizer.pad_token_id, **train.batching(devices)
     )

@@ -17,7 +17,6 @@ from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
-from rlhf_jax.tasks import Task
 
 from configs import common
 from experiments import command
@@ -26,6 +25,7 @@ from rlhf_jax.data.inspect import legend, lengths_line, render, use_color
 from rlhf_jax.data.schemas import EncodedPair
 from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
 from rlhf_jax.runtime.settings import typed
+from rlhf_jax.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +58,11 @@ def tokenizer_of(origin: Origin) -> Any:
 def examples_of(task: Task, data: DataConfig, tokenizer: Any, split: str) -> Sequence[Any]:
     """Pairs, prompts or documents: what the config's data section is for."""
     if data.pairs:
-        return task.preferences(tokenizer, split, max_length=data.max_length, count=data.pairs)
+        pairs = task.preferences(tokenizer, split, max_length=data.max_length, count=data.pairs)
+        return pairs.loaded()
     if data.prompt_buckets:
-        return task.prompts(tokenizer, split, max_length=data.longest_prompt)
-    return task.documents(tokenizer, split, max_length=data.max_length)
+        return task.prompts(tokenizer, split, max_length=data.longest_prompt).loaded()
+    return task.documents(tokenizer, split, max_length=data.max_length).loaded()
 
 
 def length_of(example: Any) -> int:

@@ -12,13 +12,12 @@ import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
-from rlhf_jax.data.documents import stop_tokens
-from rlhf_jax.tasks import Task
 
 from configs import common
 from experiments import command, reporting, stages
 from experiments.settings import EvalConfig, Shared, judge_names
 from rlhf_jax.data.batches import fixed_prompts, packed_batches, prompt_batches
+from rlhf_jax.data.chat import stop_tokens
 from rlhf_jax.evaluation.judges import make_judges
 from rlhf_jax.methods.ppo import PPOConfig
 from rlhf_jax.methods.ppo_max import (
@@ -36,6 +35,7 @@ from rlhf_jax.rollouts.experience import AdvantageConfig, RewardConfig
 from rlhf_jax.rollouts.respond import AgainstBaseline, Respondent
 from rlhf_jax.rollouts.rollout import SamplingConfig
 from rlhf_jax.runtime.sharding import Sharding
+from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig
 
 

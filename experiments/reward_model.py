@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from rlhf_jax.tasks import Task
 
 from configs import common
 from experiments import command, reporting, stages
@@ -31,6 +30,7 @@ from rlhf_jax.methods.pairwise import PairTrainConfig
 from rlhf_jax.methods.reward_model import RewardModelConfig
 from rlhf_jax.runtime import distributed
 from rlhf_jax.runtime.metrics import read_metrics
+from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.training.step import create_state
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from rlhf_jax.tasks import Task, TaskConfig, make_task
-
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.runtime.sharding import Sharding, make_mesh
+from rlhf_jax.tasks import Task, TaskConfig, make_task
 from rlhf_jax.training.run import CheckpointConfig, LogConfig, Run
 
 

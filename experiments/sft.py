@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
-from rlhf_jax.tasks import Task
 
 from experiments import command, reporting, stages
 from experiments.settings import EvalConfig, Shared
@@ -25,6 +24,7 @@ from rlhf_jax.methods.sft import SFTConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.runtime.sharding import Sharding
+from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.training.step import create_state
 

@@ -30,7 +30,11 @@ from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training.step import make_train_step
 
-OBJECTIVES = {"dpo": losses.dpo_loss, "ipo": losses.ipo_loss, "hinge": losses.dpo_hinge_loss}
+OBJECTIVES: dict[str, Callable[..., jax.Array]] = {
+    "dpo": losses.dpo_loss,
+    "ipo": losses.ipo_loss,
+    "hinge": losses.dpo_hinge_loss,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +73,9 @@ class DPOConfig:
 
     def loss(self, *log_probs: jax.Array) -> jax.Array:
         """`[B]`, of chosen and rejected `[B]` under the policy and under the reference."""
-        smoothing = {"label_smoothing": self.label_smoothing} if self.objective == "dpo" else {}
-        return OBJECTIVES[self.objective](*log_probs, beta=self.beta, **smoothing)
+        if self.objective == "dpo":
+            return losses.dpo_loss(*log_probs, beta=self.beta, label_smoothing=self.label_smoothing)
+        return OBJECTIVES[self.objective](*log_probs, beta=self.beta)
 
 
 class PairSet(NamedTuple):

@@ -189,8 +189,7 @@ class PPOMaxConfig:
         divide("train.prompts_per_iteration (over devices)", prompts, devices)
 
 
-@flax.struct.dataclass
-class PPOState:
+class PPOState(flax.struct.PyTreeNode):
     """Everything that a run changes, and so everything that a resumed run needs.
 
     Attributes:

@@ -164,8 +164,8 @@ class PPORun:
         """Bytes that a device reads to sample: all its weights for each token, and its cache."""
         sizes, tokens = self.sizes, self.config.sampling.max_new_tokens
         weights = _bytes(self.policy.model) / self.sharding.tensor
-        per_token = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim
-        per_token *= jnp.dtype(sizes.dtype).itemsize / self.sharding.tensor
+        size = jnp.dtype(sizes.dtype).itemsize / self.sharding.tensor
+        per_token = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * size
         seen = self.prompt_length + tokens / 2
         return tokens * (weights + self.rows / self.sharding.data * seen * per_token)
 

@@ -118,7 +118,7 @@ class Respondent:
             numbers.pop("reward/mean")
         return Responses(shown, responses, judged, numbers)
 
-    def _decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+    def _decode(self, tokens: Any, mask: Any) -> list[str]:
         rows = [row[keep] for row, keep in zip(tokens, mask, strict=True)]
         return self._tokenizer.batch_decode(rows, skip_special_tokens=True)
 

@@ -7,7 +7,6 @@ dataclass checks in `__post_init__` is checked here, once, before anything is lo
 from __future__ import annotations
 
 import dataclasses
-import functools
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -39,17 +38,12 @@ def typed(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
         raise ValueError(
             f"unknown config key {path + unknown[0]!r}; there are: {', '.join(sorted(fields))}"
         )
-    hints = _hints(kind)
+    hints = typing.get_type_hints(kind)
     built = {name: _converted(hints[name], value, path + name) for name, value in values.items()}
     missing = [name for name in fields if name not in built and _is_required(fields[name])]
     if missing:
         raise ValueError(f"config key {path + missing[0]!r} is missing")
     return kind(**built)
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
 
 
 def _is_required(field: dataclasses.Field) -> bool:

@@ -57,10 +57,10 @@ def first_steps(root: Path) -> dict[str, dict[str, float]]:
     # The first iteration trains the critic alone.
     config = ppo_configs.get_config(f"{one},train.iterations=2")
     config.workdir = str(root / "ppo_max")
-    config.inputs.update(policy=model, reference=model, reward_model=scorer)
+    config.inputs.update(model=model, reference=model, reward_model=scorer)
     ppo_max.main(config)
     config = dpo_configs.get_config(f"{one},train.steps=1")
-    config.workdir, config.inputs.reference = str(root / "dpo"), model
+    config.workdir, config.inputs.model = str(root / "dpo"), model
     config.compare.update(ppo_max=str(root / "none"), reward_model=scorer)
     dpo.main(config)
     return {stage: numbers_of(root / stage) for stage in STAGES}

@@ -175,7 +175,7 @@ def wanted_phi(method: str, row: int, t: int) -> float:
 
 
 def config_of(method: str, **changes) -> AdvantageConfig:
-    settings = {"discount": DISCOUNT, "lambda_": 0.8, "k": 2, "samples_per_prompt": 2}
+    settings = {"discount": DISCOUNT, "lambda_": 0.8, "k": 2}
     return AdvantageConfig(method, **(settings | changes))
 
 
@@ -256,7 +256,7 @@ def test_shaped_rewards_and_advantages_are_constants():
     [
         (lambda: RewardConfig("norm"), "reward.transform='norm' is unknown; use one of"),
         (lambda: AdvantageConfig("a2c"), "advantage.method='a2c' is unknown; use one of"),
-        (lambda: AdvantageConfig("rloo"), "samples_per_prompt=1 must be at least 2"),
+        (lambda: AdvantageConfig("rloo").check_samples(1), "samples_per_prompt=1 must be at"),
         (lambda: AdvantageConfig(returns="td"), "advantage.returns='td' must be"),
     ],
 )
