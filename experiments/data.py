@@ -1,69 +1,49 @@
-"""From a config to batches: rows of a source, encoded, what was dropped told, batched."""
+"""From a config to batches, through the task that its source names."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import other_data
-from rlhf_jax.data import chat, review_chats
-from rlhf_jax.data.batches import PackedBatches, PairBatches, PromptBatches, pad_prompts
-from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair
-from rlhf_jax.data.sets import harm, reviews
+from rlhf_jax.data import batches
+from rlhf_jax.data.batches import PackedBatches, PairBatches, PromptBatches, each_repeated
+from rlhf_jax.data.schemas import Encoded, EncodedPair
 from rlhf_jax.data.streaming import StreamedBatches
 from rlhf_jax.evaluation.judges import VaderJudge
+from rlhf_jax.tasks import Task, TaskConfig, make_task
+
+__all__ = ["each_repeated"]  # Defined elsewhere, called here by experiments.
 
 
-def _reviews(
-    config: ConfigDict, split: str, drops: DropCounts | None = None
-) -> list[reviews.Review]:
-    loaded = reviews.load_reviews(split, domains=tuple(config.data.domains), drops=drops)
-    return loaded[: config.data.limit or None]
-
-
-def _review_rows(config: ConfigDict, split: str, drops: DropCounts | None = None) -> list[dict]:
-    """Reviews to be written: as they stand, or as the assistant's turn in a chat."""
-    if config.data.instruction:
-        return review_chats.response_rows(_reviews(config, split, drops), config.data.instruction)
-    return reviews.sft_rows(_reviews(config, split, drops))
-
-
-def _told(what: str, split: str, drops: DropCounts) -> None:
-    print(f"{what} ({split}): {drops.summary()}")
+def task_of(config: ConfigDict) -> Task:
+    """The task that `config.data` names."""
+    data = config.data
+    return make_task(
+        TaskConfig(
+            data.source,
+            domains=tuple(data.domains),
+            limit=data.limit,
+            instruction=data.instruction,
+            min_gap=data.get("min_gap", 1.0),
+            seed=config.seed,
+        )
+    )
 
 
 def tokenizer_texts(config: ConfigDict) -> list[str]:
-    """Text for the tokenizer of a model from scratch: what it will be trained on.
-
-    Of reviews all domains, so that models of every variant share one vocabulary.
-    """
-    if config.inputs.model:
-        return []
-    if config.data.source == "reviews":
-        everything = reviews.load_reviews("train", domains=tuple(reviews.DOMAINS))
-        return [review.text for review in everything]
-    return other_data.training_texts(config)
+    """Text for the tokenizer of a model from scratch: what it will be trained on."""
+    return [] if config.inputs.model else task_of(config).texts()
 
 
 def sft_documents(
     config: ConfigDict, tokenizer: Any, split: str, *, max_length: int = 0
 ) -> Sequence[Encoded]:
     """Documents with loss masks, of at most `max_length` (0: data.max_length) tokens."""
-    data, drops = config.data, DropCounts()
-    longest = max_length or data.max_length
-    if data.source == "reviews":
-        rows = _review_rows(config, split, drops)
-        documents = chat.encode_sft(rows, tokenizer, max_length=longest, drops=drops)
-    else:
-        documents = other_data.prepared(
-            config, "sft", split, tokenizer, drops, max_length=longest, limit=data.limit
-        )
-    _told("SFT documents", split, drops)
-    return documents
+    longest = max_length or config.data.max_length
+    return task_of(config).documents(tokenizer, split, max_length=longest).loaded()
 
 
 def sft_batches(
@@ -76,107 +56,62 @@ def sft_batches(
     packed: bool = True,
 ) -> PackedBatches | StreamedBatches:
     """Endless batches of the training documents, streamed where the source says so."""
-    settings = {
-        "batch_size": rows,
-        "length": length,
-        "pad_id": tokenizer.pad_token_id,
-        # One document a row: as many ptx documents as responses, as the released code draws them.
-        "packed": packed,
-    }
-    if other_data.streamed(config):
-        return other_data.stream(config, "sft", tokenizer, max_length, PackedBatches, settings)
-    documents = sft_documents(config, tokenizer, "train", max_length=max_length)
-    return PackedBatches(documents, seed=config.seed, **settings)
+    return batches.packed_batches(
+        task_of(config).documents(tokenizer, "train", max_length=max_length),
+        rows=rows,
+        length=length,
+        seed=config.seed,
+        pad_id=tokenizer.pad_token_id,
+        packed=packed,
+    )
 
 
 def evaluation_batches(
     documents: Sequence[Encoded], tokenizer: Any, train: ConfigDict
 ) -> list[dict]:
     """All documents once, packed like the training batches."""
-    batches = PackedBatches(
-        documents,
-        batch_size=train.minibatch,
-        length=train.row_length,
-        seed=0,
-        pad_id=tokenizer.pad_token_id,
+    return batches.once_packed(
+        documents, rows=train.minibatch, length=train.row_length, pad_id=tokenizer.pad_token_id
     )
-    return list(batches.once())
 
 
 def preference_pairs(
     config: ConfigDict, tokenizer: Any, split: str, count: int
 ) -> Sequence[EncodedPair]:
     """Pairs of responses, the better one first."""
-    data, drops = config.data, DropCounts()
-    if data.source == "reviews" and data.instruction:
-        return rated_pairs(config, tokenizer, split, count)[0]
-    if data.source in ("harm", "reviews"):
-        drawn = {
-            "min_gap": data.min_gap,
-            "num_pairs": count,
-            "seed": config.seed,
-            "drops": drops,
-        }
-        if data.source == "harm":
-            rows = harm.harm_pairs(split, **drawn)
-        else:
-            rows = reviews.preference_rows(_reviews(config, split, drops), **drawn)
-        pairs = chat.encode_pairs(rows, tokenizer, max_length=data.max_length, drops=drops)
-    else:
-        pairs = other_data.prepared(
-            config, "preference", split, tokenizer, drops, max_length=data.max_length, limit=count
-        )
-    _told("pairs", split, drops)
-    return pairs
+    longest = config.data.max_length
+    pairs = task_of(config).preferences(tokenizer, split, max_length=longest, count=count)
+    return pairs.loaded()
 
 
 def rated_pairs(
     config: ConfigDict, tokenizer: Any, split: str, count: int
 ) -> tuple[list[EncodedPair], np.ndarray]:
-    """Pairs of reviews in a chat, and their ratings `[n, 2]`.
-
-    Raises:
-      ValueError: another source, or reviews without `data.instruction`.
-    """
-    data, drops = config.data, DropCounts()
-    if data.source != "reviews" or not data.instruction:
-        raise ValueError(
-            f"loss.comparisons='batch' needs ratings: data.source={data.source!r} must be "
-            "'reviews' with a data.instruction; or set loss.comparisons='pairs'"
-        )
-    pairs, ratings = review_chats.encode_pairs(
-        _reviews(config, split, drops),
-        tokenizer,
-        data.instruction,
-        min_gap=data.min_gap,
-        num_pairs=count,
-        seed=config.seed,
-        max_length=data.max_length,
-        drops=drops,
-    )
-    _told("pairs", split, drops)
-    return pairs, ratings
+    """Pairs and their ratings `[n, 2]`; a ValueError where nobody rated them."""
+    longest = config.data.max_length
+    return task_of(config).rated(tokenizer, split, max_length=longest, count=count)
 
 
 def pair_batches(
     pairs: Sequence[EncodedPair], tokenizer: Any, train: ConfigDict, seed: int, devices: int
-) -> PairBatches:
+) -> PairBatches | StreamedBatches:
     """Endless token-balanced batches."""
-    return PairBatches(pairs, seed=seed, num_buckets=3, **_pair_settings(tokenizer, train, devices))
+    return batches.pair_batches(pairs, seed=seed, **_pair_settings(tokenizer, train, devices))
 
 
 def training_pairs(
     config: ConfigDict, tokenizer: Any, devices: int
 ) -> PairBatches | StreamedBatches:
     """Endless batches of the training pairs, streamed where the source says so."""
-    longest = config.data.max_length
-    if not other_data.streamed(config):
-        pairs = preference_pairs(config, tokenizer, "train", config.data.pairs)
-        return pair_batches(pairs, tokenizer, config.train, config.seed, devices)
-    # Lengths that fit the data best cannot be known.
-    settings = _pair_settings(tokenizer, config.train, devices)
-    settings["buckets"] = tuple(sorted({max(1, longest // part) for part in (4, 2, 1)}))
-    return other_data.stream(config, "preference", tokenizer, longest, PairBatches, settings)
+    data = config.data
+    return batches.pair_batches(
+        task_of(config).preferences(
+            tokenizer, "train", max_length=data.max_length, count=data.pairs
+        ),
+        seed=config.seed,
+        longest=data.max_length,
+        **_pair_settings(tokenizer, config.train, devices),
+    )
 
 
 def _pair_settings(tokenizer: Any, train: ConfigDict, devices: int) -> dict[str, Any]:
@@ -193,7 +128,7 @@ def all_pairs(
     pairs: Sequence[EncodedPair], tokenizer: Any, train: ConfigDict, devices: int
 ) -> list[dict]:
     """All pairs once."""
-    return list(pair_batches(pairs, tokenizer, train, 0, devices).once())
+    return batches.once_pairs(pairs, **_pair_settings(tokenizer, train, devices))
 
 
 def judge_pairs(pairs: Sequence[EncodedPair], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -208,89 +143,47 @@ def judge_pairs(pairs: Sequence[EncodedPair], tokenizer: Any) -> tuple[np.ndarra
 
 
 def reference_documents(config: ConfigDict, tokenizer: Any) -> list[Encoded]:
-    """Responses whose scores get mean 0 and standard deviation 1: training texts.
-
-    For reviews the texts themselves; else the chosen responses.
-    """
-    count = config.data.reference_texts
-    if config.data.source == "reviews":
-        rows = _review_rows(config, "train")[:count]
-        return chat.encode_sft(rows, tokenizer, max_length=config.data.max_length)
-    return [pair.chosen for pair in preference_pairs(config, tokenizer, "train", count)]
+    """Training responses whose scores get mean 0 and standard deviation 1."""
+    data = config.data
+    return task_of(config).references(
+        tokenizer, max_length=data.max_length, count=data.reference_texts
+    )
 
 
 def prompt_batches(
     config: ConfigDict, tokenizer: Any, split: str
 ) -> PromptBatches | StreamedBatches:
     """Endless batches of prompts, left padded to one of few lengths."""
-    settings = {
-        "batch_size": config.train.prompts_per_iteration,
-        "pad_id": tokenizer.pad_token_id,
-        "buckets": tuple(config.data.prompt_buckets),
-    }
-    if other_data.streamed(config) and split == "train":
-        longest = max(config.data.prompt_buckets)
-        return other_data.stream(config, "prompt", tokenizer, longest, PromptBatches, settings)
-    return PromptBatches(prompts(config, tokenizer, split), seed=config.seed, **settings)
-
-
-def each_repeated(batch: dict, times: int) -> dict:
-    """Every row `times` times in a row: samples of one prompt stand side by side.
-
-    Args:
-      batch: Arrays `[B, ...]`.
-      times: Samples per prompt.
-
-    Returns:
-      Arrays `[B * times, ...]`.
-    """
-    return {name: np.repeat(rows, times, axis=0) for name, rows in batch.items()}
+    buckets = tuple(config.data.prompt_buckets)
+    return batches.prompt_batches(
+        task_of(config).prompts(tokenizer, split, max_length=max(buckets)),
+        batch_size=config.train.prompts_per_iteration,
+        buckets=buckets,
+        seed=config.seed,
+        pad_id=tokenizer.pad_token_id,
+    )
 
 
 def fixed_prompts(config: ConfigDict, tokenizer: Any, split: str, batch_size: int) -> list[dict]:
     """All prompts of a split in whole batches of one length, always the same."""
-    found = prompts(config, tokenizer, split)
-    length = max(config.data.prompt_buckets)
-    whole = len(found) - len(found) % batch_size
-    if not whole:
-        raise ValueError(
-            f"{split} has {len(found)} prompts, fewer than one batch of {batch_size}: lower "
-            "train.prompts_per_iteration (ppo_max) or eval.batch (dpo)"
-        )
-    return [
-        pad_prompts(found[i : i + batch_size], length, pad_id=tokenizer.pad_token_id)
-        for i in range(0, whole, batch_size)
-    ]
+    return batches.fixed_prompts(
+        prompts(config, tokenizer, split),
+        batch_size,
+        max(config.data.prompt_buckets),
+        tokenizer.pad_token_id,
+        split,
+    )
 
 
 def prompts(config: ConfigDict, tokenizer: Any, split: str) -> Sequence[np.ndarray]:
     """Prompts, open for the assistant's words."""
-    data, drops = config.data, DropCounts()
-    longest = max(data.prompt_buckets)
-    if data.source == "reviews":
-        rows = reviews.prompt_rows(_reviews(config, split, drops), seed=config.seed, drops=drops)
-        if data.instruction:
-            found = review_chats.encode_openings(
-                rows, tokenizer, data.instruction, max_length=longest, drops=drops
-            )
-        else:
-            found = chat.encode_prompts(rows, tokenizer, max_length=longest, drops=drops)
-    else:
-        found = other_data.prepared(
-            config, "prompt", split, tokenizer, drops, max_length=longest, limit=data.limit
-        )
-    _told("prompts", split, drops)
-    return found
+    longest = max(config.data.prompt_buckets)
+    return task_of(config).prompts(tokenizer, split, max_length=longest).loaded()
 
 
 def shown_prompt(config: ConfigDict, tokenizer: Any) -> Callable[[str], str]:
     """What of a decoded prompt is shown and judged: of reviews in a chat, the opening words."""
-    data = config.data
-    if data.source != "reviews" or not data.instruction:
-        return lambda prompt: prompt
-    return functools.partial(
-        review_chats.shown_prompt, tokenizer=tokenizer, instruction=data.instruction
-    )
+    return task_of(config).shown(tokenizer)
 
 
 def ptx_batches(config: ConfigDict, tokenizer: Any) -> PackedBatches | StreamedBatches:

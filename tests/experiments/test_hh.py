@@ -120,7 +120,7 @@ def test_other_processes_open_what_process_0_has_encoded(configs, tokenizer, mon
     second = data.sft_documents(configs["sft"], tokenizer, "train")
     assert len(first) == len(second) == 120
     assert events == ["sft rows are encoded"] * 2
-    assert second.counts == first.counts
+    assert second.rows.counts == first.rows.counts
 
 
 @pytest.mark.parametrize("stage", STAGES)

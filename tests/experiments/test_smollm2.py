@@ -11,7 +11,7 @@ import pytest
 from configs import ppo_max as ppo_configs
 from configs import reward_model as reward_configs
 from experiments import data, ppo_max, pretrained, reward_model, stages
-from rlhf_jax.data.sets import archives
+from rlhf_jax.data.sets import archives, harm
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.models.files import hf_weights
 from rlhf_jax.runtime.metrics import read_metrics
@@ -120,7 +120,7 @@ def test_pairs_of_harm_scores_are_encoded(chain, monkeypatch):
         "chosen": "a good one of a film",
         "rejected": "bad",
     }
-    monkeypatch.setattr(data.harm, "harm_pairs", lambda split, **drawn: [row])
+    monkeypatch.setattr(harm, "harm_pairs", lambda split, **drawn: [row])
     config = reward_configs.get_config("tiny,data.source=harm")
     (pair,) = data.preference_pairs(config, load_tokenizer(chain.sft), "train", 1)
     assert len(pair.chosen.tokens) > len(pair.rejected.tokens)
