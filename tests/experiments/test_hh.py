@@ -139,7 +139,7 @@ def test_other_processes_open_what_process_0_has_encoded(configs, tokenizer, mon
     second = task_of(configs["sft"]).documents(tokenizer, "train", max_length=96)
     assert len(first) == len(second) == 120
     assert events == ["sft rows are encoded"] * 2
-    assert second.counts == first.counts
+    assert second.rows.counts == first.rows.counts
 
 
 @pytest.mark.parametrize("stage", STAGES)
