@@ -1,0 +1,23 @@
+"""What is said in two places is said alike: versions of tools."""
+
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+def constraints() -> dict[str, str]:
+    """Package -> version that CI installs."""
+    lines = (ROOT / ".ci" / "constraints.txt").read_text().split()
+    return dict(line.split("==") for line in lines)
+
+
+def test_hooks_run_the_tools_of_ci_and_clone_nothing():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    assert [repository["repo"] for repository in config["repos"]] == ["local"]
+    hooks = {hook["id"]: hook for hook in config["repos"][0]["hooks"]}
+    assert {"ruff-check", "ruff-format", "mypy"} <= set(hooks)
+    pins = [pin for hook in hooks.values() for pin in hook.get("additional_dependencies", [])]
+    assert all("==" in pin for pin in pins)
+    assert {pin for pin in pins if pin.startswith("ruff")} == {f"ruff=={constraints()['ruff']}"}
