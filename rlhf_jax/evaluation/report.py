@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from tabulate import tabulate
+
 from rlhf_jax.evaluation.comparison import Interval, WinRate
 from rlhf_jax.runtime.run_info import to_json
 
@@ -111,12 +113,9 @@ def print_summary(
       stream: standard output where None.
     """
     rows = _summary_rows(summary_table)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    sides = ["left"] + ["right"] * (len(rows[0]) - 1)
     lines = [title] if title else []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
+    lines.append(tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=sides))
     lines += [f"{name}: {rate.summary()}" for name, rate in (win_rates or {}).items()]
     missed = [target for target in targets if not target.reached]
     lines += [f"missed: {t.name} {t.got}, wanted {t.wanted}" for t in missed]
@@ -277,8 +276,8 @@ def _wall_time_markdown(wall_seconds: Mapping[str, float]) -> str:
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first row is its head. Cells hold no line break and no bare `|`."""
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
+    # Cells are text that says what it says: nothing in them is read as a number again.
+    return tabulate(rows, headers="firstrow", tablefmt="pipe", disable_numparse=True)
 
 
 def _write_json(path: Path, numbers: Mapping[str, Any]) -> None:
