@@ -47,6 +47,7 @@ def rewards_to_go(
     [1.5 1. ]
     """
     _check(where, bootstrap, rewards=rewards)
+    check.scalars(discount=discount)
     ahead = _values_ahead(jnp.zeros_like(rewards), where, bootstrap)
     first = masked_fill(rewards, where=where) + discount * ahead
     return _discounted_sums(first, discount, where)
@@ -81,6 +82,7 @@ def total_return(
     1.5
     """
     _check(where, bootstrap, rewards=rewards)
+    check.scalars(discount=discount)
     position = jnp.cumsum(where, axis=-1, dtype=jnp.int32) - 1
     weights = jnp.power(jnp.asarray(discount, rewards.dtype), jnp.maximum(position, 0))
     ahead = _values_ahead(jnp.zeros_like(rewards), where, bootstrap)
@@ -120,6 +122,7 @@ def td_errors(
     [0.  0.5]
     """
     _check(where, bootstrap, rewards=rewards, values=values)
+    check.scalars(discount=discount)
     ahead = _values_ahead(values, where, bootstrap)
     return jax.lax.stop_gradient(masked_fill(rewards + discount * ahead - values, where=where))
 
@@ -160,6 +163,8 @@ def k_step_advantages(
     [0.5 0.5]
     """
     _check(where, bootstrap, rewards=rewards, values=values)
+    check.scalars(discount=discount)
+    check.integer(k=k)
     check.require(k >= 1, f"k={k} must be at least 1")
     deltas = td_errors(rewards, values, discount=discount, where=where, bootstrap=bootstrap)
 
@@ -248,6 +253,7 @@ def gae(
     [0.25 0.5 ]
     """
     _check(where, bootstrap, rewards=rewards, values=values)
+    check.scalars(discount=discount, lambda_=lambda_)
     deltas = td_errors(rewards, values, discount=discount, where=where, bootstrap=bootstrap)
     return _discounted_sums(deltas, discount * lambda_, where)
 

@@ -109,6 +109,7 @@ def group_advantages(scores: jax.Array, *, eps: Scalar = 1e-4) -> jax.Array:
     [-1.  1.]
     """
     check.floats(scores=scores)
+    check.scalars(eps=eps)
     _samples_per_prompt(scores)
     wide = _widen(scores)
     mean = jnp.mean(wide, axis=-1, keepdims=True)

@@ -53,6 +53,7 @@ def dpo_loss(
     >>> print(dpo_loss(*at_reference, beta=0.1).round(3))
     [0.693]
     """
+    check.scalars(beta=beta, label_smoothing=label_smoothing)
     check.require(label_smoothing >= 0, f"label_smoothing={label_smoothing} must not be negative")
     check.require(label_smoothing < 0.5, f"label_smoothing={label_smoothing} must be below 0.5")
     u = beta * _log_ratio_margin(
@@ -95,6 +96,7 @@ def ipo_loss(
     >>> print(ipo_loss(*at_reference, beta=0.5))
     [1.]
     """
+    check.scalars(beta=beta)
     check.require(beta > 0, f"beta={beta} must be positive")
     margin = _log_ratio_margin(
         chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs
@@ -134,6 +136,7 @@ def dpo_hinge_loss(
     >>> print(dpo_hinge_loss(*at_reference, beta=0.1))
     [1.]
     """
+    check.scalars(beta=beta)
     margin = _log_ratio_margin(
         chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs
     )
@@ -163,6 +166,7 @@ def implicit_rewards(log_probs: jax.Array, ref_log_probs: jax.Array, *, beta: Sc
     [1.]
     """
     check.same_shape(check.floats(log_probs=log_probs, ref_log_probs=ref_log_probs))
+    check.scalars(beta=beta)
     return jax.lax.stop_gradient(beta * (log_probs - ref_log_probs))
 
 
@@ -199,6 +203,7 @@ def dpo_gradient_coefficient(
     >>> print(dpo_gradient_coefficient(*at_reference, beta=0.1))
     [0.5]
     """
+    check.scalars(beta=beta)
     margin = _log_ratio_margin(
         chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs
     )

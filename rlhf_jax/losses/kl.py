@@ -141,6 +141,7 @@ def adaptive_kl_coef(
     0.102
     """
     check.same_shape(check.floats(coef=coef, kl=kl))
+    check.scalars(target=target, horizon=horizon, steps=steps)
     check.require(target > 0, f"target={target} must be positive")
     check.require(horizon > 0, f"horizon={horizon} must be positive")
     error = jnp.clip(kl / target - 1, -0.2, 0.2)
@@ -170,6 +171,7 @@ def adaptive_penalty_coef(coef: jax.Array, kl: jax.Array, *, target: Scalar) -> 
     0.2
     """
     check.same_shape(check.floats(coef=coef, kl=kl))
+    check.scalars(target=target)
     check.require(target > 0, f"target={target} must be positive")
     factor = jnp.where(kl > 1.5 * target, 2.0, jnp.where(kl < target / 1.5, 0.5, 1.0))
     return jax.lax.stop_gradient(coef * factor.astype(coef.dtype))

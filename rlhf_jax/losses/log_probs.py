@@ -38,6 +38,7 @@ def select_log_probs(
     check.floats(logits=logits)
     check.integers(targets=targets)
     check.fits("targets", (*targets.shape, *logits.shape[-1:]), {"logits": logits})
+    check.scalars(temperature=temperature)
     check.require(
         temperature > 0, f"temperature={temperature} must be positive; for greedy use argmax"
     )
@@ -100,6 +101,7 @@ def sequence_log_prob(
     -3.0
     """
     check.same_shape(check.floats(log_probs=log_probs), check.masks(where=where))
+    check.static(normalize=normalize)
     total = jnp.sum(masked_fill(log_probs, where=where), axis=-1)
     length = jnp.maximum(jnp.sum(where, axis=-1, dtype=jnp.float32), 1.0)
     return (total / length).astype(total.dtype) if normalize else total

@@ -37,6 +37,7 @@ def masked_fill(x: jax.Array, *, where: jax.Array, fill: Scalar = 0.0) -> jax.Ar
     [1. 0.]
     """
     check.same_shape(check.floats(x=x), check.masks(where=where))
+    check.scalars(fill=fill)
     return jnp.where(where, x, jnp.asarray(fill, x.dtype))
 
 
@@ -137,6 +138,8 @@ def masked_whiten(
     [-1.  1.  0.]
     """
     check.same_shape(check.floats(x=x), check.masks(where=where))
+    check.scalars(eps=eps)
+    check.static(shift_mean=shift_mean)
     wide = masked_fill(x, where=where).astype(jnp.promote_types(x.dtype, jnp.float32))
     mean, var = masked_mean(wide, where=where), masked_var(wide, where=where)
     white = (wide - mean) * jax.lax.rsqrt(var + eps)
@@ -169,6 +172,7 @@ def _sum_and_count(
     x: jax.Array, where: jax.Array, axis: Axis, keepdims: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     check.same_shape(check.floats(x=x), check.masks(where=where))
+    check.static(axis=axis)
     axis = axis if axis is None or isinstance(axis, int) else tuple(axis)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     total = jnp.sum(jnp.where(where, x, 0).astype(wide), axis=axis, keepdims=keepdims)

@@ -94,6 +94,7 @@ def ppo_clip_loss(
     [-1.2  1.5]
     """
     _check(log_probs, old_log_probs, advantages=advantages)
+    check.scalars(clip_eps=clip_eps)
     ratio = importance_weights(log_probs, old_log_probs)
     advantages = jax.lax.stop_gradient(advantages)
     clipped = jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
@@ -137,6 +138,7 @@ def ppo_penalty_loss(
     [-0.8]
     """
     _check(log_probs, old_log_probs, advantages=advantages, kl=kl)
+    check.scalars(kl_coef=kl_coef)
     return kl_coef * kl - trpo_surrogate(log_probs, old_log_probs, advantages)
 
 
@@ -194,6 +196,7 @@ def entropy_bonus(entropies: jax.Array, *, weight: Scalar, max_entropy: Scalar) 
     [0.5 0. ]
     """
     check.floats(entropies=entropies)
+    check.scalars(weight=weight, max_entropy=max_entropy)
     return weight * jnp.where(entropies < max_entropy, entropies, 0)
 
 
@@ -229,6 +232,7 @@ def ppo_diagnostics(
     """
     _check(log_probs, old_log_probs)
     check.same_shape({"log_probs": log_probs}, check.masks(where=where))
+    check.scalars(clip_eps=clip_eps)
     new = jax.lax.stop_gradient(masked_fill(log_probs, where=where))
     old = jax.lax.stop_gradient(masked_fill(old_log_probs, where=where))
     ratio = importance_weights(new, old)

@@ -41,6 +41,7 @@ def quark_loss(
     [1.25]
     """
     check.same_shape(check.floats(log_probs=log_probs, kl=kl, entropies=entropies))
+    check.scalars(kl_coef=kl_coef, entropy_coef=entropy_coef)
     return -log_probs + kl_coef * kl - entropy_coef * entropies
 
 
@@ -68,6 +69,7 @@ def quality_weights(rewards: jax.Array, *, beta: Scalar) -> jax.Array:
     [1.    0.135]
     """
     check.floats(rewards=rewards)
+    check.scalars(beta=beta)
     check.require(beta > 0, f"beta={beta} must be positive")
     return jax.lax.stop_gradient(jnp.exp(rewards / beta))
 
@@ -115,6 +117,7 @@ def figa_weights(
     )
     rows = (*tokens.shape[:-1], *other_tokens.shape[-1:])
     check.fits("tokens", rows, {"other_tokens": other_tokens})
+    check.scalars(weight=weight)
     touched = jnp.vectorize(_touched, signature="(t),(s),(t),(s)->(t)")
     return jnp.where(touched(tokens, other_tokens, where, other_where), weight, 0.0)
 
@@ -171,6 +174,7 @@ def hindsight_visible(key: jax.Array, where: jax.Array, *, max_rate: Scalar) -> 
     [ True  True False]
     """
     check.masks(where=where)
+    check.scalars(max_rate=max_rate)
     check.require(max_rate >= 0, f"max_rate={max_rate} must be between 0 and 1")
     check.require(max_rate <= 1, f"max_rate={max_rate} must be between 0 and 1")
     rate_key, token_key = jax.random.split(key)

@@ -122,6 +122,7 @@ def rolling_discounted_sum(rewards: jax.Array, *, discount: Scalar, where: jax.A
     [1.   0.5  1.25]
     """
     check.same_shape(check.floats(rewards=rewards), check.masks(where=where))
+    check.scalars(discount=discount)
 
     def step(carry: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         reward, real = now
@@ -191,6 +192,7 @@ def normalize_rewards(rewards: jax.Array, moments: RunningMoments, *, clip: Scal
     """
     check.floats(rewards=rewards)
     check_moments(moments=moments)
+    check.scalars(clip=clip)
     normal = (rewards - moments.mean) / moments.std_or_one
     return jax.lax.stop_gradient(jnp.clip(normal, -clip, clip).astype(rewards.dtype))
 
@@ -220,6 +222,7 @@ def normalize_advantages(advantages: jax.Array, *, where: jax.Array, clip: Scala
     [-0.5  0.5  0. ]
     """
     check.same_shape(check.floats(advantages=advantages), check.masks(where=where))
+    check.scalars(clip=clip)
     return jax.lax.stop_gradient(jnp.clip(masked_whiten(advantages, where=where), -clip, clip))
 
 
@@ -233,3 +236,4 @@ def _check_kl_reward(
     tokens = check.floats(log_probs=log_probs, ref_log_probs=ref_log_probs)
     check.same_shape(tokens, check.masks(where=where))
     check.fits("where", where.shape[:-1], check.floats(scores=scores))
+    check.scalars(kl_coef=kl_coef)

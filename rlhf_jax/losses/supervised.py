@@ -49,6 +49,7 @@ def rrhf_loss(
     """
     check.same_shape(check.floats(log_probs=log_probs), check.masks(where=where))
     check.fits("where", where.shape[:-1], check.floats(scores=scores))
+    check.scalars(rank_weight=rank_weight, length_power=length_power)
     total, present = masked_sum(log_probs, where=where, axis=-1), jnp.any(where, axis=-1)
     length = jnp.maximum(jnp.sum(where, axis=-1, dtype=total.dtype), 1)
     p = total / length**length_power
@@ -100,6 +101,7 @@ def slic_loss(
             target_log_probs=target_log_probs,
         )
     )
+    check.scalars(margin=margin, target_weight=target_weight)
     hinge = jax.nn.relu(margin - chosen_log_probs + rejected_log_probs)
     return hinge - target_weight * target_log_probs
 
@@ -136,6 +138,7 @@ def pro_loss(
     """
     check.same_shape(check.floats(log_probs=log_probs), check.masks(where=where))
     check.fits("where", where.shape[:-1], check.floats(rewards=rewards))
+    check.scalars(sft_weight=sft_weight)
     s = sequence_log_prob(log_probs, where=where, normalize=True)
     present = jnp.any(where, axis=-1)
     rewards = jax.lax.stop_gradient(jnp.where(present, rewards, 0))
@@ -181,6 +184,7 @@ def orpo_loss(
     check.same_shape(
         check.floats(chosen_log_probs=chosen_log_probs, rejected_log_probs=rejected_log_probs)
     )
+    check.scalars(weight=weight)
     log_odds = (chosen_log_probs - log1m_exp(chosen_log_probs)) - (
         rejected_log_probs - log1m_exp(rejected_log_probs)
     )

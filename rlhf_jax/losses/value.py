@@ -60,6 +60,7 @@ def clipped_value_loss(
     [0.5]
     """
     check.same_shape(check.floats(values=values, old_values=old_values, returns=returns))
+    check.scalars(clip_eps=clip_eps)
     old_values = jax.lax.stop_gradient(old_values)
     clipped = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
     return jnp.maximum(value_loss(values, returns), value_loss(clipped, returns))
