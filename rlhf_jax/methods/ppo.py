@@ -1,6 +1,6 @@
 """The two losses of a PPO update, for minibatches of `Experience`.
 
-Everything that the deck compares is a field of `PPOConfig`; the formulas are in `losses`.
+Everything that the paper compares is a field of `PPOConfig`; the formulas are in `losses`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PPOConfig:
         region: `trpo.make_trust_region_step` in place of `policy_loss`).
       clip_eps: ε of PPO-clip.
       value_clip_eps: The critic's move away from its old value is clipped to this; 0 is off.
-      ratio_denominator: "old" is the policy that sampled; "reference" is the deck's importance
+      ratio_denominator: "old" is the policy that sampled; "reference" is the paper's importance
         sampling ablation (Figure 7): the ratio is against the frozen reference.
       entropy_coef: Weight of the entropy bonus; 0 is off.
       entropy_max: δ, the bonus is off where the entropy is above it, in nats; 0 is no bound.

@@ -25,7 +25,7 @@ def sequence_mean(where: jax.Array) -> jax.Array:
 
 
 def sequence_sum(where: jax.Array) -> jax.Array:
-    """Sum over tokens, mean over sequences: Ê_t as the deck writes it, 1/|D| Σ_τ Σ_t."""
+    """Sum over tokens, mean over sequences: Ê_t as the slides write it, 1/|D| Σ_τ Σ_t."""
     sequences = where.any(axis=-1).sum()
     return where / jnp.maximum(sequences, 1)
 

@@ -98,7 +98,7 @@ class ScalarModel(nnx.Module):
     """A decoder with a linear head that gives one number per token: reward model and critic.
 
     The trunk keeps its language-model head, so that a reward model can be trained with the LM
-    loss of the deck (PAPER: eq 2), both heads on one trunk.
+    loss (Zheng et al. 2023, eq 2), both heads on one trunk.
 
     Args:
       trunk: The decoder; its weights are shared with the caller's, not copied.

@@ -69,7 +69,7 @@ class Experience(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """Shaping of rewards (deck: "reward scaling", "reward normalization and clipping").
+    """Shaping of rewards (slides "Reward Scaling", "Reward Normalization and Clipping").
 
     Attributes:
       transform: "none"; "scale" divides by the running std of scores; "scale_discounted" divides
@@ -94,7 +94,7 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageConfig:
-    """Which Φ_t weights the policy gradient (deck: "Policy Gradient Methods", "GAE").
+    """Which Φ_t weights the policy gradient (slides "Policy Gradient Methods", "GAE").
 
     Attributes:
       method: "gae"; "total_return" R(τ); "reward_to_go"; "reward_to_go_baseline" minus V(s_t);

@@ -4,7 +4,7 @@ A mode names which trees of a train state are spread over the `data` axis of the
 
   zero0   nothing: every device holds everything
   zero1   optimizer state (moments, float32 master weights)
-  zero2   and gradients (the deck's setting)
+  zero2   and gradients (the paper's setting)
   zero3   and parameters, gathered layer by layer in the scan over layers
   tensor  zero2 over `data`, and matrices split over a second mesh axis, `tensor`: column parallel
           q, k, v, gate, up; row parallel o, down; embedding and LM head by vocabulary

@@ -157,7 +157,7 @@ def to_go(row: int, t: int) -> float:
 
 
 def wanted_phi(method: str, row: int, t: int) -> float:
-    """Φ_t as the deck defines it, by sums."""
+    """Φ_t as the slides define it, by sums."""
     rest = range(t, LENGTHS[row])
     total = to_go(row, 0)
     pair = [to_go(row - row % 2 + i, 0) for i in range(2)]
