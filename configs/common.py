@@ -115,12 +115,12 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return keys
 
 
-def stage_argument(stage: str, config: ConfigDict, *variants: str) -> str:
+def stage_argument(stage: str, config: Any, *variants: str) -> str:
     """The argument of the config file of a stage before: same scale, seed and data.
 
     Args:
       stage: Name of the experiment.
-      config: Of the run that needs it.
+      config: Of the run that needs it, or its typed settings.
       *variants: Of that stage.
     """
     module = importlib.import_module(f"configs.{stage}")

@@ -76,15 +76,16 @@ class Settings(Shared):
         return PPOMaxConfig(**{name: getattr(self, name) for name in names})
 
 
-def require_stages(config: ConfigDict, inputs: Inputs) -> None:
+def require_stages(settings: Settings) -> None:
     """Makes sure of the stages before: SFT (and its `policy_variant`), reward model."""
+    inputs = settings.inputs
     variant = (inputs.policy_variant,) if inputs.policy_variant else ()
     for folder, stage, variants in (
         (inputs.reference, "sft", ()),
         (inputs.model, "sft", variant),
         (inputs.reward_model, "reward_model", ()),
     ):
-        argument = common.stage_argument(stage, config, *variants)
+        argument = common.stage_argument(stage, settings, *variants)
         stages.require(folder, stage=stage, argument=argument, build=inputs.build)
 
 
@@ -174,7 +175,7 @@ def main(config: ConfigDict) -> None:
     train, data, inputs = settings.train, settings.data, settings.inputs
 
     # 1. What the stages before left: policy and reference from SFT, and the reward model.
-    require_stages(config, inputs)
+    require_stages(settings)
     tokenizer = stages.load_tokenizer(inputs.reference, inputs.model, inputs.reward_model)
     policy, reference = load_policies(settings, sharding)
     reward_model = load_reward_model(settings, policy, sharding)

@@ -114,7 +114,7 @@ def main(config: ConfigDict) -> None:
 
     # 1. The SFT model with a new scalar head, and pairs that people have ranked.
     inputs, data = settings.inputs, settings.data
-    argument = common.stage_argument("sft", config)
+    argument = common.stage_argument("sft", settings)
     folder = stages.require(inputs.model, stage="sft", argument=argument, build=inputs.build)
     tokenizer = stages.load_tokenizer(folder)
     key = jax.random.key(settings.seed)
