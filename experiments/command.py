@@ -79,6 +79,8 @@ def open_config(experiment: str, config: ConfigDict, settings: type[Settings]) -
         raise ValueError(
             f"this is a config of {config.get('experiment')!r}: give configs/{experiment}.py"
         )
+    for name in common.idle_variants(config):
+        print(f"note: {config.scale} already is what the variant {name} asks for")
     return typed(settings, common.resolve(config).to_dict())
 
 

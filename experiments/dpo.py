@@ -177,7 +177,7 @@ def main(config: ConfigDict) -> None:
     """Trains, compares with SFT and PPO-max and reports; resumes where an earlier run stopped."""
     distributed.require_one("DPO")
     settings = command.open_config("dpo", config, Settings)
-    if stages.is_finished(settings.workdir, "DPO"):
+    if stages.is_finished(settings, "DPO"):
         return
     train, data, sharding = settings.train, settings.data, settings.sharding.make()
     task, devices = settings.task(), sharding.mesh.size

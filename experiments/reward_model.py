@@ -106,7 +106,7 @@ def draw_figures(workdir: Path, chosen: np.ndarray, rejected: np.ndarray) -> Non
 def main(config: ConfigDict) -> None:
     """Trains, normalises, evaluates and saves; resumes where an earlier run stopped."""
     settings = command.open_config("reward_model", config, Settings)
-    if stages.is_finished(settings.workdir, "reward model"):
+    if stages.is_finished(settings, "reward model"):
         return
     train, sharding, task = settings.train, settings.sharding.make(), settings.task()
     method = settings.method()
