@@ -252,6 +252,17 @@ def optimizer(learning_rate: float, schedule: str, warmup_fraction: float, b2: f
     return keys
 
 
+def eval_sampling() -> ConfigDict:
+    """How responses are drawn for measurements; here all as in `sampling`."""
+    keys = ConfigDict()
+    keys.max_new_tokens = 0  # 0 is as in sampling
+    keys.temperature = -1.0  # below 0 is as in sampling
+    keys.top_p = 0.0  # 0 is as in sampling
+    keys.top_k = -1  # below 0 is as in sampling
+    keys.repetition_penalty = 0.0  # 0 is as in sampling
+    return keys
+
+
 def full_size() -> ConfigDict:
     """Memory settings of models of seven billion parameters on GPUs."""
     return ConfigDict({"dtype": "bfloat16", "remat": "full", "attention": "cudnn"})

@@ -44,7 +44,6 @@ def _task(scale: str) -> ConfigDict:
     config.model, config.lora = pairs.model, pairs.lora
     config.data = pairs.data
     del config.data.reference_texts
-    config.data.validation_pairs = pairs.data.eval_pairs  # for the curves; eval_pairs report
     config.data.prompt_buckets = prompts.data.prompt_buckets  # lengths of padded prompts
     config.sampling = prompts.sampling
     config.eval = prompts.eval

@@ -27,6 +27,7 @@ Variants (what an ablation changes; PPO-max is the default):
                      PPO-max without one of its parts
   kl_0.05, kl_0.1, kl_0.2 (Figure 15); entropy_clip (16); no_clip, clip_0.5 (17);
   grad_clip_0, grad_clip_0.5 (18); lambda_0, lambda_1 (19)
+  steps_0.8 (the length of Figure 7), steps_10 (of Figure 9)
   penalty, penalty_adaptive  PPO-penalty; adaptive_kl  adaptive token-level KL coefficient; trpo
   harm               harmful prompts and a reward model of people's harm scores, opt-in:
                      `smollm2,harm`
@@ -111,6 +112,7 @@ def _quickstart() -> ConfigDict:
     config.eval.prompts = 128  # for these measurements
     config.eval.final_prompts = 512  # test prompts for the report
     config.eval.samples = 8  # responses that the report shows
+    config.eval.sampling = common.eval_sampling()
     config.judges = ()  # such as ("vader",); () asks the task
     return config
 
@@ -149,28 +151,41 @@ def _paper_en() -> ConfigDict:
     config.inputs.build = False
     config.model = common.full_size()
     config.data.update(source="hh", domains=(), prompt_buckets=(128, 256, 512), ptx_length=1024)
-    # 250 buffers of 128 in minibatches of 32 are the paper's 1000 updates.
-    config.train.update(iterations=250, prompts_per_iteration=128, minibatch=32)
+    # 250 buffers of 128 in minibatches of 32 are the paper's 1000 updates of the policy; before
+    # them the critic trains alone (the paper does not say for how long).
+    config.train.update(iterations=275, prompts_per_iteration=128, minibatch=32)
     config.train.critic_pretrain_iterations = 25
     config.sampling.update(max_new_tokens=512)
     config.reward.missing_eos_penalty = 0.0
     config.optimizer.update(learning_rate=5e-7)
     config.critic_optimizer.update(learning_rate=1.65e-6)
     config.eval.update(every=10, prompts=256)
+    # Section 6.1. Its length penalty of 1.2 weighs beams, of which sampling has none.
+    config.eval.sampling.update(temperature=0.8, top_p=0.9, repetition_penalty=1.1)
+    config.eval.sampling.max_new_tokens = 1536  # 2,048 with the longest prompt
     return config
 
 
 def _paper_zh() -> ConfigDict:
     config = _paper_en()
+    # Put prompts of your own here, one JSON object a line with prompt; the paper's are not public.
     config.data.source = "jsonl:data/prompts_zh.jsonl"
     return config
 
 
 def _moss(config: ConfigDict, kl_coef: float) -> ConfigDict:
     """The released train_ppo_{en,zh}.sh: scaling only, on-policy, small batch."""
-    config.train.update(iterations=1000, prompts_per_iteration=16, minibatch=16)
+    # 2 responses on each of 7 devices, 2,048 tokens with the prompt.
+    config.train.update(iterations=1000, prompts_per_iteration=14, minibatch=14)
     config.train.critic_pretrain_iterations = 0
+    config.sharding.devices = 7
+    config.seed = 42
+    config.data.prompt_buckets = (512, 1024, 1536)
+    # The scripts' ratio is at temperature 1, so it differs from 1 on a fresh rollout; here policy
+    # and ratio have the sampler's temperature. Repetition is penalised in the response, as there.
     config.sampling.update(temperature=0.8, top_p=0.9, repetition_penalty=1.1)
+    config.eval.sampling = common.eval_sampling()
+    # The scripts divide by the unbiased standard deviation; the difference is 1 / (2 n).
     config.reward.update(transform="scale", clip=0.0)
     config.kl.coef = kl_coef
     config.advantage.lambda_ = 0.95
@@ -210,6 +225,16 @@ def _harm(config: ConfigDict) -> None:
     config.data.update(source="harm", domains=(), instruction="", prompt_buckets=(64, 128))
     # There is no text to imitate: no model should be fine-tuned on these answers.
     config.ppo.ptx_coef = 0.0
+
+
+def _longer(times: float):
+    """A variant with another number of iterations after those of the critic alone."""
+
+    def change(config: ConfigDict) -> None:
+        alone = config.train.critic_pretrain_iterations
+        config.train.iterations = alone + round(times * (config.train.iterations - alone))
+
+    return change
 
 
 _NO_CRITIC = {"critic_init": "none", "critic_pretrain_iterations": 0}
@@ -267,6 +292,9 @@ VARIANTS = {
     ),
     "lambda_0": _changes(advantage={"lambda_": 0.0}),
     "lambda_1": _changes(advantage={"lambda_": 1.0}),
+    # Lengths: Figure 7 has 800 of the others' 1000 steps, Figure 9 ten times as many.
+    "steps_0.8": _longer(0.8),
+    "steps_10": _longer(10),
     # Other objectives
     "penalty": _changes(ppo={"objective": "penalty"}),
     "penalty_adaptive": _changes(ppo={"objective": "penalty"}, penalty={"target": 0.01}),

@@ -101,9 +101,8 @@ def make_respondents(
 ) -> dict[str, Respondent]:
     """Validation and test prompts to answer, as PPO-max has them."""
     pad_id, longest = tokenizer.pad_token_id, settings.data.longest_prompt
-    generate = make_generate(
-        settings.sampling, eos_ids=tuple(stop_tokens(tokenizer)), pad_id=pad_id
-    )
+    sampling = settings.eval.sampling.of(settings.sampling)
+    generate = make_generate(sampling, eos_ids=tuple(stop_tokens(tokenizer)), pad_id=pad_id)
     return {
         split: Respondent(
             generate,
@@ -119,7 +118,7 @@ def make_respondents(
             reference=reference,
             reward_model=scorer,
             sharding=sharding,
-            temperature=settings.sampling.policy_temperature,
+            temperature=sampling.policy_temperature,
             show=task.shown(tokenizer),
         )
         for split in ("validation", "test")

@@ -33,7 +33,7 @@ from rlhf_jax.models.lora import Tuning
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.rollouts.experience import AdvantageConfig, RewardConfig
 from rlhf_jax.rollouts.respond import AgainstBaseline, Respondent
-from rlhf_jax.rollouts.rollout import SamplingConfig
+from rlhf_jax.rollouts.rollout import SamplingConfig, make_generate
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig
@@ -154,7 +154,6 @@ def make_respondents(
                 task.prompts(tokenizer, split, max_length=longest), batch, longest, pad_id, split
             ),
             tokenizer=tokenizer,
-            temperature=settings.sampling.policy_temperature,
             show=task.shown(tokenizer),
             **parts,
         )
@@ -198,7 +197,7 @@ def main(config: ConfigDict) -> None:
     reward_model = load_reward_model(settings, policy, sharding)
 
     # 2. Prompts to train on, and SFT text for the ptx loss.
-    pad_id = tokenizer.pad_token_id
+    pad_id, eos_ids = tokenizer.pad_token_id, tuple(stop_tokens(tokenizer))
     prompts = prompt_batches(
         task.prompts(tokenizer, "train", max_length=data.longest_prompt),
         batch_size=train.prompts_per_iteration,
@@ -218,7 +217,7 @@ def main(config: ConfigDict) -> None:
         reference=reference,
         reward_model=reward_model,
         make_critic=lambda language: load_critic(settings, language, reward_model, sharding),
-        eos_ids=tuple(stop_tokens(tokenizer)),
+        eos_ids=eos_ids,
         pad_id=pad_id,
         sharding=sharding,
     )
@@ -238,12 +237,17 @@ def main(config: ConfigDict) -> None:
 
     # 4. Prompts that no stage has seen, and SFT's responses to compare with.
     judges = make_judges(judge_names(settings.judges, task))
+    eval_sampling = settings.eval.sampling.of(settings.sampling)
+    generate = method.generate  # one program serves both where nothing differs
+    if eval_sampling != settings.sampling:
+        generate = make_generate(eval_sampling, eos_ids=eos_ids, pad_id=pad_id, sharding=sharding)
     respond = make_respondents(
         settings,
         task,
         tokenizer,
         train.rollout_batch,
-        generate=method.generate,
+        generate=generate,
+        temperature=eval_sampling.policy_temperature,
         judges=judges,
         reference=reference,
         reward_model=reward_model,

@@ -230,7 +230,7 @@ def write(
     targets = []
     if settings.scale == "quickstart":
         targets = quickstart_targets(policy, baseline, first_wins) + reward_model_targets(settings)
-    table = summary_table(answers, judges)
+    table, sampling = summary_table(answers, judges), settings.eval.sampling.of(settings.sampling)
     figure = plot(run.workdir, run.workdir / "training.png", title=settings.workdir)
     report.write_report(
         run.workdir,
@@ -244,7 +244,7 @@ def write(
         targets=targets,
         notes=(
             f"{len(policy.prompts)} held-out prompts, sampled at temperature "
-            f"{settings.sampling.temperature}; the samples are the first prompts, not chosen.",
+            f"{sampling.temperature}; the samples are the first prompts, not chosen.",
             *judges_notes(judges),
             *notes,
         ),

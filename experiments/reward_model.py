@@ -59,6 +59,7 @@ class Settings(Shared):
     inputs: Inputs
     train: PairTrainConfig
     loss: LossConfig
+    normalize_scores: bool
     optimizer: OptimizerConfig
     eval: EvalConfig
     judges: tuple[str, ...]
@@ -122,11 +123,12 @@ def main(config: ConfigDict) -> None:
     tuning = stages.make_tuning(settings, model)
     batches, ratings = training_batches(settings, task, tokenizer, sharding.data)
     batches = batches.share(sharding.local_rows)
-    held_out = task.preferences(
-        tokenizer, "test", max_length=data.max_length, count=data.eval_pairs
+    validation, test = (
+        task.preferences(tokenizer, split, max_length=data.max_length, count=count)
+        for split, count in (("validation", data.validation_pairs), ("test", data.eval_pairs))
     )
     batching = train.batching(sharding.data) | {"pad_id": tokenizer.pad_token_id}
-    eval_batches = once_pairs(held_out, **batching)
+    validation_batches = once_pairs(validation, **batching)
 
     # 2. Optimizer and the compiled step.
     optimizer, schedule = make_optimizer(settings.optimizer, train.steps)
@@ -136,7 +138,7 @@ def main(config: ConfigDict) -> None:
         "Reward model",
         {
             "model": f"{stages.parameters_line(tuning, state.model)}, from {folder}",
-            "pairs": f"{batches.count_text()} ({len(held_out):,} held out)",
+            "pairs": f"{batches.count_text()} ({len(validation):,} and {len(test):,} held out)",
             "pairs per update": f"{train.min_pairs} to {train.max_pairs}, "
             f"at most {train.max_tokens:,} tokens",
             "batches": batches.describe(),
@@ -160,26 +162,28 @@ def main(config: ConfigDict) -> None:
             metrics["optim/learning_rate"] = schedule(step)
             if run.is_due(step, settings.eval.every):
                 current = tuning.model(state.model)
-                metrics["eval/accuracy"] = reward_model.evaluate(current, eval_batches, sharding)
+                metrics["eval/accuracy"] = reward_model.evaluate(
+                    current, validation_batches, sharding
+                )
             run.log(step, metrics)
             run.checkpoint(step, state, batches)
 
     # 4. Normalise to mean 0 and std 1 on reference responses, save.
-    texts = task.references(tokenizer, max_length=data.max_length, count=data.reference_texts)
-    references = once_pairs([EncodedPair(text, text, 0.0) for text in texts], **batching)
-    trained = tuning.model(state.model)
-    normalized = reward_model.normalization(
-        reward_model.score_side(trained, references, 0, sharding)
-    )
+    trained, normalized = tuning.model(state.model), lambda scores: scores
+    if settings.normalize_scores:
+        texts = task.references(tokenizer, max_length=data.max_length, count=data.reference_texts)
+        references = once_pairs([EncodedPair(text, text, 0.0) for text in texts], **batching)
+        normalized = reward_model.normalization(
+            reward_model.score_side(trained, references, 0, sharding)
+        )
     stages.save_tuned(tuning, normalized(state.model), run.workdir, tokenizer, base=folder)
 
     # 5. Compare with the judges on the same pairs, report.
-    scores = reward_model.score_pairs(trained, eval_batches, sharding)
+    scores = reward_model.score_pairs(trained, once_pairs(test, **batching), sharding)
     chosen, rejected = (normalized(side) for side in scores)
     judges = make_judges(judge_names(settings.judges, task))
     accuracies = {
-        name: pair_accuracy(*judge_pairs(judge, held_out, tokenizer))
-        for name, judge in judges.items()
+        name: pair_accuracy(*judge_pairs(judge, test, tokenizer)) for name, judge in judges.items()
     }
     accuracy = pair_accuracy(chosen, rejected)
     if distributed.is_main():
@@ -189,7 +193,7 @@ def main(config: ConfigDict) -> None:
             "accuracy": accuracy,
             "accuracy_interval": bootstrap_interval(paired_outcomes(chosen, rejected))[1:],
             "judges_accuracy": accuracies,
-            "held_out_pairs": len(held_out),
+            "held_out_pairs": len(test),
         }
     )
     beside = [

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from rlhf_jax.models.lora import LoRAConfig
+from rlhf_jax.rollouts.rollout import SamplingConfig
 from rlhf_jax.runtime.sharding import Sharding, make_mesh
 from rlhf_jax.tasks import Task, TaskConfig, make_task
 from rlhf_jax.training.run import CheckpointConfig, LogConfig, Run
@@ -38,6 +39,27 @@ class ShardingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalSampling:
+    """How responses are drawn for measurements; a key at its default is as in `sampling`."""
+
+    max_new_tokens: int = 0
+    temperature: float = -1.0
+    top_p: float = 0.0
+    top_k: int = -1
+    repetition_penalty: float = 0.0
+
+    def of(self, sampling: SamplingConfig) -> SamplingConfig:
+        """The settings of a run's own sampling with those that are given here instead."""
+        unset = EvalSampling()
+        given = {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if value != getattr(unset, name)
+        }
+        return dataclasses.replace(sampling, **given)
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """When and on what a run is measured.
 
@@ -47,6 +69,7 @@ class EvalConfig:
       final_prompts: Test prompts, for the report.
       samples: Responses that the report shows.
       batch: Prompts that are answered at a time.
+      sampling: How responses are drawn, where not as in training.
     """
 
     every: int
@@ -54,6 +77,7 @@ class EvalConfig:
     final_prompts: int = 0
     samples: int = 0
     batch: int = 0
+    sampling: EvalSampling = dataclasses.field(default_factory=EvalSampling)
 
     def __post_init__(self):
         if self.every < 1:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from experiments import command, reporting, stages
 from experiments.settings import EvalConfig, Shared
 from rlhf_jax.data.batches import once_packed, packed_batches
+from rlhf_jax.data.examples import Examples
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.methods import sft
 from rlhf_jax.methods.sft import SFTConfig
@@ -88,6 +89,13 @@ def starting_point(settings: Settings, task: Task, sharding: Sharding) -> tuple[
     )
 
 
+def documents_line(documents: Examples, batches: Any) -> str:
+    """For the banner: rows hold several documents, so their number is not that of the rows."""
+    if documents.streamed:
+        return "not known of a stream"
+    return f"about {len(documents) / batches.steps_per_epoch:,.0f}"
+
+
 def main(config: ConfigDict) -> None:
     """Trains, evaluates and saves; resumes where an earlier run of the same config stopped."""
     settings = command.open_config("sft", config, Settings)
@@ -102,8 +110,9 @@ def main(config: ConfigDict) -> None:
     tokenizer, model = starting_point(settings, task, sharding)
     tuning = stages.make_tuning(settings, model)
     longest = settings.data.max_length
+    documents = task.documents(tokenizer, "train", max_length=longest)
     batches = packed_batches(
-        task.documents(tokenizer, "train", max_length=longest),
+        documents,
         rows=train.minibatch,
         length=train.row_length,
         seed=settings.seed,
@@ -118,7 +127,8 @@ def main(config: ConfigDict) -> None:
     )
 
     # 2. Optimizer and the compiled step.
-    optimizer, schedule = make_optimizer(settings.optimizer, train.steps)
+    steps = train.updates(batches)
+    optimizer, schedule = make_optimizer(settings.optimizer, steps)
     train_step = sft.make_step(train, optimizer, sharding, trunk=tuning.trunk)
     state = create_state(tuning.take(), optimizer, sharding)
     reporting.banner(
@@ -127,8 +137,9 @@ def main(config: ConfigDict) -> None:
             "model": f"{stages.parameters_line(tuning, state.model)}, {len(tokenizer):,} tokens",
             "documents": f"{batches.count_text()} ({len(held_out):,} held out)",
             "tokens per update": f"{train.minibatch * train.row_length:,}",
-            "updates": f"{train.steps:,} of {train.minibatch} rows in {train.microbatches} "
-            f"microbatches; {batches.epochs_text(train.steps)}",
+            "documents per update": documents_line(documents, batches),
+            "updates": f"{steps:,} of {train.minibatch} rows in {train.microbatches} "
+            f"microbatches; {batches.epochs_text(steps)}",
             "devices": f"{sharding.mesh.size}, {sharding.mode}",
             "run folder": settings.workdir,
         }
@@ -136,7 +147,7 @@ def main(config: ConfigDict) -> None:
     )
 
     # 3. Train.
-    with settings.run(train.steps, "SFT", show=("loss/lm", "eval/perplexity")) as run:
+    with settings.run(steps, "SFT", show=("loss/lm", "eval/perplexity")) as run:
         state = run.restore(state, batches)
         for step in run.steps():
             state, metrics = train_step(state, sharding.put_batch(next(batches)))

@@ -122,8 +122,22 @@ def test_paper_numbers():
     )
     assert (config.train.prompts_per_iteration, config.train.minibatch) == (128, 32)
     assert (config.kl.coef, config.advantage.lambda_, config.reward.clip) == (0.05, 0.9, 0.8)
-    # 250 buffers x 128 / 32 = 1000 updates.
-    assert config.train.iterations * 128 // 32 == 1000
+    # 250 buffers x 128 / 32 = 1000 updates of the policy.
+    policy = config.train.iterations - config.train.critic_pretrain_iterations
+    assert policy * 128 // 32 == 1000
+    longer = [ppo_max.get_config(f"paper_en,{name}").train for name in ("steps_0.8", "steps_10")]
+    updates = [4 * (train.iterations - train.critic_pretrain_iterations) for train in longer]
+    assert updates == [800, 10_000]
+    sampling = common.flat(config.eval.sampling)
+    assert (sampling["temperature"], sampling["top_p"]) == (0.8, 0.9)
+    # 2 epochs; 168 pairs in each of 1000 steps are 1.05 of 160k.
+    assert (sft.get_config("paper_en").train.epochs, sft.get_config("paper_en").train.steps) == (
+        2,
+        0,
+    )
+    pairs = reward_model.get_config("paper_en").train
+    assert pairs.min_pairs == pairs.max_pairs == 168 and 168 * pairs.steps / 160_000 == 1.05
+    assert reward_model.get_config("paper_zh").data.eval_pairs == 3_000
     assert sft.get_config("paper_en").optimizer.learning_rate == 9.5e-6
     assert reward_model.get_config("paper_en").optimizer.learning_rate == 5e-6
     assert reward_model.get_config("paper_en").loss.lm_coef == 1.0
@@ -133,6 +147,8 @@ def test_moss_numbers():
     config = ppo_max.get_config("moss_zh")
     assert (config.kl.coef, config.reward.transform, config.ppo.ptx_coef) == (0.1, "scale", 0.0)
     assert (config.sampling.temperature, config.sampling.top_p) == (0.8, 0.9)
+    assert (config.train.minibatch, config.sharding.devices, config.seed) == (14, 7, 42)
+    assert max(config.data.prompt_buckets) + config.sampling.max_new_tokens == 2048
     assert ppo_max.get_config("moss_en").kl.coef == 0.01
     assert reward_model.get_config("moss_en").loss.lm_coef == 0.0
 

@@ -26,22 +26,47 @@ class SFTConfig:
     """Batches of a run, all global.
 
     Attributes:
-      steps: Updates.
       minibatch: Rows of an update.
       row_length: Tokens of a row, into which documents are packed.
+      steps: Updates; 0 where `epochs` says how long.
+      epochs: How often every document is read; 0 where `steps` says how long.
       microbatches: Parts of a minibatch whose gradients are computed one after the other.
     """
 
-    steps: int
     minibatch: int
     row_length: int
+    steps: int = 0
+    epochs: float = 0.0
     microbatches: int = 1
 
     def __post_init__(self):
-        for name in ("steps", "row_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if self.row_length < 1:
+            raise ValueError(f"train.row_length={self.row_length} must be at least 1")
+        if self.steps < 0 or not 0 <= self.epochs < math.inf:
+            raise ValueError(
+                f"train.steps={self.steps} and train.epochs={self.epochs} must be 0 or more"
+            )
+        if bool(self.steps) == bool(self.epochs):
+            raise ValueError(
+                f"train.steps={self.steps}, train.epochs={self.epochs}: one says how long, the "
+                "other must be 0"
+            )
         divide("train.minibatch", self.minibatch, self.microbatches)
+
+    def updates(self, batches: Any) -> int:
+        """Updates of a run on these batches, at least 1.
+
+        Raises:
+          ValueError: epochs of streamed data, whose length nobody knows.
+        """
+        if self.steps:
+            return self.steps
+        if not hasattr(batches, "steps_per_epoch"):
+            raise ValueError(
+                f"train.epochs={self.epochs}: an epoch of streamed data has no known length; set "
+                "train.steps and train.epochs=0"
+            )
+        return max(1, round(self.epochs * batches.steps_per_epoch))
 
 
 def loss_fn(model: Transformer, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
