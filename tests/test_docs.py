@@ -59,7 +59,7 @@ def logged_metrics() -> set[str]:
 
 
 def equation_blocks(doc: str) -> list[list[str]]:
-    """Blocks indented by four behind a blank line, up to the first section."""
+    """Blocks indented by four after a blank line, up to the first section."""
     paragraphs = re.split(r"\n\s*\n", re.split(r"\n(?:Args|Returns|Fields|>>>)", doc)[0])
     return [part.split("\n") for part in paragraphs if part.startswith("    ")]
 
@@ -99,6 +99,14 @@ def test_the_first_code_is_one_loss_in_a_plain_script(page, capsys):
     exec(compile(code, page, "exec"), {"__name__": "__main__"})
     gradient = np.array(re.findall(r"-?\d+\.\d*(?:e[-+]\d+)?", capsys.readouterr().out), float)
     assert gradient.size == 3 and np.all(np.isfinite(gradient)) and np.any(gradient)
+
+
+def test_the_results_of_the_readme_are_those_of_the_docs():
+    readme = (ROOT / "README.md").read_text()
+    section = readme.partition("## What comes out\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\|.*\|$", section, re.MULTILINE)
+    assert len(rows) > 5
+    assert set(rows) <= set(PAGES[Path("results.md")].splitlines())
 
 
 @pytest.mark.parametrize("name", [n for n in losses.__all__ if callable(getattr(losses, n))])
