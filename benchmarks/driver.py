@@ -85,7 +85,7 @@ class Worker:
         return self._read()["seconds"]
 
     def end(self) -> dict:
-        """Stops the process; returns its last words."""
+        """Stops the process; returns its last message."""
         self._write("end")
         last = self._read()
         self._process.wait(30)
@@ -128,10 +128,10 @@ def measure(
       cores: CPU cores for each; they never run at the same time.
       warmup: Runs after the first (which compiles) that are not counted.
       repeats: Runs that are.
-      say: Told of each result.
+      say: Called with a line about each result.
 
     Returns:
-      What stands in the results file: for each library the first run, all counted runs, their
+      The contents of the results file: for each library the first run, all counted runs, their
       median and extremes in seconds, peak memory in bytes, versions.
     """
     spec = case.spec | {"model": str(model_folder(case.spec["model"]))}

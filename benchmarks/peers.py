@@ -28,7 +28,7 @@ def cores_name(cores: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures, writes one JSON file a case, prints the table."""
+    """Measures, writes one JSON file per case, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES])
     parser.add_argument("--only", nargs="+", help="libraries: ours, torch, tunix")

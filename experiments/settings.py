@@ -20,7 +20,7 @@ class ModelOptions:
     attention: str = "xla"
 
     def keywords(self) -> dict[str, str]:
-        """For loaders of models."""
+        """Keywords for the loaders of models."""
         return dataclasses.asdict(self)
 
 
@@ -33,7 +33,7 @@ class ShardingConfig:
     tensor: int = 1
 
     def make(self) -> Sharding:
-        """Mesh and mode."""
+        """The mesh, and the mode."""
         return Sharding(make_mesh(self.devices or None, tensor=self.tensor), self.mode)
 
 
@@ -46,7 +46,7 @@ class EvalConfig:
       prompts: Validation prompts, for the curves.
       final_prompts: Test prompts, for the report.
       samples: Responses that the report shows.
-      batch: Prompts that are answered at a time.
+      batch: Prompts that are answered at once.
     """
 
     every: int
@@ -83,7 +83,7 @@ class DataConfig:
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens."""
+        """The longest bucket, in tokens."""
         return max(self.prompt_buckets)
 
     def task(self, seed: int) -> Task:

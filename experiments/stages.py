@@ -36,7 +36,7 @@ def require(folder: str, *, stage: str = "", argument: str = "", build: bool = F
     Args:
       folder: Folder of a Hugging Face model, or a hub name (never built here).
       stage: Experiment that makes it; empty where none does.
-      argument: Of that experiment's config file.
+      argument: Argument of that experiment's config file.
       build: Whether to run the stage here when the folder is missing.
 
     Raises:
@@ -77,7 +77,7 @@ def convert_pretrained(folder: str) -> None:
 
 
 def is_finished(workdir: str, title: str) -> bool:
-    """Whether the run folder holds a finished run; says so."""
+    """Whether the run folder holds a finished run; prints it if so."""
     if not distributed.from_main(read_summary(workdir) is not None):
         return False
     print(f"{title}: {workdir} has finished already (remove the folder to run it again)")
@@ -88,7 +88,7 @@ def load_tokenizer(folder: str, *others: str) -> Any:
     """The tokenizer of a model, fit for training, before any weights are read.
 
     Args:
-      folder: Of the model.
+      folder: Folder of the model.
       *others: Folders of models that will read the same tokens.
 
     Raises:
@@ -123,11 +123,11 @@ def load_scalar(
     """A reward model or critic.
 
     Args:
-      folder: Of the model.
+      folder: Folder of the model.
       options: Its type and memory settings.
       sharding: Where trees live.
-      key: Draws a new head for a language model.
-      frozen: It does not train.
+      key: Random key of a new head, for a language model.
+      frozen: The model does not train.
       layers: Only the first of its layers are kept; 0 keeps all.
     """
     shardings = sharding.frozen if frozen else sharding.params
@@ -138,10 +138,10 @@ def load_scalar(
 
 
 def load_scalar_beside(folder: str, trunk: Any, sharding: Sharding) -> Any:
-    """A reward model as adapters beside `trunk`, None where it was not trained there.
+    """A reward model as adapters on `trunk`; None where it was not trained on these weights.
 
     Args:
-      folder: Folder of the merged model; the adapters stand next to it.
+      folder: Folder of the merged model, next to that of the adapters.
       trunk: Frozen weights; None where there are none to share.
       sharding: Where the adapters go: whole on every device.
     """
@@ -155,19 +155,19 @@ def load_scalar_beside(folder: str, trunk: Any, sharding: Sharding) -> Any:
 
 
 def make_tuning(settings: Shared, model: Any, *, name: str = "") -> Tuning:
-    """What of a model trains: every weight, or the adapters that the settings ask for.
+    """Which part of a model trains: every weight, or the adapters that the settings ask for.
 
     Args:
-      settings: Of the experiment.
+      settings: The settings of the experiment.
       model: The model as training finds it.
-      name: Tells the random numbers of one run's adapters apart.
+      name: Sets the random numbers of a run's several adapters apart.
     """
     key = jax.random.fold_in(jax.random.key(settings.seed), zlib.crc32(name.encode()))
     return lora.make_tuning(model, settings.lora, key)
 
 
 def parameters_line(tuning: Tuning, trained: Any) -> str:
-    """For the banner: how many numbers the model has and how many of them train."""
+    """How many numbers the model has and how many of them train, for the banner."""
     trained = count_parameters(trained)
     if tuning.trunk is None:
         return f"{trained:,} parameters"
@@ -187,7 +187,7 @@ def memory_lines(
     *,
     accumulated: bool,
 ) -> dict[str, str]:
-    """For the banner: what each device holds; nothing where there is one device.
+    """What each device holds, for the banner; nothing where there is one device.
 
     Args:
       sharding: Mesh and mode.
@@ -214,7 +214,7 @@ def _frozen_holding(name: str, model: Any, sharding: Sharding) -> memory.Holding
         name, model = f"{name} (adapters)", parts[1]
     places = jax.tree.map(lambda x: x.sharding, model)
     spread = jax.tree.leaves(places) == jax.tree.leaves(sharding.frozen(model))
-    reason = "" if spread else f"mode {sharding.mode} keeps what adapters stand beside whole"
+    reason = "" if spread else f"mode {sharding.mode} keeps weights that have adapters whole"
     return memory.holding(name, model, places, reason=reason)
 
 
@@ -233,9 +233,9 @@ def save_tuned(
 
     Args:
       tuning: How the model was trained.
-      trained: What it trained to.
+      trained: The tree that trained.
       workdir: The run folder.
-      tokenizer: Of the model.
+      tokenizer: The model's tokenizer.
       base: Folder of the model that training began with.
     """
     model = tuning.merged(trained)

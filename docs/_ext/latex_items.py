@@ -16,8 +16,8 @@ class Item:
       kind: "atom", "function" (binds what follows), "sign", "relation", "comma", "text", "gap" or
         "slash" (`latex` is then " " for a loose one).
       latex: What it becomes.
-      inner: For a bracketed atom, what stands between the brackets.
-      spaced: Whether a space stands before it.
+      inner: For a bracketed atom, what is between the brackets.
+      spaced: Whether a space precedes it.
     """
 
     kind: str

@@ -44,7 +44,7 @@ class DPOConfig:
     Attributes:
       objective: One of `OBJECTIVES`.
       beta: β, the strength of the pull to the reference.
-      label_smoothing: Share of labels that are thought to be flipped, below ½; for "dpo" only.
+      label_smoothing: Assumed share of flipped labels, below ½; for "dpo" only.
       sft_coef: Weight of -log π(y⁺|x), which keeps up the likelihood of chosen responses: the
         slides' L_total has this term and DPO's as its auxiliary one.
     """
@@ -72,7 +72,7 @@ class DPOConfig:
             )
 
     def loss(self, *log_probs: jax.Array) -> jax.Array:
-        """`[B]`, of chosen and rejected `[B]` under the policy and under the reference."""
+        """`[B]`, from `[B]` each: chosen, rejected under the policy, then under the reference."""
         if self.objective == "dpo":
             return losses.dpo_loss(*log_probs, beta=self.beta, label_smoothing=self.label_smoothing)
         return OBJECTIVES[self.objective](*log_probs, beta=self.beta)
@@ -114,9 +114,9 @@ def pair_metrics(
     """Weighted sums over pairs: the loss, whichever it is, and what the policy thinks of them.
 
     Args:
-      log_probs: `[B, 2]`, of the policy, chosen first; the loss is differentiated in it.
-      ref_log_probs: `[B, 2]`, of the reference.
-      weights: `[B]`, of each pair.
+      log_probs: `[B, 2]`, under the policy, chosen first; differentiated.
+      ref_log_probs: `[B, 2]`, under the reference.
+      weights: `[B]`, the weight of each pair.
       config: The loss.
     """
     four = (*log_probs.T, *ref_log_probs.T)
@@ -178,7 +178,7 @@ def evaluate(
 
 
 def sequence_log_probs(model: Transformer, batch: dict[str, jax.Array]) -> jax.Array:
-    """log π(y|x) of chosen and rejected, `[B, 2]` float32: both sides are rows of one forward."""
+    """log π(y|x) of chosen and rejected, `[B, 2]` float32, both sides in one forward pass."""
     pairs, _, width = batch["tokens"].shape
     tokens, segments, trained = (
         batch[name].reshape(-1, width) for name in ("tokens", "segments", "loss_mask")

@@ -81,7 +81,7 @@ class PPOBatch:
 
 
 def prepare(batch: tuple[Experience, Any], *, config: PPOConfig) -> PPOBatch:
-    """Makes loss weights, normalises and clips advantages over one whole minibatch."""
+    """Makes the loss weights; normalises and clips advantages over the whole minibatch."""
     experience, ptx = batch
     where = experience.rollout.response_mask
     if config.normalize_advantages or config.advantage_clip:
@@ -169,7 +169,7 @@ def _objective(log_probs, old_log_probs, advantages, penalty_coef, config: PPOCo
         return losses.ppo_clip_loss(log_probs, old_log_probs, advantages, clip_eps=config.clip_eps)
     if config.objective == "penalty":
         # KL(π_old || π) on samples of π_old: k3, whose gradient is that of the exact KL in
-        # expectation. Not `kl_estimate`, which takes its second policy for a constant.
+        # expectation. Not `kl_estimate`, which treats its second policy as constant.
         log_ratio = log_probs - jax.lax.stop_gradient(old_log_probs)
         kl = jnp.expm1(log_ratio) - log_ratio
         return losses.ppo_penalty_loss(

@@ -5,8 +5,8 @@
   for minibatch in method.minibatches(experience, iteration):
       state, metrics = method.update(state, minibatch, ptx, iteration) lines 5 and 6
 
-Whether every weight trains or adapters beside frozen ones is not seen here: the state holds what
-trains, and `PPOMax` knows what it stands beside.
+Nothing here depends on whether every weight trains or only adapters on frozen ones: the state holds
+what trains, and `PPOMax` the frozen weights.
 
 Source: Zheng et al. 2023 (arXiv 2307.04964), Algorithm 1 and Figure 5.
 """
@@ -50,7 +50,7 @@ from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.training.step import TrainState, create_state, divide, make_train_step
 
 CRITIC_STARTS = ("reward_model", "policy", "none")
-# Of the first minibatch, before any update: 0, 1 and 1 where sampler and trainer agree.
+# Taken on the first minibatch, before any update: 0, 1 and 1 where sampler and trainer agree.
 FIRST = ("policy/approx_kl", "policy/ratio_max", "policy/ratio_min")
 
 
@@ -59,10 +59,10 @@ class PPOTrainConfig:
     """Batches of a run, all global: counted over devices and microbatches.
 
     Attributes:
-      iterations: Buffers of experience.
-      prompts_per_iteration: Prompts of a buffer.
+      iterations: Number of iterations, each with a buffer of experience.
+      prompts_per_iteration: Prompts in a buffer.
       samples_per_prompt: Responses to each of them.
-      minibatch: Responses of one update.
+      minibatch: Responses in one update.
       microbatches: Parts of a minibatch whose gradients are computed one after the other; models
         score a buffer in parts of the same size.
       epochs: How often an iteration goes over its buffer.
@@ -137,7 +137,7 @@ class PenaltyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PPOMaxConfig:
-    """Everything that decides the numbers of a run, but for models and data.
+    """Everything that decides the numbers of a run, except models and data.
 
     Attributes:
       train: Batches.
@@ -150,7 +150,7 @@ class PPOMaxConfig:
       ppo: The two losses.
       penalty: β of `ppo.objective="penalty"`.
       trpo: The trust region of `ppo.objective="trpo"`.
-      seed: Of sampling and of the order of minibatches.
+      seed: For sampling and for the order of minibatches.
     """
 
     train: PPOTrainConfig
@@ -212,12 +212,12 @@ class PPOMax:
 
     Args:
       config: Every setting.
-      policy: π_θ at its start, or adapters beside it; its start is taken, see `Tuning.take`.
+      policy: π_θ at its start, or adapters on it; it gives its start away, see `Tuning.take`.
       reference: π_ref, frozen.
       reward_model: Frozen.
-      make_critic: From the language model at the policy's start to the critic's start; returns
-        None where there is none. Called once the policy's state holds its own copy, so that no
-        device holds more models than it needs to.
+      make_critic: Maps the language model that the policy starts from to the critic's start, or
+        to None where there is no critic. Called once the policy's state holds its own copy, so that
+        no device holds more models than it needs to.
       eos_ids: Tokens that end a response.
       pad_id: Written after the end.
       sharding: Where trees live.
@@ -330,7 +330,7 @@ class PPOMax:
     def metrics(
         self, experience: Experience, updates: Sequence[dict[str, jax.Array]]
     ) -> dict[str, Any]:
-        """Numbers of an iteration: of its last update, what `FIRST` names of the first, its buffer.
+        """Metrics of an iteration: its last update, its first (those in `FIRST`), and its buffer.
 
         Args:
           experience: The buffer.
@@ -346,7 +346,7 @@ class PPOMax:
         )
 
     def adapt(self, state: PPOState, metrics: dict[str, Any]) -> PPOState:
-        """Adaptive coefficients, where a target is set."""
+        """Adapts the coefficients that have a target."""
         kl, penalty = self.config.kl, self.config.penalty
         if kl.target:
             coef = losses.adaptive_kl_coef(
@@ -383,7 +383,7 @@ def make_optimizers(
 
 
 def make_score(config: PPOMaxConfig, sharding: Sharding) -> Callable[..., Any]:
-    """Jits: rollout -> Experience (lines 3 and 4 of Algorithm 1) and the new reward moments."""
+    """Compiled: rollout -> Experience (lines 3 and 4 of Algorithm 1) and new reward moments."""
     train = config.train
     rows = min(train.rollout_batch, train.microbatch)
     microbatches = divide("rollout batch", train.rollout_batch, rows)
@@ -427,11 +427,11 @@ def make_updates(
     """The compiled policy and critic steps.
 
     Args:
-      config: Of the run.
+      config: The settings of the run.
       sharding: Where trees live.
-      optimizers: Of policy and critic.
+      optimizers: The policy's and the critic's.
       policy_trunk: Frozen weights beside which the policy's adapters train; None without adapters.
-      critic_trunk: The same of the critic.
+      critic_trunk: The same for the critic.
     """
     prepare = functools.partial(ppo.prepare, config=config.ppo)
     microbatches = config.train.microbatches

@@ -45,7 +45,7 @@ class SFTConfig:
 
 
 def loss_fn(model: Transformer, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
-    """L = -Σ_t log π(y_t | x, y_{<t}) over the trained tokens, their mean, in nats.
+    """L = -Σ_t log π(y_t | x, y_{<t}) averaged over the trained tokens, in nats.
 
     Args:
       model: The policy.
@@ -83,7 +83,7 @@ def make_step(
 def negative_log_likelihood(
     model: Transformer, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum over trained tokens, in nats, and their number."""
+    """Summed over trained tokens, in nats, and their number."""
     log_probs, _ = next_token_log_probs(model, batch["tokens"], batch["segments"])
     where = batch["loss_mask"][:, 1:]
     return -jnp.sum(jnp.where(where, log_probs, 0.0)), where.sum()

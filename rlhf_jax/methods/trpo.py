@@ -1,4 +1,4 @@
-"""TRPO on a minibatch of experience: the policy step with a trust region for its optimizer."""
+"""TRPO on a minibatch of experience: the policy step, taken within a trust region."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def make_trust_region_step(
     """Builds `step(state, (experience, ptx), penalty_coef)`, as `make_train_step` does.
 
     π_old of the ratio is the policy that sampled; π_old of the constraint is the policy before this
-    step. They are one and the same when a minibatch is the whole buffer, as TRPO means it.
+    step. They are one and the same when a minibatch is the whole buffer, as in TRPO.
 
     Raises (when traced):
-      ValueError: a ptx batch or an entropy bonus, which TRPO's problem has no place for.
+      ValueError: a ptx loss or an entropy bonus, which have no place in TRPO's problem.
     """
     if config.ptx_coef or config.entropy_coef:
         raise ValueError("ppo.objective='trpo' has no ptx loss and no entropy bonus: set both to 0")

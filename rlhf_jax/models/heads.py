@@ -124,7 +124,7 @@ class ScalarModel(nnx.Module):
         return hidden.astype(jnp.float32) @ self.kernel[...] + self.bias[...]
 
     def scores(self, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-        """`[B]` float32: the number read at the last real token, wherever padding stands."""
+        """`[B]` float32: the number read at the last real token, on whichever side padding is."""
         hidden = self.trunk(tokens, segments)
         return self.read(hidden_at(hidden, last_real_index(segments > 0)))
 

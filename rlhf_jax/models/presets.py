@@ -56,7 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, **changes: Any) -> ModelConfig | None:
-    """The sizes of a published model, None where they are not known.
+    """The sizes of a published model, or None where they are not known.
 
     The organisation may be left out, and case does not matter: `llama-7b`.
 

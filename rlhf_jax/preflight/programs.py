@@ -25,7 +25,7 @@ class Program:
         where that is more.
       steps: Trip count of a loop whose end depends on the data: tokens to sample.
       weights: Bytes of the parameters that the program updates; 0 for programs that update none.
-      creates: Its results are what stays on the devices, and its arguments are not.
+      creates: Its results, and not its arguments, stay on the devices.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Measured:
     """What the compiler says of a program, per device, for one call.
 
     Attributes:
-      name: Of the program.
+      name: Name of the program.
       calls: How often an iteration runs it.
       held: Bytes of it that are resident anyway: its arguments, or what it creates.
       peak: Bytes while it runs, its arguments included.
@@ -53,8 +53,8 @@ class Measured:
       compile_seconds: Wall time of lowering and compiling.
       weights: See `Program`.
       kernels: Library kernels, and how often each runs.
-      counted: Whether the compiler tells how often each loop runs, but for the one of `Program`;
-        if not, only the memory is known. TPU modules do not tell.
+      counted: Whether the compiler states how often each loop runs, except the one of `Program`;
+        if not, only the memory is known. TPU modules do not state it.
     """
 
     name: str

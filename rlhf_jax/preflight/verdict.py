@@ -10,7 +10,7 @@ from rlhf_jax.preflight.programs import Measured
 from rlhf_jax.preflight.topologies import Topology
 from rlhf_jax.training.memory import Holding, show
 
-# Beside what XLA plans: CUDA context, NCCL's buffers, kernels, workspaces of libraries.
+# On top of what XLA plans: CUDA context, NCCL's buffers, kernels, workspaces of libraries.
 RESERVE = 2 * 2**30
 # Collectives of at most this many bytes are metrics and norms, not weights or gradients.
 SMALL = 2**20
@@ -156,7 +156,7 @@ class Verdict:
 
 
 def text(verdict: Verdict) -> str:
-    """The report for people."""
+    """The report as text."""
     topology, chip = verdict.topology, verdict.topology.chip
     lines = [f"\n{topology.name}: {topology.size} devices of {show(chip.memory)}, {verdict.mode}"]
     lines.append("\nresident on each device")

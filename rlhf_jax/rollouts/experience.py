@@ -40,7 +40,7 @@ class Evaluation:
 
     Attributes:
       ref_log_probs: `[B, G]` float32, under the reference, at the policy's temperature.
-      scores: `[B]` float32, of the reward model at the last real token.
+      scores: `[B]` float32, the reward model's at the last real token.
       values: `[B, G]` float32, V(s_t) of the state before response token t; zeros without critic.
     """
 
@@ -126,10 +126,10 @@ class AdvantageConfig:
         return self.method in CRITIC_ADVANTAGES
 
     def check_samples(self, samples_per_prompt: int) -> None:
-        """Refuses a Φ that compares samples of one prompt, where a prompt has one.
+        """Checks that a Φ which compares samples of one prompt gets several.
 
         Raises:
-          ValueError: says so.
+          ValueError: a prompt has one sample.
         """
         if self.method in ("rloo", "grpo") and samples_per_prompt < 2:
             raise ValueError(
@@ -154,8 +154,8 @@ def evaluate(
       reference: Frozen copy of the initial policy.
       reward_model: Its score is read at the last real token.
       critic: None for a Φ_t without one.
-      temperature: The policy's.
-      microbatches: The rows are processed in so many parts, one after the other.
+      temperature: That of the policy.
+      microbatches: Parts in which the rows are processed, one after the other.
     """
     start = rollout.prompt_length
 
@@ -222,7 +222,7 @@ def shape_rewards(
         if config.transform != "none":
             scores = losses.scale_rewards(scores, moments)
         scores = jnp.clip(scores, -clip, clip)
-    # After the transform: the price keeps its size whatever the scale of the reward model, and
+    # After the transform: the penalty keeps its size whatever the scale of the reward model, and
     # neither moves the moments nor is clipped away.
     scores = scores - config.missing_eos_penalty * ~rollout.ended
     rewards = losses.kl_shaped_rewards(
@@ -256,7 +256,7 @@ def advantages(
       Advantages and returns, `[B, G]` each, 0 on padding.
 
     Raises:
-      ValueError: a Φ that compares samples of one prompt, where a prompt has one.
+      ValueError: a Φ compares samples of one prompt, and a prompt has one.
     """
     config.check_samples(samples_per_prompt)
     discount = config.discount

@@ -27,7 +27,7 @@ class Responses(NamedTuple):
     Attributes:
       prompts: N texts.
       responses: N texts, without the prompt.
-      judged: By name of the judge, `[N]` scores of prompt and response together.
+      judged: Name of a judge -> `[N]` scores of prompt and response together.
       statistics: Means over all responses, by metric name.
     """
 
@@ -44,7 +44,7 @@ def win_rates(one: Responses, other: Responses) -> dict[str, WinRate]:
 
 @flax.struct.dataclass
 class NoRewardModel:
-    """Stands where there is no reward model: every response scores 0."""
+    """In place of a missing reward model: every response scores 0."""
 
     def scores(self, tokens: jax.Array, segments: jax.Array) -> jax.Array:
         """`[B]` zeros for sequences `[B, T]`."""
@@ -59,12 +59,12 @@ class Respondent:
       generate: From `rollout.make_generate`.
       batches: Prompt batches `{"tokens", "mask"}`, all of one shape.
       tokenizer: Turns tokens into text.
-      judges: Score texts, by name; none where nobody may speak of the task.
+      judges: Judges of texts by name; empty where none fits the task.
       reference: Frozen model for the KL.
-      reward_model: None where there is none.
+      reward_model: Scores the responses; None where there is none.
       sharding: Where batches go.
-      temperature: Of the policy.
-      show: What of a prompt is shown and judged, for prompts that hold more than their text.
+      temperature: That of the policy.
+      show: Takes from a prompt the part that is shown and judged.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ token that it draws, the trainer computes the same function, and so the ratio of
 is 1 and its KL to an equal reference 0 for every temperature, top-k and top-p. Top-k, top-p and
 the repetition penalty only restrict which tokens get drawn: with them the samples come from a
 truncated policy while the full one is optimised, a bias that all trainers with top-p share. The
-alternative, renormalising the ratio over the old nucleus, gives tokens outside of it no gradient
+alternative, renormalising the ratio over the old nucleus, gives tokens outside it no gradient
 and an infinite KL when the nucleus moves. `top_p=1, top_k=0` has no bias and is the default.
 """
 
@@ -118,8 +118,8 @@ class _Carry(NamedTuple):
     step: jax.Array  # scalar: response tokens drawn so far
     hidden: jax.Array  # [B, D]: state that predicts the next token
     cache: KVCache
-    # Of the next token. Made at the end of a step and carried: inside of the next one XLA would
-    # fuse the sines into the rotation of each head of each layer, and take them again for each.
+    # For the next token. Made at the end of a step and carried: inside the next step XLA would
+    # fuse the sines into the rotation of each head of each layer, and recompute them for each.
     rope: Rope
     ended: jax.Array  # [B]
     tokens: jax.Array  # [B, G]
@@ -219,8 +219,8 @@ def generate(
         entropies=zeros,
         seen=jnp.zeros((batch, model.config.vocab_size), bool) if penalized else None,
     )
-    # XLA on CPU copies a slice of stacked weights: at every token, if it is taken in the loop.
-    # Outside it takes the memory of the decoder's layers once more, so other platforms do not.
+    # On CPU XLA copies a slice of stacked weights, at every token if it is taken inside the loop.
+    # Outside it costs the memory of the decoder's layers once more, so only CPUs do so.
     carry = jax.lax.platform_dependent(
         start, cpu=lambda carry: loop(carry, model.layers.each()), default=loop
     )

@@ -19,12 +19,13 @@ def reuse_freed_memory() -> bool:
     the system and unmaps it when it is freed, so that every page of it is faulted in and zeroed at
     every step: a fifth of the processor time of a small training run. And with pages of 4 KiB the
     weights of even a small model are more pages than a processor keeps track of, which slows down
-    sampling by 5 to 10% on one or two cores. The process then holds what it has freed, more than it
-    ever needed at once where programs of several shapes take turns: see `release_freed_memory`.
+    sampling by 5 to 10% on one or two cores. The process then holds what it has freed, which is
+    more than it ever needed at once where programs of several shapes take turns: see
+    `release_freed_memory`.
     Call it before jax starts its threads.
 
     Returns:
-      Whether freed memory is kept; False where the C library is another one.
+      Whether freed memory is kept; False where the C library is not glibc.
     """
     libc = _glibc()
     if libc is None:

@@ -99,7 +99,7 @@ class Checkpointer:
 
 
 def _kind(leaf: Any) -> str:
-    """Type and shape: `float32[2, 3]`. Orbax would convert another type without a word."""
+    """Type and shape: `float32[2, 3]`. Orbax would convert another type silently."""
     return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 

@@ -43,7 +43,7 @@ def holding(name: str, tree: Any, shardings: Any, *, reason: str = "") -> Holdin
       name: What to call it.
       tree: Arrays, or their shapes and types.
       shardings: A tree of `NamedSharding`.
-      reason: Why leaves are whole, if the mode says so; by default that no axis divides.
+      reason: Why leaves are whole, if the mode decides it; by default because no axis divides.
     """
     total, per_device, whole = 0, 0, []
     devices = 1
@@ -71,7 +71,7 @@ def state_holdings(
     Gradients live only within a step.
 
     Args:
-      name: Of the model, such as `policy`.
+      name: The model's name, such as `policy`.
       state: The state or its shapes.
       sharding: Mesh and mode.
       accumulated: Gradients are summed over microbatches, in float32.
@@ -120,7 +120,7 @@ def describe(holdings: Iterable[Holding], *, most: int = 3) -> dict[str, str]:
 
 
 def show(count: float) -> str:
-    """Bytes for people: `12.55 GiB`."""
+    """Bytes in a readable unit: `12.55 GiB`."""
     for unit in ("B", "KiB", "MiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

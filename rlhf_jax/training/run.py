@@ -20,7 +20,7 @@ from rlhf_jax.runtime.progress import Progress, progress
 from rlhf_jax.runtime.run_info import run_info
 from rlhf_jax.training.checkpoint import Checkpointer, GracefulStop
 
-# What may change when a run goes on: it does not change the numbers.
+# Settings that may change when a run is resumed: they do not change the numbers.
 FREE = ("log.", "checkpoint.", "sharding.")
 
 
@@ -72,7 +72,7 @@ class Run:
       desc: Title of the progress bar.
       show: Metrics that the progress bar shows.
       settings: Every setting of the run, as a nested mapping: written to config.json, and compared
-        with what stands there when a run goes on.
+        with that file when a run is resumed.
       log: Where metrics go besides metrics.jsonl.
       checkpoint: When states are saved.
     """
@@ -164,7 +164,7 @@ class Run:
         return progress(self.total, self._desc, initial=self._next)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Hands in a step's metrics; they are fetched while the next step computes.
+        """Takes a step's metrics, which are fetched while the next step computes.
 
         Raises:
           NonFiniteError: the previous step's metrics were not finite.
@@ -209,7 +209,7 @@ class Run:
         return time.time() - self.started_at
 
     def command(self) -> str:
-        """The command that makes this run."""
+        """The command line of this run."""
         return json.loads((self.workdir / "config.json").read_text())["command"]
 
     def finish(self, summary: Mapping[str, Any]) -> None:

@@ -83,7 +83,7 @@ def make_train_step(
         name ends in `_max` or `_min` is merged by that instead.
       optimizer: optax transformation.
       sharding: Where the trees live.
-      microbatches: Gradient accumulation: the batch is split into so many parts.
+      microbatches: Gradient accumulation: the number of parts that the batch is split into.
       prepare: Runs on the whole batch before it is split: the place for whatever is normalised
         over the batch.
       trunk: Frozen weights beside which the state's adapters train: `loss_fn` is given the model
@@ -142,7 +142,7 @@ class OnTrunk:
         return self._compiled(*arguments, self._trunk)
 
     def lower(self, *arguments: Any) -> Any:
-        """As `jax.jit(...).lower`."""
+        """Like `jax.jit(...).lower`."""
         return self._compiled.lower(*arguments, self._trunk)
 
 
@@ -179,7 +179,7 @@ def divide(name: str, whole: int, part: int) -> int:
     """How many parts make the whole, such as minibatches of a buffer.
 
     Raises:
-      ValueError: there would be a rest.
+      ValueError: there would be a remainder.
     """
     if part < 1 or whole < 1:
         raise ValueError(f"{name}={whole} and what divides it ({part}) must be at least 1")

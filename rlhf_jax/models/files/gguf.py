@@ -1,8 +1,8 @@
 """Llama-family GGUF files: weights, tokenizer and chat template, through the `gguf` package.
 
 GGUF is what llama.cpp runs: one file with metadata, vocabulary and, mostly quantised, tensors.
-Quantised weights are read as the float32 numbers that they stand for; training them further is
-fine, but they are not the weights of before the quantisation.
+Quantised weights are read as the float32 numbers that they encode; training them further is fine,
+but they are not the weights from before the quantisation.
 
     python -m rlhf_jax.models.files.gguf MODEL.gguf FOLDER     # once; then load FOLDER
 """
@@ -101,7 +101,7 @@ def gguf_to_hf(path: str | Path, folder: str | Path, *, dtype: str = "float32") 
 
     Args:
       path: The file.
-      folder: Where to, see `hf_weights.save_model`.
+      folder: Where to write, see `hf_weights.save_model`.
       dtype: Type on file; bfloat16 is half the size and rounds what the quantised numbers mean.
     """
     model, tokenizer = load_gguf(path)
@@ -201,7 +201,7 @@ class _GGUF:
         return self.tensors[name]
 
     def _rope_scaling(self, head_dim: int, theta: float) -> RopeScaling | None:
-        """Linear scaling stands in the metadata; that of Llama 3 in a tensor of divisors."""
+        """Linear scaling is in the metadata; that of Llama 3 in a tensor of divisors."""
         kind = self.get("rope.scaling.type", "none")
         if kind == "linear":
             return RopeScaling("linear", factor=self.get("rope.scaling.factor"))

@@ -28,7 +28,7 @@ OWN_FILES = re.compile(
 
 
 def find_folder(path_or_name: str | Path, patterns: Iterable[str]) -> Path:
-    """A local folder as it is; anything else is looked up on the Hugging Face hub.
+    """Returns a local folder; anything else is looked up on the Hugging Face hub.
 
     Args:
       path_or_name: A folder, or a name such as "HuggingFaceTB/SmolLM2-135M".
@@ -49,7 +49,7 @@ def find_folder(path_or_name: str | Path, patterns: Iterable[str]) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as error:  # The hub's client raises a dozen types, some of its HTTP library.
+    except Exception as error:  # The hub's client raises a dozen types, some from its HTTP library.
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"{name} is no local folder, and neither the Hugging Face hub nor its cache gave it "
@@ -144,7 +144,7 @@ def write_tensors(
         file.touch()
         mode = file.stat().st_mode
         save_file(pending, file, metadata={"format": "pt"})
-        file.chmod(mode)  # safetensors leaves it to the owner alone
+        file.chmod(mode)  # safetensors lets only the owner read it
         parts.append((file, list(pending)))
         pending.clear()
 

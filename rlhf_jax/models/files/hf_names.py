@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-# Leaf of `Transformer` or `ScalarModel` -> name on file; "*" stands for the number of the layer.
+# Leaf of `Transformer` or `ScalarModel` -> name on file; "*" is the number of the layer.
 NAMES = {
     "embedding": "model.embed_tokens.weight",
     "layers.attention_norm": "model.layers.*.input_layernorm.weight",
@@ -36,7 +36,7 @@ IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
 class Leaf(NamedTuple):
-    """One leaf of a model and where it stands on file.
+    """One leaf of a model and its place on file.
 
     Attributes:
       path: Dotted attributes, "layers.q".
@@ -143,7 +143,7 @@ def collapse(names: Iterable[str]) -> list[str]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """`[0, 1, 2, 5]` -> "{0-2,5}"; a single number stands bare."""
+    """`[0, 1, 2, 5]` -> "{0-2,5}"; a single number has no braces."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

@@ -73,7 +73,7 @@ def load_model(
         from the model's `jax.eval_shape`. None puts everything on the default device.
 
     Raises:
-      ValueError: A folder, file or tensor is not as it must be; one line says which.
+      ValueError: A folder, file or tensor is invalid; one line says which.
     """
     opened = _Opened(path_or_name, dtype, remat, attention, max_length)
     if opened.kind == SCALAR:
@@ -142,13 +142,13 @@ def save_model(
     `qkv_bias`, Qwen3 with `qk_norm`, else Llama (a Mistral without sliding window is a Llama).
 
     A `ScalarModel` becomes `...ForSequenceClassification` with one label. The format has no
-    bias: ours stands in `config.json` as `{"rlhf_jax": {"score_bias": x}}`, and other tools give
+    bias: ours is kept in `config.json` as `{"rlhf_jax": {"score_bias": x}}`, and other tools give
     numbers that are lower by this constant. The language-model head of an untied trunk is kept
     as `lm_head.weight`, which other tools leave out.
 
     Args:
       model: The model.
-      folder: Where to; must be new, empty, or hold a saved model.
+      folder: Where to write; must be new, empty, or hold a saved model.
       tokenizer: A `transformers` tokenizer, or None. Its special tokens go into `config.json`.
       dtype: Type on file of the decoder's weights; None is the model's.
       max_shard_bytes: Larger models are split into files of at most this size.
@@ -176,8 +176,8 @@ def check_vocabulary(tokenizer: Any, config: ModelConfig, where: str = "") -> No
     """Checks that every token has a row in the embedding.
 
     Args:
-      tokenizer: Of transformers.
-      config: Of the model.
+      tokenizer: One of transformers.
+      config: The model's configuration.
       where: Folder of the model, for the message.
 
     Raises:
@@ -201,7 +201,7 @@ def _special_tokens(tokenizer: Any) -> dict[str, int]:
 def _tensors_of(
     model: Transformer | ScalarModel, config: ModelConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors as they stand on file, one leaf on the host at a time."""
+    """The tensors in the form that files have, one leaf on the host at a time."""
     for leaf, value in leaves_on_file(model):
         if not value.is_fully_addressable:
             raise ValueError("save_model needs all shards on one host; gather the model first")
