@@ -37,12 +37,12 @@ class Case:
     """One comparison.
 
     Attributes:
-      name: Its name in the results.
-      title: Its title in the table.
-      spec: What every worker does: the case, the model's name, batch, lengths.
-      peers: Environments of the peers and the ratio of times (theirs to ours) asked for; None is
+      name: its name in the results.
+      title: its title in the table.
+      spec: what every worker does: the case, the model's name, batch, lengths.
+      peers: environments of the peers and the ratio of times (theirs to ours) asked for; None is
         no ratio to reach.
-      tokens: What one run makes or trains on, for tokens per second.
+      tokens: what one run makes or trains on, for tokens per second.
     """
 
     name: str

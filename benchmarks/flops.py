@@ -8,8 +8,8 @@ def useful_flops(spec: dict, model: dict) -> float:
     logits count where a token is predicted.
 
     Args:
-      spec: Case, batch and lengths.
-      model: Sizes, see `cases.MODELS`.
+      spec: case, batch and lengths.
+      model: sizes, see `cases.MODELS`.
     """
     batch = spec["batch"]
     if spec["case"] == "sft":

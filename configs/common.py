@@ -48,10 +48,10 @@ def build(
     """Builds a config from its argument.
 
     Args:
-      experiment: Name of the experiment; names the run folder.
-      arg: What follows the colon; empty means `quickstart`.
-      scales: Functions that return a whole config.
-      variants: Functions that change one.
+      experiment: name of the experiment; names the run folder.
+      arg: what follows the colon; empty means `quickstart`.
+      scales: functions that return a whole config.
+      variants: functions that change one.
 
     Raises:
       ValueError: unknown scale, variant or key, or two scales.
@@ -89,7 +89,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     theirs, whether it was assigned or set by a flag: another config goes to another folder.
 
     Args:
-      config: The result of a `get_config`, perhaps changed since.
+      config: the result of a `get_config`, perhaps changed since.
     """
     module = importlib.import_module(f"configs.{config.experiment}")
     config = config.copy_and_resolve_references()
@@ -119,9 +119,9 @@ def stage_argument(stage: str, config: ConfigDict, *variants: str) -> str:
     """The argument of an earlier stage's config file: same scale, seed and data.
 
     Args:
-      stage: Name of the experiment.
-      config: The config of the run that needs the stage.
-      *variants: Variants of that stage.
+      stage: name of the experiment.
+      config: the config of the run that needs the stage.
+      *variants: variants of that stage.
     """
     module = importlib.import_module(f"configs.{stage}")
     scale = scale_of_stage(stage, config.scale)

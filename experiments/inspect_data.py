@@ -33,8 +33,8 @@ class Origin:
     """Where a tokenizer comes from.
 
     Attributes:
-      folder: Folder of a model that has it; empty if there is none.
-      stage: Argument of configs/sft.py, whose run would train it.
+      folder: folder of a model that has it; empty if there is none.
+      stage: argument of configs/sft.py, whose run would train it.
     """
 
     folder: str

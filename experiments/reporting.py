@@ -212,13 +212,13 @@ def write(
     """Writes report.md, figures and summary.json, and prints the summary.
 
     Args:
-      settings: The settings of the run.
-      run: The run and its folder.
-      answers: The baseline first, then the policy of the run, then others.
-      judges: Who scored them, by name.
-      plot: Draws the training curves.
-      notes: More lines for the report.
-      summary: More entries of summary.json.
+      settings: the settings of the run.
+      run: the run and its folder.
+      answers: the baseline first, then the policy of the run, then others.
+      judges: who scored them, by name.
+      plot: draws the training curves.
+      notes: more lines for the report.
+      summary: more entries of summary.json.
     """
     if not distributed.is_main():
         run.finish({})

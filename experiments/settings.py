@@ -42,11 +42,11 @@ class EvalConfig:
     """When and on what a run is measured.
 
     Attributes:
-      every: Steps between two measurements.
-      prompts: Validation prompts, for the curves.
-      final_prompts: Test prompts, for the report.
-      samples: Responses that the report shows.
-      batch: Prompts that are answered at once.
+      every: steps between two measurements.
+      prompts: validation prompts, for the curves.
+      final_prompts: test prompts, for the report.
+      samples: responses that the report shows.
+      batch: prompts that are answered at once.
     """
 
     every: int

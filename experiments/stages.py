@@ -34,10 +34,10 @@ def require(folder: str, *, stage: str = "", argument: str = "", build: bool = F
     """Returns `folder` once it holds a model.
 
     Args:
-      folder: Folder of a Hugging Face model, or a hub name (never built here).
-      stage: Experiment that makes it; empty where none does.
-      argument: Argument of that experiment's config file.
-      build: Whether to run the stage here when the folder is missing.
+      folder: folder of a Hugging Face model, or a hub name (never built here).
+      stage: experiment that makes it; empty where none does.
+      argument: argument of that experiment's config file.
+      build: whether to run the stage here when the folder is missing.
 
     Raises:
       FileNotFoundError: the folder is missing and is not to be built; names the command to run.
@@ -88,8 +88,8 @@ def load_tokenizer(folder: str, *others: str) -> Any:
     """The tokenizer of a model, fit for training, before any weights are read.
 
     Args:
-      folder: Folder of the model.
-      *others: Folders of models that will read the same tokens.
+      folder: folder of the model.
+      *others: folders of models that will read the same tokens.
 
     Raises:
       ValueError: no tokenizer there, or one of the models has fewer rows than it has tokens.
@@ -123,12 +123,12 @@ def load_scalar(
     """A reward model or critic.
 
     Args:
-      folder: Folder of the model.
-      options: Its type and memory settings.
-      sharding: Where trees live.
-      key: Random key of a new head, for a language model.
-      frozen: The model does not train.
-      layers: Only the first of its layers are kept; 0 keeps all.
+      folder: folder of the model.
+      options: its type and memory settings.
+      sharding: where trees live.
+      key: random key of a new head, for a language model.
+      frozen: the model does not train.
+      layers: only the first of its layers are kept; 0 keeps all.
     """
     shardings = sharding.frozen if frozen else sharding.params
     model = hf_weights.load_scalar_model(folder, key=key, shardings=shardings, **options.keywords())
@@ -141,9 +141,9 @@ def load_scalar_beside(folder: str, trunk: Any, sharding: Sharding) -> Any:
     """A reward model as adapters on `trunk`; None where it was not trained on these weights.
 
     Args:
-      folder: Folder of the merged model, next to that of the adapters.
-      trunk: Frozen weights; None where there are none to share.
-      sharding: Where the adapters go: whole on every device.
+      folder: folder of the merged model, next to that of the adapters.
+      trunk: frozen weights; None where there are none to share.
+      sharding: where the adapters go: whole on every device.
     """
     adapters = Path(folder).parent / ADAPTERS
     if trunk is None or not distributed.from_main(adapters.exists()):
@@ -158,9 +158,9 @@ def make_tuning(settings: Shared, model: Any, *, name: str = "") -> Tuning:
     """Which part of a model trains: every weight, or the adapters that the settings ask for.
 
     Args:
-      settings: The settings of the experiment.
-      model: The model as training finds it.
-      name: Sets the random numbers of a run's several adapters apart.
+      settings: the settings of the experiment.
+      model: the model as training finds it.
+      name: sets the random numbers of a run's several adapters apart.
     """
     key = jax.random.fold_in(jax.random.key(settings.seed), zlib.crc32(name.encode()))
     return lora.make_tuning(model, settings.lora, key)
@@ -190,10 +190,10 @@ def memory_lines(
     """What each device holds, for the banner; nothing where there is one device.
 
     Args:
-      sharding: Mesh and mode.
-      states: Train states by name; None is left out.
-      frozen: Models that do not train, by name.
-      accumulated: Gradients are summed over microbatches.
+      sharding: mesh and mode.
+      states: train states by name; None is left out.
+      frozen: models that do not train, by name.
+      accumulated: gradients are summed over microbatches.
     """
     if sharding.mesh.size == 1:
         return {}
@@ -232,11 +232,11 @@ def save_tuned(
     """Writes `model/`, and `adapters/` beside it where there are any; returns the model.
 
     Args:
-      tuning: How the model was trained.
-      trained: The tree that trained.
-      workdir: The run folder.
-      tokenizer: The model's tokenizer.
-      base: Folder of the model that training began with.
+      tuning: how the model was trained.
+      trained: the tree that trained.
+      workdir: the run folder.
+      tokenizer: the model's tokenizer.
+      base: folder of the model that training began with.
     """
     model = tuning.merged(trained)
     save(model, Path(workdir) / "model", tokenizer)

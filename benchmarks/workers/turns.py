@@ -18,8 +18,8 @@ class Turns:
     """The worker's side: `hello`, then `wait` and `done` around each piece of work, then `end`.
 
     Attributes:
-      spec: What to do, a dictionary from the driver or the command line.
-      cores: How many CPU cores this process may use.
+      spec: what to do, a dictionary from the driver or the command line.
+      cores: how many CPU cores this process may use.
     """
 
     def __init__(self, *packages: str):

@@ -42,10 +42,10 @@ class DPOConfig:
     """The loss.
 
     Attributes:
-      objective: One of `OBJECTIVES`.
+      objective: one of `OBJECTIVES`.
       beta: β, the strength of the pull to the reference.
-      label_smoothing: Assumed share of flipped labels, below ½; for "dpo" only.
-      sft_coef: Weight of -log π(y⁺|x), which keeps up the likelihood of chosen responses: the
+      label_smoothing: assumed share of flipped labels, below ½; for "dpo" only.
+      sft_coef: weight of -log π(y⁺|x), which keeps up the likelihood of chosen responses: the
         slides' L_total has this term and DPO's as its auxiliary one.
     """
 
@@ -83,7 +83,7 @@ class PairSet(NamedTuple):
 
     Attributes:
       pairs: N pairs.
-      batches: All of them once.
+      batches: all of them once.
     """
 
     pairs: Sequence[EncodedPair]
@@ -96,10 +96,10 @@ def loss_fn(
     """L = -log σ(β log(π(y⁺)/π_ref(y⁺)) - β log(π(y⁻)/π_ref(y⁻))), or what `config` names.
 
     Args:
-      model: The policy π.
-      batch: Tokens, segments and loss mask `[B, 2, T]`, chosen first, `ref_log_probs [B, 2]`, and
+      model: the policy π.
+      batch: tokens, segments and loss mask `[B, 2, T]`, chosen first, `ref_log_probs [B, 2]`, and
         weights from `prepare`.
-      config: The loss.
+      config: the loss.
     """
     log_probs = sequence_log_probs(model, batch)
     metrics = pair_metrics(log_probs, batch["ref_log_probs"], batch["pair_weights"], config=config)
@@ -117,7 +117,7 @@ def pair_metrics(
       log_probs: `[B, 2]`, under the policy, chosen first; differentiated.
       ref_log_probs: `[B, 2]`, under the reference.
       weights: `[B]`, the weight of each pair.
-      config: The loss.
+      config: the loss.
     """
     four = (*log_probs.T, *ref_log_probs.T)
     rewards = losses.implicit_rewards(log_probs, ref_log_probs, beta=config.beta)
@@ -196,10 +196,10 @@ def log_probs_of_pairs(
     """log π of both sides of all pairs, `[N, 2]` float32, in the order of the list of pairs.
 
     Args:
-      model: The language model.
-      batches: Every pair once, with its `index`.
+      model: the language model.
+      batches: every pair once, with its `index`.
       count: N.
-      sharding: Where batches go.
+      sharding: where batches go.
     """
     log_probs = np.full((count, 2), np.nan, np.float32)
     for batch in batches:

@@ -35,7 +35,7 @@ class RewardModelConfig:
       lm_coef: β_rm, weight of the language-model loss on the chosen response; 0 is off.
       comparisons: "pairs" compares the two texts of each pair; "batch" compares every two texts of
         a batch whose ratings differ by at least `min_gap`.
-      min_gap: The least difference between two ratings; for "batch" only.
+      min_gap: the least difference between two ratings; for "batch" only.
     """
 
     lm_coef: float = 0.0
@@ -70,7 +70,7 @@ def all_comparisons(
       scores: `[B, 2]`.
       ratings: `[B, 2]`, of the same texts.
       valid: `[B]` bool, False on filler.
-      min_gap: The least difference between two ratings.
+      min_gap: the least difference between two ratings.
     """
     scores, ratings, real = scores.reshape(-1), ratings.reshape(-1), jnp.repeat(valid, 2)
     # Mean ratings are fractions: 1e-5 forgives rounding, so that 1.9 and 0.9 are 1 apart.
@@ -87,10 +87,10 @@ def loss_fn(
     """L = -log σ(r(x, y_w) - r(x, y_l)) - β log p_LM(y_w | x) (equation 2, sign corrected).
 
     Args:
-      model: Trunk with a scalar head and an LM head.
-      batch: Tokens and segments `[B, 2, T]`, chosen first, and weights from `prepare`; with
+      model: trunk with a scalar head and an LM head.
+      batch: tokens and segments `[B, 2, T]`, chosen first, and weights from `prepare`; with
         `ratings` `[B, 2]` all texts of the batch are compared, not only those of a pair.
-      config: The loss.
+      config: the loss.
     """
     pairs, _, width = batch["tokens"].shape
     tokens, segments = (batch[k].reshape(-1, width) for k in ("tokens", "segments"))

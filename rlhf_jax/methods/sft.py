@@ -26,10 +26,10 @@ class SFTConfig:
     """Batches of a run, all global.
 
     Attributes:
-      steps: Updates.
-      minibatch: Rows of an update.
-      row_length: Tokens of a row, into which documents are packed.
-      microbatches: Parts of a minibatch whose gradients are computed one after the other.
+      steps: updates.
+      minibatch: rows of an update.
+      row_length: tokens of a row, into which documents are packed.
+      microbatches: parts of a minibatch whose gradients are computed one after the other.
     """
 
     steps: int
@@ -48,8 +48,8 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array]) -> tuple[jax.Array,
     """L = -Σ_t log π(y_t | x, y_{<t}) averaged over the trained tokens, in nats.
 
     Args:
-      model: The policy.
-      batch: Tokens and segments `[B, T]`, and the weights of `prepare`.
+      model: the policy.
+      batch: tokens and segments `[B, T]`, and the weights of `prepare`.
     """
     log_probs, _ = next_token_log_probs(model, batch["tokens"], batch["segments"])
     loss = -weighted_sum(log_probs, batch["weights"])

@@ -24,8 +24,8 @@ class TRPOConfig:
 
     Attributes:
       max_kl: δ, bound on the mean KL(π_old ‖ π_θ) per token, in nats.
-      damping: Added to the diagonal of the Fisher matrix.
-      cg_iterations: Products with the Fisher matrix.
+      damping: added to the diagonal of the Fisher matrix.
+      cg_iterations: products with the Fisher matrix.
     """
 
     max_kl: float = 0.01

@@ -35,7 +35,7 @@ class LoRAConfig:
     Attributes:
       rank: r; 0 trains every weight, without adapters.
       alpha: α; the product AB is multiplied by α / r.
-      targets: Matrices of each layer that get adapters, of `TARGETS`.
+      targets: matrices of each layer that get adapters, of `TARGETS`.
     """
 
     rank: int = 0
@@ -98,7 +98,7 @@ class Adapters(nnx.Module):
     """The adapters of a model: what trains, in float32 whatever the type of the frozen weights.
 
     Args:
-      pairs: Name of the matrix, one of `TARGETS` -> its adapters.
+      pairs: name of the matrix, one of `TARGETS` -> its adapters.
       scale: α / r.
     """
 
@@ -118,9 +118,9 @@ def new_adapters(trunk: Transformer, config: LoRAConfig, key: jax.Array) -> Adap
     """Adapters that change nothing yet: A is drawn from N(0, 1 / in), B is 0.
 
     Args:
-      trunk: The model that they adapt; its shapes are read.
-      config: Rank, α and targets.
-      key: Random key.
+      trunk: the model that they adapt; its shapes are read.
+      config: rank, α and targets.
+      key: random key.
     """
     pairs = {}
     for number, name in enumerate(config.targets):
@@ -142,7 +142,7 @@ def attach(trunk: Transformer, trained: Any) -> Any:
     Gradients with respect to `trained` alone never reach the trunk's weights.
 
     Args:
-      trunk: The frozen weights.
+      trunk: the frozen weights.
       trained: `Adapters`, or a `ScalarModel` that has them in place of its trunk.
 
     Returns:
@@ -218,8 +218,8 @@ class Tuning:
     `sampling_model` or `merged`. Without adapters these return what they are given.
 
     Args:
-      start: The tree that trains: a model, or adapters (see `attach`).
-      trunk: The frozen weights; None when every weight trains. Never copied, donated or changed.
+      start: the tree that trains: a model, or adapters (see `attach`).
+      trunk: the frozen weights; None when every weight trains. Never copied, donated or changed.
     """
 
     def __init__(self, start: Any, trunk: Transformer | None = None):

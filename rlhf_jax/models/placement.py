@@ -34,8 +34,8 @@ def gathered(weights: Any, name: str = "") -> Any:
     Inside a scan over layers this holds one layer at a time.
 
     Args:
-      weights: A module, or one array.
-      name: What the array is called in its module.
+      weights: a module, or one array.
+      name: what the array is called in its module.
     """
     axes = _bound_axes()
     if not axes:

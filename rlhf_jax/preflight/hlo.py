@@ -46,11 +46,11 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name: Name of its result.
-      shape: Its result's type, as text.
-      opcode: Such as `dot`.
-      operands: Names.
-      rest: The text after the opening parenthesis.
+      name: name of its result.
+      shape: its result's type, as text.
+      opcode: such as `dot`.
+      operands: names.
+      rest: the text after the opening parenthesis.
     """
 
     name: str
@@ -65,13 +65,13 @@ class Collective:
     """One collective operation.
 
     Attributes:
-      kind: One of `COLLECTIVES`.
-      size: Bytes of the whole array that it makes or reduces, on each of the devices in a group.
-      group: Devices that exchange.
-      times: How often it runs in one call of the program.
-      loops: Trip counts of the loops around it, the outermost first; empty outside loops.
-      dtype: Element type of the first operand.
-      source: The operation in the program that it comes from.
+      kind: one of `COLLECTIVES`.
+      size: bytes of the whole array that it makes or reduces, on each of the devices in a group.
+      group: devices that exchange.
+      times: how often it runs in one call of the program.
+      loops: trip counts of the loops around it, the outermost first; empty outside loops.
+      dtype: element type of the first operand.
+      source: the operation in the program that it comes from.
     """
 
     kind: str
@@ -96,8 +96,8 @@ class Module:
 
     Args:
       text: `compiled.as_text()`.
-      devices: Partitions of the module.
-      unknown_trips: Trip count of loops whose count is not known to the compiler (a loop that ends
+      devices: partitions of the module.
+      unknown_trips: trip count of loops whose count is not known to the compiler (a loop that ends
         when all sequences have ended).
     """
 

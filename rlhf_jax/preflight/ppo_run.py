@@ -29,11 +29,11 @@ class PPORun:
     """A PPO run as shapes: its trees, where they lie, and its programs.
 
     Args:
-      config: The settings of the run.
-      sizes: The sizes of its models.
-      sharding: Mesh of abstract devices, and mode.
-      prompt_length: Tokens of the longest bucket of prompts.
-      ptx_length: Tokens of a row of the ptx loss.
+      config: the settings of the run.
+      sizes: the sizes of its models.
+      sharding: mesh of abstract devices, and mode.
+      prompt_length: tokens of the longest bucket of prompts.
+      ptx_length: tokens of a row of the ptx loss.
 
     Raises:
       ValueError: sizes that do not divide.

@@ -26,13 +26,13 @@ class Chip:
     """Figures of one accelerator.
 
     Attributes:
-      name: As in a topology.
-      memory: Bytes.
-      flops: Dense bfloat16 operations a second.
-      bandwidth: Bytes a second from its memory.
-      link: Bytes a second that it sends to chips of the same node (one direction).
-      network: Bytes a second that it sends to other nodes (one direction).
-      target: A GPU as XLA describes it, the text of a `GpuTargetConfigProto`; empty otherwise.
+      name: as in a topology.
+      memory: bytes.
+      flops: dense bfloat16 operations a second.
+      bandwidth: bytes a second from its memory.
+      link: bytes a second that it sends to chips of the same node (one direction).
+      network: bytes a second that it sends to other nodes (one direction).
+      target: a GPU as XLA describes it, the text of a `GpuTargetConfigProto`; empty otherwise.
     """
 
     name: str
@@ -130,10 +130,10 @@ class Topology:
     """A number of chips of one kind.
 
     Attributes:
-      name: The name that was asked for.
-      chip: Its figures.
-      nodes: Machines.
-      per_node: Chips of a machine, or of a TPU slice.
+      name: the name that was asked for.
+      chip: its figures.
+      nodes: machines.
+      per_node: chips of a machine, or of a TPU slice.
     """
 
     name: str

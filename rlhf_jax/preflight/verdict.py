@@ -25,12 +25,12 @@ class Verdict:
     """The result of a preflight.
 
     Attributes:
-      topology: The machine.
-      mode: Sharding mode.
-      holdings: Trees that stay on the devices between programs.
-      programs: All programs of an iteration.
-      samples: Responses of an iteration.
-      layers: Layers of the models: a loop with so many trips is the loop over layers.
+      topology: the machine.
+      mode: sharding mode.
+      holdings: trees that stay on the devices between programs.
+      programs: all programs of an iteration.
+      samples: responses of an iteration.
+      layers: layers of the models: a loop with so many trips is the loop over layers.
     """
 
     topology: Topology

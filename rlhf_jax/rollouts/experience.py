@@ -53,8 +53,8 @@ class Experience(flax.struct.PyTreeNode):
     """A scored rollout: the content of the experience buffer.
 
     Attributes:
-      rollout: The sampled tokens and their log-probabilities.
-      evaluation: Scores, values and reference log-probabilities.
+      rollout: the sampled tokens and their log-probabilities.
+      evaluation: scores, values and reference log-probabilities.
       rewards: `[B, G]` float32, r_t after shaping.
       advantages: `[B, G]` float32, Φ_t of the policy gradient; 0 on padding.
       returns: `[B, G]` float32, the critic's targets; 0 on padding.
@@ -76,7 +76,7 @@ class RewardConfig:
         by the running std, over all real tokens, of the rolling discounted sum of rewards;
         "normalize" subtracts the running mean of scores and divides by their std.
       clip: δ, scores are clipped to ±clip after the transform; 0 is off.
-      missing_eos_penalty: Subtracted, after transform and clipping, from the score of a response
+      missing_eos_penalty: subtracted, after transform and clipping, from the score of a response
         that was cut at the length limit. A reward model reads its score at EOS and has never
         learned what an unfinished text is worth.
     """
@@ -102,8 +102,8 @@ class AdvantageConfig:
         other samples (all of the batch; the others of the prompt; mean and std of the prompt's).
       discount: γ.
       lambda_: λ of GAE.
-      k: Steps of "k_step".
-      returns: The critic's target: "gae" is A + V_old, "monte_carlo" the discounted rewards-to-go.
+      k: steps of "k_step".
+      returns: the critic's target: "gae" is A + V_old, "monte_carlo" the discounted rewards-to-go.
     """
 
     method: str = "gae"
@@ -151,11 +151,11 @@ def evaluate(
 
     Args:
       rollout: B rows.
-      reference: Frozen copy of the initial policy.
-      reward_model: Its score is read at the last real token.
+      reference: frozen copy of the initial policy.
+      reward_model: its score is read at the last real token.
       critic: None for a Φ_t without one.
-      temperature: That of the policy.
-      microbatches: Parts in which the rows are processed, one after the other.
+      temperature: that of the policy.
+      microbatches: parts in which the rows are processed, one after the other.
     """
     start = rollout.prompt_length
 
@@ -249,8 +249,8 @@ def advantages(
       rewards: `[B, G]`.
       values: `[B, G]`.
       where: `[B, G]` bool, real response tokens.
-      config: Choice of Φ.
-      samples_per_prompt: Adjacent rows that share a prompt ("rloo", "grpo").
+      config: choice of Φ.
+      samples_per_prompt: adjacent rows that share a prompt ("rloo", "grpo").
 
     Returns:
       Advantages and returns, `[B, G]` each, 0 on padding.

@@ -32,12 +32,12 @@ class SamplingConfig:
     """How responses are drawn.
 
     Attributes:
-      max_new_tokens: Length G of the response window; a response that has no EOS by then is cut.
-      temperature: Divides the logits, in sampling and in the optimised policy; 0 is greedy (then
+      max_new_tokens: length G of the response window; a response that has no EOS by then is cut.
+      temperature: divides the logits, in sampling and in the optimised policy; 0 is greedy (then
         log-probabilities are those of temperature 1).
-      top_p: Nucleus mass; 1 is off.
-      top_k: Number of candidates; 0 is off.
-      repetition_penalty: Divides the logits of tokens already in the response; 1 is off.
+      top_p: nucleus mass; 1 is off.
+      top_k: number of candidates; 0 is off.
+      repetition_penalty: divides the logits of tokens already in the response; 1 is off.
     """
 
     max_new_tokens: int
@@ -145,13 +145,13 @@ def generate(
     `prompts`, and the cache is as long as this shape needs.
 
     Args:
-      model: The policy.
+      model: the policy.
       prompts: `[B, P]` int32, left padded.
       prompt_mask: `[B, P]` bool.
-      key: Random key, consumed.
-      config: Sampling settings.
-      eos_ids: Tokens that end a response. They are part of it: stopping is an action to be learned.
-      pad_id: Token written after the end.
+      key: random key, consumed.
+      config: sampling settings.
+      eos_ids: tokens that end a response. They are part of it: stopping is an action to be learned.
+      pad_id: token written after the end.
 
     Returns:
       The rollout, with log-probabilities from the same pass that drew the tokens.

@@ -37,11 +37,11 @@ def sample(
     """Draws one token per row.
 
     Args:
-      key: Random key, consumed.
+      key: random key, consumed.
       logits: `[B, V]` float32.
-      temperature: Logits are divided by it; 0 takes the most likely token.
-      top_k: Number of tokens to draw from; 0 is all.
-      top_p: Probability mass to draw from; 1 is all.
+      temperature: logits are divided by it; 0 takes the most likely token.
+      top_k: number of tokens to draw from; 0 is all.
+      top_p: probability mass to draw from; 1 is all.
 
     Returns:
       `[B]` int32.

@@ -50,7 +50,7 @@ def release_freed_memory(above: float = 0.4) -> bool:
     not fit the next one would otherwise add up.
 
     Args:
-      above: Share of the machine's memory up to which nothing is done.
+      above: share of the machine's memory up to which nothing is done.
 
     Returns:
       Whether memory was given back.

@@ -18,10 +18,10 @@ def typed(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
     """Builds a dataclass from a mapping, fields that are dataclasses from the mappings within.
 
     Args:
-      kind: A dataclass.
-      values: Field -> value; lists become tuples where a tuple is declared. Fields with a default
+      kind: a dataclass.
+      values: field -> value; lists become tuples where a tuple is declared. Fields with a default
         may be left out.
-      path: Prefix of the keys in messages, such as `ppo.`.
+      path: prefix of the keys in messages, such as `ppo.`.
 
     Raises:
       ValueError: an unknown or missing key, a value of another type, or what the dataclass refuses.

@@ -64,8 +64,8 @@ def mesh_of(devices: Sequence[jax.Device], *, tensor: int = 1) -> Mesh:
     """A mesh with the axes `data` and `tensor`.
 
     Args:
-      devices: Real ones, or those of a topology to compile for.
-      tensor: Size of the `tensor` axis. Neighbours share a layer: keep them on one machine.
+      devices: real ones, or those of a topology to compile for.
+      tensor: size of the `tensor` axis. Neighbours share a layer: keep them on one machine.
 
     Raises:
       ValueError: the devices do not divide by `tensor`.
@@ -122,8 +122,8 @@ class Sharding:
     """Shardings of the trees of a train step, for one mesh and one mode.
 
     Attributes:
-      mesh: The devices, with an axis named `data`, and one named `tensor` for that mode.
-      mode: One of `MODES`.
+      mesh: the devices, with an axis named `data`, and one named `tensor` for that mode.
+      mode: one of `MODES`.
     """
 
     mesh: Mesh

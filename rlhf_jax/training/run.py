@@ -29,9 +29,9 @@ class LogConfig:
     """Where metrics go besides metrics.jsonl.
 
     Attributes:
-      tensorboard: Event files in the run folder.
-      wandb: Weights & Biases; needs its package and an account.
-      wandb_project: Project there.
+      tensorboard: event files in the run folder.
+      wandb: weights & Biases; needs its package and an account.
+      wandb_project: project there.
     """
 
     tensorboard: bool = False
@@ -44,8 +44,8 @@ class CheckpointConfig:
     """When states are saved.
 
     Attributes:
-      every: Steps between two checkpoints; 0 saves at the end and at a stop only.
-      keep: How many stay on disk.
+      every: steps between two checkpoints; 0 saves at the end and at a stop only.
+      keep: how many stay on disk.
     """
 
     every: int = 100
@@ -67,14 +67,14 @@ class Run:
                 run.checkpoint(step, state, batches)
 
     Args:
-      workdir: The run folder; created where missing.
-      total: Number of steps.
-      desc: Title of the progress bar.
-      show: Metrics that the progress bar shows.
-      settings: Every setting of the run, as a nested mapping: written to config.json, and compared
+      workdir: the run folder; created where missing.
+      total: number of steps.
+      desc: title of the progress bar.
+      show: metrics that the progress bar shows.
+      settings: every setting of the run, as a nested mapping: written to config.json, and compared
         with that file when a run is resumed.
-      log: Where metrics go besides metrics.jsonl.
-      checkpoint: When states are saved.
+      log: where metrics go besides metrics.jsonl.
+      checkpoint: when states are saved.
     """
 
     def __init__(

@@ -66,9 +66,9 @@ class Step(NamedTuple):
     """One policy step with the ptx loss.
 
     Attributes:
-      state: The new state, on its devices.
-      metrics: Metrics of the step.
-      gradients: Name of a weight -> spec of its gradient, as the compiled step hands it over.
+      state: the new state, on its devices.
+      metrics: metrics of the step.
+      gradients: name of a weight -> spec of its gradient, as the compiled step hands it over.
     """
 
     state: TrainState

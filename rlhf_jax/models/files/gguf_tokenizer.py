@@ -21,15 +21,15 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], where: str) -> Any:
     """Builds the tokenizer of a GGUF file.
 
     Args:
-      metadata: Key -> value.
-      where: The file, for messages.
+      metadata: key -> value.
+      where: the file, for messages.
 
     Returns:
       A `transformers.PreTrainedTokenizerFast` with the file's special tokens and chat template; a
       pad token that is the end of sequence, or none, is replaced by an unused token.
 
     Raises:
-      ValueError: The metadata hold no tokenizer, or one of a kind that is not supported.
+      ValueError: the metadata hold no tokenizer, or one of a kind that is not supported.
     """
     from transformers import PreTrainedTokenizerFast
 

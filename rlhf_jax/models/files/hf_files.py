@@ -31,11 +31,11 @@ def find_folder(path_or_name: str | Path, patterns: Iterable[str]) -> Path:
     """Returns a local folder; anything else is looked up on the Hugging Face hub.
 
     Args:
-      path_or_name: A folder, or a name such as "HuggingFaceTB/SmolLM2-135M".
-      patterns: The files to fetch from the hub.
+      path_or_name: a folder, or a name such as "HuggingFaceTB/SmolLM2-135M".
+      patterns: the files to fetch from the hub.
 
     Raises:
-      ValueError: Neither a folder nor a hub name, or neither the hub nor its cache has it.
+      ValueError: neither a folder nor a hub name, or neither the hub nor its cache has it.
     """
     folder = Path(path_or_name).expanduser()
     if folder.is_dir():
@@ -61,7 +61,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-      ValueError: No such file, or not a JSON object.
+      ValueError: no such file, or not a JSON object.
     """
     if not file.is_file():
         raise ValueError(f"{file.parent} holds no {file.name}; it is not a Hugging Face folder")
@@ -81,10 +81,10 @@ class TensorFiles:
     pages of the memory map never add up.
 
     Args:
-      folder: The folder.
+      folder: the folder.
 
     Raises:
-      ValueError: No safetensors, a file that the index names is absent, or one is truncated.
+      ValueError: no safetensors, a file that the index names is absent, or one is truncated.
     """
 
     def __init__(self, folder: Path):

@@ -39,9 +39,9 @@ class Leaf(NamedTuple):
     """One leaf of a model and its place on file.
 
     Attributes:
-      path: Dotted attributes, "layers.q".
-      shape: In the model; leaves of "layers" have the axis L first.
-      table: Path -> name on file.
+      path: dotted attributes, "layers.q".
+      shape: in the model; leaves of "layers" have the axis L first.
+      table: path -> name on file.
     """
 
     path: str
@@ -100,13 +100,13 @@ def check_tensors(
     """Accounts for every tensor.
 
     Args:
-      found: Name on file -> (type, shape).
-      leaves: What the model needs.
-      where: The file or folder, for the message.
-      types: The types that can be read.
+      found: name on file -> (type, shape).
+      leaves: what the model needs.
+      where: the file or folder, for the message.
+      types: the types that can be read.
 
     Raises:
-      ValueError: Tensors are unknown, missing, misshapen or of another type; one message lists
+      ValueError: tensors are unknown, missing, misshapen or of another type; one message lists
         them all.
     """
     wanted = {name: leaf.file_shape for leaf in leaves for name in leaf.names}

@@ -37,9 +37,9 @@ def save_adapters(trained: Any, folder: str | Path, *, base: str, fingerprint: s
 
     Args:
       trained: `Adapters`, or a `ScalarModel` that has them in place of its trunk.
-      folder: Where to write; its two files are replaced.
-      base: Folder or hub name of the frozen model.
-      fingerprint: That of the frozen model, see `fingerprint`.
+      folder: where to write; its two files are replaced.
+      base: folder or hub name of the frozen model.
+      fingerprint: that of the frozen model, see `fingerprint`.
     """
     scalar = isinstance(trained, ScalarModel)
     adapters = trained.trunk if scalar else trained
@@ -78,8 +78,8 @@ def load_adapters(folder: str | Path, trunk: Transformer) -> Any:
     """Reads what `save_adapters` wrote.
 
     Args:
-      folder: The folder.
-      trunk: The model that they are for.
+      folder: the folder.
+      trunk: the model that they are for.
 
     Returns:
       `Adapters`, or a `ScalarModel` that has them in place of its trunk; arrays on the host.
