@@ -39,5 +39,5 @@ def forward(model: dict, batch: int, length: int) -> float:
 
 
 def head(model: dict, tokens: int) -> float:
-    """Logits of so many positions."""
+    """Logits of this many positions."""
     return 2 * tokens * model["hidden_size"] * model["vocab_size"]

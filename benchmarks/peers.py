@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def cores_name(cores: int) -> str:
-    """The folder of results on so many cores."""
+    """The folder of results on this many cores."""
     return "1-core" if cores == 1 else f"{cores}-cores"
 
 

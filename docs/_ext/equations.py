@@ -65,7 +65,7 @@ def to_latex(line: str) -> str:
 
 
 def block_to_latex(lines: list[str]) -> str:
-    """An indented block: rows aligned at their first relation; a deeper row goes on with the last.
+    """An indented block: rows aligned at their first relation; a deeper row continues the last.
 
     Raises:
       EquationError: as `to_latex`.

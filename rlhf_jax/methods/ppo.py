@@ -65,7 +65,7 @@ class PPOConfig:
 
 @flax.struct.dataclass
 class PPOBatch:
-    """A minibatch with everything that is normalised over the whole of it.
+    """A minibatch with everything that is normalised over all of it.
 
     Attributes:
       experience: rows of the buffer; advantages normalised and clipped if asked.

@@ -30,7 +30,7 @@ class Verdict:
       holdings: trees that stay on the devices between programs.
       programs: all programs of an iteration.
       samples: responses of an iteration.
-      layers: layers of the models: a loop with so many trips is the loop over layers.
+      layers: layers of the models: a loop with as many trips is the loop over layers.
     """
 
     topology: Topology

@@ -15,7 +15,7 @@ _HUGE_PAGE = 2 * 2**20
 def reuse_freed_memory() -> bool:
     """Tells glibc to keep what is freed for the next array, and to use pages of 2 MiB.
 
-    XLA's CPU programs allocate their buffers anew at every call. Above 32 MiB glibc maps each from
+    XLA's CPU programs allocate their buffers again at every call. Above 32 MiB glibc maps each from
     the system and unmaps it when it is freed, so that every page of it is faulted in and zeroed at
     every step: a fifth of the processor time of a small training run. And with pages of 4 KiB the
     weights of even a small model are more pages than a processor keeps track of, which slows down
