@@ -35,6 +35,9 @@ RENAMED = {
     },
 }
 
+# Variants that the stages before take as well.
+PASSED_ON = ("harm",)
+
 Change = Callable[[ConfigDict], None]
 
 
@@ -104,6 +107,18 @@ def resolve(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def idle_variants(config: ConfigDict) -> list[str]:
+    """Variants that change nothing at the scale, such as one that names the scale's own value."""
+    get_config = importlib.import_module(f"configs.{config.experiment}").get_config
+    named = list(config.variants)
+
+    def values(names: list[str]) -> dict[str, Any]:
+        keys = flat(get_config(",".join([config.scale, *names])))
+        return {k: v for k, v in keys.items() if k not in ("variants", "label")}
+
+    return [n for n in named if values(named) == values([m for m in named if m != n])]
+
+
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Every key: `{"ppo.clip_eps": 0.2, ...}`, in order."""
     keys: dict[str, Any] = {}
@@ -115,18 +130,19 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return keys
 
 
-def stage_argument(stage: str, config: ConfigDict, *variants: str) -> str:
+def stage_argument(stage: str, config: Any, *variants: str) -> str:
     """The argument of an earlier stage's config file: same scale, seed and data.
 
     Args:
       stage: name of the experiment.
-      config: the config of the run that needs the stage.
+      config: the config of the run that needs the stage, or its typed settings.
       *variants: variants of that stage.
     """
     module = importlib.import_module(f"configs.{stage}")
-    scale = scale_of_stage(stage, config.scale)
-    parts = [scale, *variants]
-    if config.data.source != module.SCALES[scale]().data.source:
+    # Variants of the data, such as harm, are those of every stage.
+    passed = [name for name in config.variants if name in PASSED_ON and name in module.VARIANTS]
+    parts = [scale_of_stage(stage, config.scale), *passed, *variants]
+    if config.data.source != module.get_config(",".join(parts)).data.source:
         parts.append(f"data.source={config.data.source}")
     if config.seed:
         parts.append(f"seed={config.seed}")

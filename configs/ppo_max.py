@@ -28,6 +28,8 @@ Variants (what an ablation changes; PPO-max is the default):
   kl_0.05, kl_0.1, kl_0.2 (Figure 15); entropy_clip (16); no_clip, clip_0.5 (17);
   grad_clip_0, grad_clip_0.5 (18); lambda_0, lambda_1 (19)
   penalty, penalty_adaptive  PPO-penalty; adaptive_kl  adaptive token-level KL coefficient; trpo
+  harm               harmful prompts and a reward model of people's harm scores, opt-in:
+                     `smollm2,harm`
   reinforce, total_return, reward_to_go, reward_to_go_baseline, td, rloo, grpo
                      the choices of Φ_t on the slide "Policy Gradient Methods"
 """
@@ -198,6 +200,18 @@ def _changes(vanilla: bool = False, policy_variant: str = "", **groups):
     return change
 
 
+def _critic_pretrain(config: ConfigDict) -> None:
+    """A tenth of the iterations, at least one: at every scale the policy trains in most."""
+    _vanilla(config)
+    config.train.critic_pretrain_iterations = max(1, config.train.iterations // 10)
+
+
+def _harm(config: ConfigDict) -> None:
+    config.data.update(source="harm", domains=(), instruction="", prompt_buckets=(64, 128))
+    # There is no text to imitate: no model should be fine-tuned on these answers.
+    config.ppo.ptx_coef = 0.0
+
+
 _NO_CRITIC = {"critic_init": "none", "critic_pretrain_iterations": 0}
 
 
@@ -231,7 +245,7 @@ VARIANTS = {
     # Figure 8
     "policy_pretrained": _changes(policy_variant="pretrain"),
     "critic_sft": _changes(train={"critic_init": "policy"}),
-    "critic_pretrain": _changes(vanilla=True, train={"critic_pretrain_iterations": 10}),
+    "critic_pretrain": _critic_pretrain,
     # PPO-max without one part
     "no_kl": _changes(kl={"coef": 0.0}),
     "no_ptx": _changes(ppo={"ptx_coef": 0.0}),
@@ -267,6 +281,7 @@ VARIANTS = {
     "reward_to_go_baseline": _changes(advantage={"method": "reward_to_go_baseline"}),
     "td": _changes(advantage={"method": "td"}),
     "k_step": _changes(advantage={"method": "k_step", "k": 4}),
+    "harm": _harm,
     "rloo": _sampled("rloo", samples=4),
     "grpo": _sampled("grpo", samples=4),
 }
@@ -286,6 +301,11 @@ SCALES = {
 def derive(config: ConfigDict) -> None:
     """The folders of the stages before."""
     inputs = config.inputs
+    if inputs.model and inputs.policy_variant:
+        raise ValueError(
+            f"inputs.policy_variant={inputs.policy_variant!r} is read where inputs.model is empty, "
+            f"and here it is {inputs.model!r}"
+        )
     if not inputs.model:
         inputs.model = common.stage_folder("sft", config, *_named(inputs.policy_variant))
     inputs.reference = inputs.reference or common.stage_folder("sft", config)

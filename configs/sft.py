@@ -90,6 +90,11 @@ def _paper_zh() -> ConfigDict:
 
 
 def _pretrain(config: ConfigDict) -> None:
+    if config.data.source != "reviews":
+        raise ValueError(
+            f"the variant pretrain takes other reviews, and data.source={config.data.source!r} has "
+            "none: give inputs.model a pretrained model instead"
+        )
     config.data.domains = ("nyt", "tweets")
 
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import common
 from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.compiler_guard import FLAG, guard_cpu_compiler
 from rlhf_jax.runtime.errors import UserError
 from rlhf_jax.runtime.host_memory import reuse_freed_memory
 from rlhf_jax.runtime.metrics import NonFiniteError
@@ -44,6 +45,7 @@ def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}: settings start with --config.")
         reuse_freed_memory()
+        guarded = guard_cpu_compiler()  # before anything asks for a device
         enable_compilation_cache()
         # Orbax reports every file that it writes.
         logging.set_verbosity(logging.DEBUG if debug.value else logging.WARNING)
@@ -52,6 +54,8 @@ def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
         try:
             if several.value:
                 distributed.initialize()
+            if guarded:
+                print(f"XLA_FLAGS: {FLAG} (docs/losses/index.md, wrong numbers on a CPU)")
             main(config.value)
         except Stopped as stopped:
             print(stopped)
@@ -79,6 +83,8 @@ def open_config(experiment: str, config: ConfigDict, settings: type[Settings]) -
         raise ValueError(
             f"this is a config of {config.get('experiment')!r}: give configs/{experiment}.py"
         )
+    for name in common.idle_variants(config):
+        print(f"note: {config.scale} already is what the variant {name} asks for")
     return typed(settings, common.resolve(config).to_dict())
 
 

@@ -177,7 +177,7 @@ def main(config: ConfigDict) -> None:
     """Trains, compares with SFT and PPO-max and reports; resumes where an earlier run stopped."""
     distributed.require_one("DPO")
     settings = command.open_config("dpo", config, Settings)
-    if stages.is_finished(settings.workdir, "DPO"):
+    if stages.is_finished(settings, "DPO"):
         return
     train, data, sharding = settings.train, settings.data, settings.sharding.make()
     task, devices = settings.task(), sharding.mesh.size
@@ -187,7 +187,7 @@ def main(config: ConfigDict) -> None:
     folder = stages.require(
         settings.inputs.model,
         stage="sft",
-        argument=common.stage_argument("sft", config),
+        argument=common.stage_argument("sft", settings),
         build=settings.inputs.build,
     )
     tokenizer = stages.load_tokenizer(folder)
@@ -257,7 +257,7 @@ def main(config: ConfigDict) -> None:
 
     # 6. Save, compare on prompts and pairs that no stage has seen, report.
     trained = stages.save_tuned(policy, state.model, run.workdir, tokenizer, base=folder)
-    argument = common.stage_argument("ppo_max", config)
+    argument = common.stage_argument("ppo_max", settings)
     made_by = f"python -m experiments.ppo_max --config configs/ppo_max.py:{argument}"
     policies, notes = policies_to_compare(settings, reference, trained, sharding, made_by)
     answers = {

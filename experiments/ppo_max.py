@@ -76,15 +76,16 @@ class Settings(Shared):
         return PPOMaxConfig(**{name: getattr(self, name) for name in names})
 
 
-def require_stages(config: ConfigDict, inputs: Inputs) -> None:
+def require_stages(settings: Settings) -> None:
     """Finds or runs the stages before: SFT (and its `policy_variant`), reward model."""
+    inputs = settings.inputs
     variant = (inputs.policy_variant,) if inputs.policy_variant else ()
     for folder, stage, variants in (
         (inputs.reference, "sft", ()),
         (inputs.model, "sft", variant),
         (inputs.reward_model, "reward_model", ()),
     ):
-        argument = common.stage_argument(stage, config, *variants)
+        argument = common.stage_argument(stage, settings, *variants)
         stages.require(folder, stage=stage, argument=argument, build=inputs.build)
 
 
@@ -123,6 +124,23 @@ def load_critic(
             folder = settings.inputs.reward_model
             start = stages.load_scalar(folder, settings.model, sharding)
     return stages.make_tuning(settings, start, name="critic")
+
+
+def load_ptx(settings: Settings, task: Task, tokenizer: Any) -> list[Any]:
+    """Batches of SFT text for the ptx loss, as many rows as a minibatch has; none without it."""
+    if not settings.ppo.ptx_coef:
+        return []
+    length = settings.data.ptx_length
+    return [
+        packed_batches(
+            task.documents(tokenizer, "train", max_length=length),
+            rows=settings.train.minibatch,
+            length=length,
+            seed=settings.seed,
+            pad_id=tokenizer.pad_token_id,
+            packed=False,  # one document per row, as the released code draws them
+        )
+    ]
 
 
 def make_respondents(
@@ -167,19 +185,19 @@ def derived_numbers(settings: Settings, prompts: Any, sharding: Sharding) -> dic
 def main(config: ConfigDict) -> None:
     """Trains, compares with SFT and reports; resumes where an earlier run stopped."""
     settings = command.open_config("ppo_max", config, Settings)
-    if stages.is_finished(settings.workdir, "PPO"):
+    if stages.is_finished(settings, "PPO"):
         return
     method_config, sharding, task = settings.method(), settings.sharding.make(), settings.task()
     method_config.check_devices(sharding.data)
     train, data, inputs = settings.train, settings.data, settings.inputs
 
     # 1. What the stages before left: policy and reference from SFT, and the reward model.
-    require_stages(config, inputs)
+    require_stages(settings)
     tokenizer = stages.load_tokenizer(inputs.reference, inputs.model, inputs.reward_model)
     policy, reference = load_policies(settings, sharding)
     reward_model = load_reward_model(settings, policy, sharding)
 
-    # 2. Prompts to train on, and SFT text for the ptx loss, as many rows as a minibatch has.
+    # 2. Prompts to train on, and SFT text for the ptx loss.
     pad_id = tokenizer.pad_token_id
     prompts = prompt_batches(
         task.prompts(tokenizer, "train", max_length=data.longest_prompt),
@@ -187,15 +205,11 @@ def main(config: ConfigDict) -> None:
         buckets=data.prompt_buckets,
         seed=settings.seed,
         pad_id=pad_id,
-    ).share(sharding.local_rows)
-    ptx_batches = packed_batches(
-        task.documents(tokenizer, "train", max_length=data.ptx_length),
-        rows=train.minibatch,
-        length=data.ptx_length,
-        seed=settings.seed,
-        pad_id=pad_id,
-        packed=False,  # one document a row, as the released code draws them
-    ).share(sharding.local_rows)
+    )
+    cursors = [prompts, *load_ptx(settings, task, tokenizer)]
+    for batches in cursors:
+        batches.share(sharding.local_rows)
+    ptx = cursors[-1]
 
     # 3. The state and its functions.
     method = PPOMax(
@@ -242,13 +256,13 @@ def main(config: ConfigDict) -> None:
     # 5. Algorithm 1.
     show = ("reward/mean", *(f"win_rate/{name}" for name in judges), "policy/kl_ref_sequence")
     with settings.run(train.iterations, "PPO", show=show) as run:
-        state = run.restore(state, prompts, ptx_batches)
+        state = run.restore(state, *cursors)
         for iteration in run.steps():
             rollout = method.sample(state, next(prompts), iteration)  # line 2
             experience, state = method.score(state, rollout)  # lines 3 and 4
             updates = []
             for minibatch in method.minibatches(experience, iteration):
-                state, metrics = method.update(state, minibatch, ptx_batches, iteration)  # 5 and 6
+                state, metrics = method.update(state, minibatch, ptx, iteration)  # 5 and 6
                 updates.append(metrics)
             metrics = method.metrics(experience, updates)
             state = method.adapt(state, metrics)
@@ -256,7 +270,7 @@ def main(config: ConfigDict) -> None:
             if (iteration + 1) % settings.eval.every == 0:
                 metrics |= compare(method.policy(state))
             run.log(iteration, metrics)
-            run.checkpoint(iteration, state, prompts, ptx_batches)
+            run.checkpoint(iteration, state, *cursors)
 
     # 6. Save, compare with SFT on prompts that no stage has seen, report.
     trained = state.policy.model

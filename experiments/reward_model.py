@@ -106,7 +106,7 @@ def draw_figures(workdir: Path, chosen: np.ndarray, rejected: np.ndarray) -> Non
 def main(config: ConfigDict) -> None:
     """Trains, normalises, evaluates and saves; resumes where an earlier run stopped."""
     settings = command.open_config("reward_model", config, Settings)
-    if stages.is_finished(settings.workdir, "reward model"):
+    if stages.is_finished(settings, "reward model"):
         return
     train, sharding, task = settings.train, settings.sharding.make(), settings.task()
     method = settings.method()
@@ -114,7 +114,7 @@ def main(config: ConfigDict) -> None:
 
     # 1. The SFT model with a new scalar head, and pairs that people have ranked.
     inputs, data = settings.inputs, settings.data
-    argument = common.stage_argument("sft", config)
+    argument = common.stage_argument("sft", settings)
     folder = stages.require(inputs.model, stage="sft", argument=argument, build=inputs.build)
     tokenizer = stages.load_tokenizer(folder)
     key = jax.random.key(settings.seed)

@@ -91,7 +91,7 @@ def starting_point(settings: Settings, task: Task, sharding: Sharding) -> tuple[
 def main(config: ConfigDict) -> None:
     """Trains, evaluates and saves; resumes where an earlier run of the same config stopped."""
     settings = command.open_config("sft", config, Settings)
-    if stages.is_finished(settings.workdir, "SFT"):
+    if stages.is_finished(settings, "SFT"):
         return
     train, sharding, task = settings.train, settings.sharding.make(), settings.task()
 

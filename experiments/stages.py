@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import tempfile
 import zlib
@@ -22,7 +23,7 @@ from rlhf_jax.models.transformer import first_layers
 from rlhf_jax.runtime import distributed
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training import memory
-from rlhf_jax.training.run import read_summary
+from rlhf_jax.training.run import check_settings, read_summary
 
 # Folder of a run with the adapters that it trained, next to the merged model.
 ADAPTERS = "adapters"
@@ -42,21 +43,36 @@ def require(folder: str, *, stage: str = "", argument: str = "", build: bool = F
     Raises:
       FileNotFoundError: the folder is missing and is not to be built; names the command to run.
     """
-    there = distributed.from_main((Path(folder) / "config.json").exists())
-    if there or not folder.startswith("runs/"):
+    whole = distributed.from_main(is_whole(folder))
+    if whole or not (folder.startswith("runs/") or is_run(folder)):
         return folder
     if folder in PRETRAINED:
         convert_pretrained(folder)
         return folder
     if not stage:
-        raise FileNotFoundError(f"{folder} holds no model (no config.json)")
+        raise FileNotFoundError(f"{folder} holds no model that was saved to its end")
     command = f"python -m experiments.{stage} --config configs/{stage}.py:{argument}"
+    state = "has not finished" if is_run(folder) else "is missing"
     if not build:
-        raise FileNotFoundError(f"{folder} is missing: run `{command}` first")
-    print(f"\n{folder} is missing: running `{command}`", flush=True)
+        raise FileNotFoundError(f"{folder} {state}: run `{command}` first")
+    print(f"\n{folder} {state}: running `{command}`", flush=True)
     get_config = importlib.import_module(f"configs.{stage}").get_config
     importlib.import_module(f"experiments.{stage}").main(get_config(argument))
     return folder
+
+
+def is_run(folder: str) -> bool:
+    """Whether a model folder lies in the folder of a run, finished or not."""
+    return (Path(folder).parent / "config.json").exists()
+
+
+def is_whole(folder: str) -> bool:
+    """Whether a model folder is there; that of a run counts once its summary is written.
+
+    A run that is killed while it saves leaves a model without its adapters or its report.
+    """
+    there = (Path(folder) / "config.json").exists()
+    return there and (not is_run(folder) or read_summary(Path(folder).parent) is not None)
 
 
 def convert_pretrained(folder: str) -> None:
@@ -76,10 +92,16 @@ def convert_pretrained(folder: str) -> None:
     distributed.barrier(f"{folder} is converted")
 
 
-def is_finished(workdir: str, title: str) -> bool:
-    """Whether the run folder holds a finished run; prints it if so."""
+def is_finished(settings: Shared, title: str) -> bool:
+    """Whether the run folder holds a finished run of these settings; prints it if so.
+
+    Raises:
+      ValueError: it holds a run of other settings; names the first that differs.
+    """
+    workdir = settings.workdir
     if not distributed.from_main(read_summary(workdir) is not None):
         return False
+    check_settings(Path(workdir) / "config.json", dataclasses.asdict(settings))
     print(f"{title}: {workdir} has finished already (remove the folder to run it again)")
     return True
 

@@ -19,6 +19,7 @@ from rlhf_jax.models.files import hf_weights
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.models.lora import Tuning
 from rlhf_jax.rollouts.rollout import SamplingConfig, make_generate
+from rlhf_jax.runtime.compiler_guard import guard_cpu_compiler
 from rlhf_jax.runtime.host_memory import reuse_freed_memory
 from rlhf_jax.runtime.sharding import Sharding, make_mesh
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -144,6 +145,7 @@ def main() -> None:
     turns = Turns("jax", "flax", "optax", "numpy")  # before jax starts: it pins the process
     reuse_freed_memory()  # as every experiment does
     jax.config.update("jax_platforms", "cpu")
+    guard_cpu_compiler()
     work = CASES[turns.spec["case"]](turns.spec)
     turns.hello()
     repeat(turns, work)

@@ -89,6 +89,17 @@ class PPOTrainConfig:
             raise ValueError(
                 f"train.critic_init={self.critic_init!r} must be one of {CRITIC_STARTS}"
             )
+        alone = self.critic_pretrain_iterations
+        if not 0 <= alone < self.iterations:
+            raise ValueError(
+                f"train.critic_pretrain_iterations={alone} must be below train.iterations="
+                f"{self.iterations}: the policy would never train"
+            )
+        if alone and self.critic_init == "none":
+            raise ValueError(
+                f"train.critic_pretrain_iterations={alone} needs a critic, and "
+                "train.critic_init='none' has none: set it to 0"
+            )
 
     @property
     def rollout_batch(self) -> int:
