@@ -6,12 +6,12 @@
 Scales (model, data and batch sizes):
   tiny        seconds on two CPU cores; for tests
   quickstart  the review task; runs SFT and reward model where missing; win rate against SFT by
-              the judge .78 to .88 over seeds 0, 1, 2, KL 5.9 to 7.9 nats a response; 2 minutes on
+              the judge .78 to .88 over seeds 0, 1, 2, KL 5.9 to 7.9 nats per response; 2 minutes on
               two CPU cores (AMD EPYC), 7 with the stages before, 1.8 GiB
-  smollm2     SmolLM2-135M-Instruct as it is for SFT model, adapters of rank 8, movie reviews in its
-              chat template, without ptx; win rate against it by the judge .65 to .71 (seeds 0, 1
-              and 2), KL 3.3 to 3.9 nats a response; 10 minutes on two CPU cores (AMD EPYC), 14
-              with the reward model before, 8.2 GiB
+  smollm2     SmolLM2-135M-Instruct, unchanged, for SFT model; adapters of rank 8, movie reviews in
+              its chat template, without ptx; win rate against it by the judge .65 to .71 (seeds 0,
+              1 and 2), KL 3.3 to 3.9 nats per response; 10 minutes on two CPU cores (AMD EPYC), 14
+              with the reward model, 8.2 GiB
   paper_en, paper_zh  7B models, HH-RLHF, 8 x A100-80G, the paper's numbers
   moss_en, moss_zh    the released scripts' numbers
 
@@ -32,7 +32,7 @@ Variants (what an ablation changes; PPO-max is the default):
   harm               harmful prompts and a reward model of people's harm scores, opt-in:
                      `smollm2,harm`
   reinforce, total_return, reward_to_go, reward_to_go_baseline, td, rloo, grpo
-                     the choices of Φ_t of the policy-gradient slide
+                     the choices of Φ_t on the slide "Policy Gradient Methods"
 """
 
 from ml_collections import ConfigDict
@@ -44,7 +44,7 @@ def _quickstart() -> ConfigDict:
     config = common.shared()
     config.label = "PPO-max"
     config.inputs = ConfigDict()
-    config.inputs.model = ""  # folder of the policy's start; empty is the SFT model of the scale
+    config.inputs.model = ""  # folder the policy starts from; empty is the SFT model of the scale
     config.inputs.policy_variant = ""  # variant of configs/sft.py that the policy starts from
     config.inputs.reference = ""  # folder of the frozen reference; empty is that SFT model
     config.inputs.reward_model = ""  # folder; empty is the reward model of the same scale
@@ -58,7 +58,7 @@ def _quickstart() -> ConfigDict:
     config.train.iterations = 100  # buffers of experience
     config.train.prompts_per_iteration = 64
     config.train.samples_per_prompt = 1
-    config.train.minibatch = 32  # responses of an update
+    config.train.minibatch = 32  # responses in an update
     config.train.microbatches = 1  # parts of a minibatch, one after the other
     config.train.epochs = 1  # how often an iteration goes over its buffer
     config.train.critic_pretrain_iterations = 10  # at the start, the critic alone
@@ -73,22 +73,22 @@ def _quickstart() -> ConfigDict:
     # "none", "scale", "scale_discounted" or "normalize", by running moments.
     config.reward.transform = "normalize"
     config.reward.clip = 0.8  # scores are clipped to +-clip after the transform; 0 is off
-    config.reward.missing_eos_penalty = 1.0  # what a response costs that was cut
+    config.reward.missing_eos_penalty = 1.0  # what a cut response costs
     config.kl = ConfigDict()
     config.kl.coef = 0.05  # eta of the token-level KL penalty; 0 is off
-    config.kl.target = 0.0  # above 0 adapts eta to this KL a response (Ziegler et al. 2019)
+    config.kl.target = 0.0  # above 0 adapts eta to this KL per response (Ziegler et al. 2019)
     config.kl.horizon = 10_000  # responses over which eta adapts
     config.advantage = ConfigDict()
     # Phi_t: "gae", "total_return", "reward_to_go", "reward_to_go_baseline", "td", "k_step",
     # "batch_mean", "rloo", "grpo".
     config.advantage.method = "gae"
     config.advantage.discount = 1.0  # gamma
-    config.advantage.lambda_ = 0.9  # of "gae"
-    config.advantage.k = 1  # of "k_step"
+    config.advantage.lambda_ = 0.9  # for "gae"
+    config.advantage.k = 1  # for "k_step"
     config.advantage.returns = "gae"  # the critic's target with "gae"; or "monte_carlo"
     config.ppo = ConfigDict()
     config.ppo.objective = "clip"  # or "penalty", "surrogate", "policy_gradient", "trpo"
-    config.ppo.clip_eps = 0.2  # epsilon of "clip"
+    config.ppo.clip_eps = 0.2  # epsilon, for "clip"
     config.ppo.value_clip_eps = 0.2  # the critic's move is clipped to it; 0 is off
     config.ppo.ratio_denominator = "old"  # or "reference" (Figure 7)
     config.ppo.entropy_coef = 0.0  # weight of the entropy bonus; 0 is off
@@ -97,10 +97,10 @@ def _quickstart() -> ConfigDict:
     config.ppo.normalize_advantages = False  # mean 0 and std 1 over the minibatch
     config.ppo.advantage_clip = 0.0  # advantages are clipped to it; 0 is off
     config.ppo.reduction = "token_mean"  # or "sequence_mean", "sequence_sum"
-    config.penalty = ConfigDict()  # of ppo.objective="penalty"
+    config.penalty = ConfigDict()  # for ppo.objective="penalty"
     config.penalty.coef = 1.0  # beta
     config.penalty.target = 0.0  # above 0 adapts beta (Schulman et al. 2017, section 4)
-    config.trpo = ConfigDict()  # of ppo.objective="trpo"
+    config.trpo = ConfigDict()  # for ppo.objective="trpo"
     config.trpo.max_kl = 0.01  # the trust region, nats per token
     config.trpo.damping = 0.1  # added to the diagonal of the Fisher matrix
     config.trpo.cg_iterations = 10  # products with the Fisher matrix

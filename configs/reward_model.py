@@ -11,14 +11,14 @@ Scales:
               batch compared; movie reviews of up to 64 tokens (97%) in its chat template; held-out
               pair accuracy .87 to .91 on 400 pairs over seeds 0, 1, 2, the VADER rule .66 to .74; 4
               minutes on two CPU cores (AMD EPYC), 8.2 GiB
-  paper_en    LLaMA-7B on HH-RLHF, learning rate 5e-6, 10% warm-up, 1000 steps, 4 to 128 pairs a
-              step, beta_rm 1 (the paper's "Training Implementations for the RM")
+  paper_en    LLaMA-7B on HH-RLHF, learning rate 5e-6, 10% warm-up, 1000 steps, 4 to 128 pairs
+              per step, beta_rm 1 (the paper's "Training Implementations for the RM")
   paper_zh    OpenChineseLLaMA-7B on your own pairs, the same numbers
-  moss_en, moss_zh  the released script: 32 pairs a step, no LM loss
+  moss_en, moss_zh  the released script: 32 pairs per step, no LM loss
 Variants:
   no_lm       without the LM loss
-  harm        people's harm scores of answers of language models, opt-in: `smollm2,harm`; a prompt
-              is in one split only
+  harm        people's harm scores for answers of language models, opt-in: `smollm2,harm`; each
+              prompt is in one split only
 """
 
 from ml_collections import ConfigDict
@@ -34,7 +34,7 @@ def _quickstart() -> ConfigDict:
     config.inputs.build = True  # run the stage before where its model is missing
     config.data = common.task()
     config.data.max_length = 128  # tokens of a prompt with one response
-    config.data.min_gap = 1.0  # the least difference of two ratings that make a pair
+    config.data.min_gap = 1.0  # the least difference between two ratings that make a pair
     config.data.pairs = 20_000  # to train on
     config.data.validation_pairs = 500  # held out, for the curves
     config.data.eval_pairs = 2_000  # held out, for the report
@@ -57,7 +57,7 @@ def _quickstart() -> ConfigDict:
     config.optimizer.weight_decay = 0.1
     config.eval = ConfigDict()
     config.eval.every = 50  # updates between two measurements on held-out pairs
-    config.judges = ()  # beside the reward model on the same pairs; () asks the task
+    config.judges = ()  # scored on the same pairs as the reward model; () asks the task
     return config
 
 

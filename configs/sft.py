@@ -32,7 +32,7 @@ def _quickstart() -> ConfigDict:
     config.sizes.intermediate_size = 344
     config.sizes.max_length = 256  # the longest row that the model takes
     config.tokenizer = ConfigDict()
-    config.tokenizer.vocab_size = 2048  # of a BPE from scratch; as `sizes`
+    config.tokenizer.vocab_size = 2048  # of a BPE from scratch; read only where `sizes` is
     config.data = common.task()
     config.data.max_length = 128  # tokens of a document; longer ones lose their oldest turns
     config.train = ConfigDict()

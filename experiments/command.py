@@ -61,7 +61,7 @@ def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
             print(stopped)
             sys.exit(130)
         except KeyboardInterrupt:
-            print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+            print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr)
             sys.exit(130)
         except USER_ERRORS as error:
             if several.value and jax.distributed.is_initialized():

@@ -6,7 +6,7 @@ Training starts at the reference, the SFT policy, whose log-probabilities of eve
 once and kept. Chosen and rejected go through the policy in one forward pass.
 
 Pairs of reviews have an empty prompt: DPO learns which whole reviews are better than others. The
-evaluation asks for something else, to go on from the opening words of a review that no stage has
+evaluation asks for something else: to continue the opening words of a review that no stage has
 seen, on the prompts of PPO-max and with its keys. DPO never sees the texts that it is judged by.
 
 Writes `model/`, report.md with figures, metrics.jsonl, config.json, summary.json and the cached
@@ -46,7 +46,7 @@ from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.training.step import create_state
 
-# Of the curves of sampled responses, those that say what DPO does to the policy.
+# The curves of sampled responses that show what DPO does to the policy.
 _SAMPLED = {"win_rate/*", "policy/kl_ref_sequence", "policy/perplexity", "response/distinct_2"}
 PANELS = (*DPO_PANELS, *(panel for panel in PPO_PANELS if _SAMPLED & set(panel.metrics)))
 
@@ -99,7 +99,7 @@ def make_respondents(
     scorer: ScalarModel | None,
     sharding: Sharding,
 ) -> dict[str, Respondent]:
-    """Validation and test prompts to answer, as PPO-max has them."""
+    """Validation and test prompts to answer, the same as PPO-max's."""
     pad_id, longest = tokenizer.pad_token_id, settings.data.longest_prompt
     sampling = settings.eval.sampling.of(settings.sampling)
     generate = make_generate(sampling, eos_ids=tuple(stop_tokens(tokenizer)), pad_id=pad_id)
@@ -148,7 +148,7 @@ def compare_on_pairs(
     judges: Mapping[str, Judge],
     sharding: Sharding,
 ) -> dict[str, Interval]:
-    """How often each policy's implicit reward ranks a pair as people did, ties one half.
+    """How often each policy's implicit reward ranks a pair as people did; a tie counts one half.
 
     The first policy is the reference. The same for the reward model, the judges, and the
     difference of the second policy and each judge, pair by pair; each with a 95% interval.
@@ -182,7 +182,7 @@ def main(config: ConfigDict) -> None:
     task, devices = settings.task(), sharding.mesh.size
     judges = make_judges(judge_names(settings.judges, task))
 
-    # 1. The SFT policy, as it is and to be trained; adapters leave one copy to be both.
+    # 1. The SFT policy, frozen and to be trained; with adapters one copy serves as both.
     folder = stages.require(
         settings.inputs.model,
         stage="sft",

@@ -3,7 +3,7 @@
   python -m experiments.inspect_data --config configs/sft.py:quickstart --count 3
 
 Trained tokens are green, what is only read is grey; without a terminal or with NO_COLOR set, the
-trained stretches stand between [[ and ]].
+trained stretches are enclosed in [[ and ]].
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Origin:
     """Where a tokenizer comes from.
 
     Attributes:
-      folder: Of a model that has it; empty if there is none.
-      stage: Argument of configs/sft.py, whose run would train it.
+      folder: folder of a model that has it; empty if there is none.
+      stage: argument of configs/sft.py, whose run would train it.
     """
 
     folder: str

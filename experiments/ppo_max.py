@@ -69,7 +69,7 @@ class Settings(Shared):
     judges: tuple[str, ...]
 
     def method(self) -> PPOMaxConfig:
-        """Everything that decides the numbers, but for models and data."""
+        """Everything that decides the numbers, except models and data."""
         names = [field.name for field in dataclasses.fields(PPOMaxConfig)]
         if self.lora.rank and self.ppo.objective == "trpo":
             raise ValueError("ppo.objective='trpo' steps in every weight: set lora.rank=0")
@@ -77,7 +77,7 @@ class Settings(Shared):
 
 
 def require_stages(settings: Settings) -> None:
-    """Makes sure of the stages before: SFT (and its `policy_variant`), reward model."""
+    """Finds or runs the stages before: SFT (and its `policy_variant`), reward model."""
     inputs = settings.inputs
     variant = (inputs.policy_variant,) if inputs.policy_variant else ()
     for folder, stage, variants in (
@@ -90,7 +90,7 @@ def require_stages(settings: Settings) -> None:
 
 
 def load_policies(settings: Settings, sharding: Sharding) -> tuple[Tuning, Transformer]:
-    """π_θ to be trained, and π_ref: with adapters on the same weights, the ones beside them."""
+    """π_θ to be trained, and π_ref; with adapters on the same weights one copy serves both."""
     inputs, options = settings.inputs, settings.model
     start = stages.load_policy(inputs.model, options, sharding)
     policy = stages.make_tuning(settings, start)
@@ -100,7 +100,7 @@ def load_policies(settings: Settings, sharding: Sharding) -> tuple[Tuning, Trans
 
 
 def load_reward_model(settings: Settings, policy: Tuning, sharding: Sharding) -> ScalarModel:
-    """The reward model, on the policy's frozen weights if it was trained beside the same."""
+    """The reward model, on the policy's frozen weights if it was trained on the same ones."""
     folder = settings.inputs.reward_model
     beside = stages.load_scalar_beside(folder, policy.trunk, sharding)
     return beside or stages.load_scalar(folder, settings.model, sharding, frozen=True)
@@ -111,8 +111,8 @@ def load_critic(
 ) -> Tuning | None:
     """The critic's start: the reward model (PPO-max), the policy with a zero head, or none.
 
-    Adapters stand beside the frozen weights of the model that they start from: a reward model's
-    own, or the policy's where the reward model is adapters beside these, which then train on.
+    Adapters use the frozen weights of the model that they start from: the reward model's own, or
+    the policy's where the reward model is adapters on these, which then train further.
     """
     init = settings.train.critic_init
     if init == "none":
@@ -138,7 +138,7 @@ def load_ptx(settings: Settings, task: Task, tokenizer: Any) -> list[Any]:
             length=length,
             seed=settings.seed,
             pad_id=tokenizer.pad_token_id,
-            packed=False,  # one document a row, as the released code draws them
+            packed=False,  # one document per row, as the released code draws them
         )
     ]
 
@@ -162,7 +162,7 @@ def make_respondents(
 
 
 def derived_numbers(settings: Settings, prompts: Any, sharding: Sharding) -> dict[str, str]:
-    """For the banner: every number that follows from the config."""
+    """Every number that follows from the config, for the banner."""
     train, batch = settings.train, settings.train.rollout_batch
     longest = prompts.shapes[-1].length + settings.sampling.max_new_tokens
     return {

@@ -37,7 +37,7 @@ from rlhf_jax.training.step import create_state
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What training starts from; the first `layers` of it, or all where that is 0."""
+    """The model that training starts from, and how many of its first layers (0 is all)."""
 
     model: str
     layers: int
@@ -75,7 +75,7 @@ def training_batches(
     """Endless pairs, and ratings `[n, 2]` where all texts of a batch are to be compared.
 
     Raises:
-      ValueError: the task has no ratings that all texts could be compared by.
+      ValueError: the task has no ratings by which to compare all texts.
     """
     data, ratings = settings.data, None
     asked = {"max_length": data.max_length, "count": data.pairs}

@@ -21,7 +21,7 @@ class ModelOptions:
     attention: str = "xla"
 
     def keywords(self) -> dict[str, str]:
-        """For loaders of models."""
+        """Keywords for the loaders of models."""
         return dataclasses.asdict(self)
 
 
@@ -34,7 +34,7 @@ class ShardingConfig:
     tensor: int = 1
 
     def make(self) -> Sharding:
-        """Mesh and mode."""
+        """The mesh, and the mode."""
         return Sharding(make_mesh(self.devices or None, tensor=self.tensor), self.mode)
 
 
@@ -64,12 +64,12 @@ class EvalConfig:
     """When and on what a run is measured.
 
     Attributes:
-      every: Steps between two measurements.
-      prompts: Validation prompts, for the curves.
-      final_prompts: Test prompts, for the report.
-      samples: Responses that the report shows.
-      batch: Prompts that are answered at a time.
-      sampling: How responses are drawn, where not as in training.
+      every: steps between two measurements.
+      prompts: validation prompts, for the curves.
+      final_prompts: test prompts, for the report.
+      samples: responses that the report shows.
+      batch: prompts that are answered at a time.
+      sampling: how responses are drawn, where not as in training.
     """
 
     every: int
@@ -107,7 +107,7 @@ class DataConfig:
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens."""
+        """The longest bucket, in tokens."""
         return max(self.prompt_buckets)
 
     def task(self, seed: int) -> Task:

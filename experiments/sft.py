@@ -32,14 +32,14 @@ from rlhf_jax.training.step import create_state
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What training starts from; empty is from scratch."""
+    """The model that training starts from; empty trains one from scratch."""
 
     model: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of a model from scratch, see `models.config.ModelConfig`."""
+    """The sizes of a model from scratch, see `models.config.ModelConfig`."""
 
     hidden_size: int
     num_layers: int
@@ -50,7 +50,7 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Of a tokenizer from scratch."""
+    """Settings of a tokenizer from scratch."""
 
     vocab_size: int
 
@@ -78,8 +78,8 @@ def starting_point(settings: Settings, task: Task, sharding: Sharding) -> tuple[
         return stages.load_tokenizer(folder), stages.load_policy(folder, options, sharding)
     if settings.lora.rank:
         raise ValueError(
-            f"lora.rank={settings.lora.rank} trains beside a model that is there: set "
-            "inputs.model, or lora.rank=0"
+            f"lora.rank={settings.lora.rank} needs a model to adapt: set inputs.model, or "
+            "lora.rank=0"
         )
     tokenizer = train_bpe(task.texts(), settings.tokenizer.vocab_size)
     sizes = dataclasses.asdict(settings.sizes) | options.keywords()

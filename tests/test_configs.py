@@ -1,4 +1,4 @@
-"""Configs: every variant builds and changes something, every key is read, wrong input is told."""
+"""Configs: every variant builds and changes something, every key is read, errors are one line."""
 
 import importlib
 import re
@@ -43,7 +43,7 @@ def test_every_key_has_a_typed_field(experiment):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_key_is_explained_where_it_stands(experiment):
-    """A comment behind the key, or in the lines right above it."""
+    """A comment after the key, or in the lines right above it."""
     explained = set()
     for path in (ROOT / "configs").glob("*.py"):
         lines = path.read_text().splitlines()
@@ -52,7 +52,7 @@ def test_every_key_is_explained_where_it_stands(experiment):
             if key and ("  # " in line or lines[number - 1].lstrip().startswith("# ")):
                 explained.add(key[1].split(".")[-1])
     keys = {key.split(".")[-1] for key in leaves(get(experiment, "quickstart"))}
-    # Sizes and counts whose name says all.
+    # Sizes and counts whose names say it all.
     plain = {"hidden_size", "num_layers", "num_heads", "intermediate_size", "wandb_project"}
     plain |= {"prompts_per_iteration", "samples_per_prompt", "tensorboard"}
     assert sorted(keys - explained - plain) == []
@@ -197,7 +197,7 @@ def test_old_names_are_refused_with_the_new_one(argument, now):
         ("tiny,ppo.clip_eps.deeper=1", "unknown config key"),
     ],
 )
-def test_wrong_arguments_are_told_in_one_line(arg, message):
+def test_wrong_arguments_are_one_line(arg, message):
     with pytest.raises(ValueError, match=message) as caught:
         ppo_max.get_config(arg)
     assert "\n" not in str(caught.value)

@@ -79,10 +79,10 @@ def draw_panels(
     """Makes a figure with one set of axes for each panel that any run has data for.
 
     Args:
-      runs: label -> the logs of one setting, a log a seed, each as from `read_metrics`.
+      runs: label -> the logs of one setting, one per seed, each as from `read_metrics`.
       panels: what to draw.
-      title: above the panels.
-      xlabel: of every panel.
+      title: heading above the panels.
+      xlabel: label of every x axis.
       columns: panels side by side.
 
     Returns:

@@ -14,11 +14,11 @@ class PairTrainConfig:
     """Token-balanced batches, all global: a step takes as many pairs as fit.
 
     Attributes:
-      steps: Updates.
-      max_tokens: The most tokens of a batch, padding included.
-      min_pairs: The fewest pairs of a batch.
-      max_pairs: The most pairs of a batch.
-      microbatches: Parts of a batch whose gradients are computed one after the other.
+      steps: updates.
+      max_tokens: the most tokens of a batch, padding included.
+      min_pairs: the fewest pairs of a batch.
+      max_pairs: the most pairs of a batch.
+      microbatches: parts of a batch whose gradients are computed one after the other.
     """
 
     steps: int

@@ -5,8 +5,8 @@
   for minibatch in method.minibatches(experience, iteration):
       state, metrics = method.update(state, minibatch, ptx, iteration) lines 5 and 6
 
-Whether every weight trains or adapters beside frozen ones is not seen here: the state holds what
-trains, and `PPOMax` knows what it stands beside.
+Nothing here depends on whether every weight trains or only adapters on frozen ones: the state holds
+what trains, and `PPOMax` the frozen weights.
 
 Source: Zheng et al. 2023 (arXiv 2307.04964), Algorithm 1 and Figure 5.
 """
@@ -50,7 +50,7 @@ from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.training.step import TrainState, create_state, divide, make_train_step
 
 CRITIC_STARTS = ("reward_model", "policy", "none")
-# Of the first minibatch, before any update: 0, 1 and 1 where sampler and trainer agree.
+# Taken on the first minibatch, before any update: 0, 1 and 1 where sampler and trainer agree.
 FIRST = ("policy/approx_kl", "policy/ratio_max", "policy/ratio_min")
 
 
@@ -59,14 +59,14 @@ class PPOTrainConfig:
     """Batches of a run, all global: counted over devices and microbatches.
 
     Attributes:
-      iterations: Buffers of experience.
-      prompts_per_iteration: Prompts of a buffer.
-      samples_per_prompt: Responses to each of them.
-      minibatch: Responses of one update.
-      microbatches: Parts of a minibatch whose gradients are computed one after the other; models
+      iterations: number of iterations, each with a buffer of experience.
+      prompts_per_iteration: prompts in a buffer.
+      samples_per_prompt: responses to each of them.
+      minibatch: responses in one update.
+      microbatches: parts of a minibatch whose gradients are computed one after the other; models
         score a buffer in parts of the same size.
-      epochs: How often an iteration goes over its buffer.
-      critic_pretrain_iterations: Iterations at the start in which the critic trains alone.
+      epochs: how often an iteration goes over its buffer.
+      critic_pretrain_iterations: iterations at the start in which the critic trains alone.
       critic_init: "reward_model" (PPO-max), "policy" (with a zero head), or "none".
     """
 
@@ -124,7 +124,7 @@ class KLConfig:
     Attributes:
       coef: η.
       target: KL of a response, in nats, that an adaptive η aims at (Ziegler et al. 2019); 0 is off.
-      horizon: Responses over which η adapts.
+      horizon: responses over which η adapts.
     """
 
     coef: float = 0.0
@@ -148,20 +148,20 @@ class PenaltyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PPOMaxConfig:
-    """Everything that decides the numbers of a run, but for models and data.
+    """Everything that decides the numbers of a run, except models and data.
 
     Attributes:
-      train: Batches.
-      sampling: How responses are drawn.
-      optimizer: The policy's.
-      critic_optimizer: The critic's.
-      reward: Shaping of rewards.
-      kl: The token-level KL penalty.
+      train: batches.
+      sampling: how responses are drawn.
+      optimizer: the policy's.
+      critic_optimizer: the critic's.
+      reward: shaping of rewards.
+      kl: the token-level KL penalty.
       advantage: Φ_t.
-      ppo: The two losses.
+      ppo: the two losses.
       penalty: β of `ppo.objective="penalty"`.
-      trpo: The trust region of `ppo.objective="trpo"`.
-      seed: Of sampling and of the order of minibatches.
+      trpo: the trust region of `ppo.objective="trpo"`.
+      seed: for sampling and for the order of minibatches.
     """
 
     train: PPOTrainConfig
@@ -206,7 +206,7 @@ class PPOState(flax.struct.PyTreeNode):
     Attributes:
       policy: π_θ and its optimizer.
       critic: V_φ and its optimizer; None for a Φ_t without critic.
-      moments: Running moments of the reward.
+      moments: running moments of the reward.
       kl_coef: η of the token-level KL penalty.
       penalty_coef: β of PPO-penalty.
     """
@@ -222,16 +222,16 @@ class PPOMax:
     """The functions of an iteration, compiled for some models on some devices.
 
     Args:
-      config: Every setting.
-      policy: π_θ at its start, or adapters beside it; its start is taken, see `Tuning.take`.
+      config: every setting.
+      policy: π_θ at its start, or adapters on it; it gives its start away, see `Tuning.take`.
       reference: π_ref, frozen.
-      reward_model: Frozen.
-      make_critic: From the language model at the policy's start to the critic's start; returns
-        None where there is none. Called once the policy's state holds its own copy, so that no
-        device holds more models than it needs to.
-      eos_ids: Tokens that end a response.
-      pad_id: Written after the end.
-      sharding: Where trees live.
+      reward_model: frozen.
+      make_critic: maps the language model that the policy starts from to the critic's start, or
+        to None where there is no critic. Called once the policy's state holds its own copy, so that
+        no device holds more models than it needs to.
+      eos_ids: tokens that end a response.
+      pad_id: written after the end.
+      sharding: where trees live.
     """
 
     def __init__(
@@ -316,10 +316,10 @@ class PPOMax:
         """Lines 5 and 6: a step of the critic and, once it is pre-trained, of the policy.
 
         Args:
-          state: Donated.
-          minibatch: From `minibatches`.
-          ptx: Batches of SFT text, of which one is taken if the policy's loss needs it.
-          iteration: Counted from 0.
+          state: donated.
+          minibatch: from `minibatches`.
+          ptx: batches of SFT text, of which one is taken if the policy's loss needs it.
+          iteration: counted from 0.
 
         Returns:
           The new state, and metrics of both steps.
@@ -341,11 +341,11 @@ class PPOMax:
     def metrics(
         self, experience: Experience, updates: Sequence[dict[str, jax.Array]]
     ) -> dict[str, Any]:
-        """Numbers of an iteration: of its last update, what `FIRST` names of the first, its buffer.
+        """Metrics of an iteration: its last update, its first (those in `FIRST`), and its buffer.
 
         Args:
-          experience: The buffer.
-          updates: Metrics of every update, in order.
+          experience: the buffer.
+          updates: metrics of every update, in order.
         """
         first = {f"{name}_first": updates[0][name] for name in FIRST if name in updates[0]}
         fetched = distributed.fetch((experience.rollout, experience.evaluation))
@@ -357,7 +357,7 @@ class PPOMax:
         )
 
     def adapt(self, state: PPOState, metrics: dict[str, Any]) -> PPOState:
-        """Adaptive coefficients, where a target is set."""
+        """Adapts the coefficients that have a target."""
         kl, penalty = self.config.kl, self.config.penalty
         if kl.target:
             coef = losses.adaptive_kl_coef(
@@ -394,7 +394,7 @@ def make_optimizers(
 
 
 def make_score(config: PPOMaxConfig, sharding: Sharding) -> Callable[..., Any]:
-    """Jits: rollout -> Experience (lines 3 and 4 of Algorithm 1) and the new reward moments."""
+    """Compiled: rollout -> Experience (lines 3 and 4 of Algorithm 1) and new reward moments."""
     train = config.train
     rows = min(train.rollout_batch, train.microbatch)
     microbatches = divide("rollout batch", train.rollout_batch, rows)
@@ -438,11 +438,11 @@ def make_updates(
     """The compiled policy and critic steps.
 
     Args:
-      config: Of the run.
-      sharding: Where trees live.
-      optimizers: Of policy and critic.
-      policy_trunk: Frozen weights beside which the policy's adapters train; None without adapters.
-      critic_trunk: The same of the critic.
+      config: the settings of the run.
+      sharding: where trees live.
+      optimizers: the policy's and the critic's.
+      policy_trunk: frozen weights beside which the policy's adapters train; None without adapters.
+      critic_trunk: the same for the critic.
     """
     prepare = functools.partial(ppo.prepare, config=config.ppo)
     microbatches = config.train.microbatches

@@ -26,11 +26,11 @@ class SFTConfig:
     """Batches of a run, all global.
 
     Attributes:
-      minibatch: Rows of an update.
-      row_length: Tokens of a row, into which documents are packed.
-      steps: Updates; 0 where `epochs` says how long.
-      epochs: How often every document is read; 0 where `steps` says how long.
-      microbatches: Parts of a minibatch whose gradients are computed one after the other.
+      minibatch: rows of an update.
+      row_length: tokens of a row, into which documents are packed.
+      steps: updates; 0 where `epochs` says how long.
+      epochs: how often every document is read; 0 where `steps` says how long.
+      microbatches: parts of a minibatch whose gradients are computed one after the other.
     """
 
     minibatch: int
@@ -70,11 +70,11 @@ class SFTConfig:
 
 
 def loss_fn(model: Transformer, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
-    """L = -Σ_t log π(y_t | x, y_{<t}) over the trained tokens, their mean, in nats.
+    """L = -Σ_t log π(y_t | x, y_{<t}) averaged over the trained tokens, in nats.
 
     Args:
-      model: The policy.
-      batch: Tokens and segments `[B, T]`, and the weights of `prepare`.
+      model: the policy.
+      batch: tokens and segments `[B, T]`, and the weights of `prepare`.
     """
     log_probs, _ = next_token_log_probs(model, batch["tokens"], batch["segments"])
     loss = -weighted_sum(log_probs, batch["weights"])
@@ -108,7 +108,7 @@ def make_step(
 def negative_log_likelihood(
     model: Transformer, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum over trained tokens, in nats, and their number."""
+    """Summed over trained tokens, in nats, and their number."""
     log_probs, _ = next_token_log_probs(model, batch["tokens"], batch["segments"])
     where = batch["loss_mask"][:, 1:]
     return -jnp.sum(jnp.where(where, log_probs, 0.0)), where.sum()

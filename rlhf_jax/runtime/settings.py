@@ -18,10 +18,10 @@ def typed(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
     """Builds a dataclass from a mapping, fields that are dataclasses from the mappings within.
 
     Args:
-      kind: A dataclass.
-      values: Field -> value; lists become tuples where a tuple is declared. Fields with a default
+      kind: a dataclass.
+      values: field -> value; lists become tuples where a tuple is declared. Fields with a default
         may be left out.
-      path: What stands before the keys in messages, such as `ppo.`.
+      path: prefix of the keys in messages, such as `ppo.`.
 
     Raises:
       ValueError: an unknown or missing key, a value of another type, or what the dataclass refuses.
@@ -59,7 +59,7 @@ def _converted(hint: Any, value: Any, path: str) -> Any:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
             raise ValueError(f"{path}={value!r} must be a tuple, such as ({value!r},)")
         return tuple(value)
-    # A bool is an int to Python; as a number it is a slip.
+    # A bool is an int to Python; as a number it is a mistake.
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if hint is float and number:
         return float(value)

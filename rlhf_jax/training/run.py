@@ -20,7 +20,7 @@ from rlhf_jax.runtime.progress import Progress, progress
 from rlhf_jax.runtime.run_info import run_info
 from rlhf_jax.training.checkpoint import Checkpointer, GracefulStop
 
-# What may change when a run goes on: it does not change the numbers.
+# Settings that may change when a run is resumed: they do not change the numbers.
 FREE = ("log.", "checkpoint.", "sharding.")
 
 
@@ -29,9 +29,9 @@ class LogConfig:
     """Where metrics go besides metrics.jsonl.
 
     Attributes:
-      tensorboard: Event files in the run folder.
-      wandb: Weights & Biases; needs its package and an account.
-      wandb_project: Project there.
+      tensorboard: event files in the run folder.
+      wandb: weights & Biases; needs its package and an account.
+      wandb_project: project there.
     """
 
     tensorboard: bool = False
@@ -44,8 +44,8 @@ class CheckpointConfig:
     """When states are saved.
 
     Attributes:
-      every: Steps between two checkpoints; 0 saves at the end and at a stop only.
-      keep: How many stay on disk.
+      every: steps between two checkpoints; 0 saves at the end and at a stop only.
+      keep: how many stay on disk.
     """
 
     every: int = 100
@@ -67,14 +67,14 @@ class Run:
                 run.checkpoint(step, state, batches)
 
     Args:
-      workdir: The run folder; created where missing.
-      total: Number of steps.
-      desc: Title of the progress bar.
-      show: Metrics that the progress bar shows.
-      settings: Every setting of the run, as a nested mapping: written to config.json, and compared
-        with what stands there when a run goes on.
-      log: Where metrics go besides metrics.jsonl.
-      checkpoint: When states are saved.
+      workdir: the run folder; created where missing.
+      total: number of steps.
+      desc: title of the progress bar.
+      show: metrics that the progress bar shows.
+      settings: every setting of the run, as a nested mapping: written to config.json, and compared
+        with that file when a run is resumed.
+      log: where metrics go besides metrics.jsonl.
+      checkpoint: when states are saved.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class Run:
         return progress(self.total, self._desc, initial=self._next)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Hands in a step's metrics; they are fetched while the next step computes.
+        """Takes a step's metrics, which are fetched while the next step computes.
 
         Raises:
           NonFiniteError: the previous step's metrics were not finite.
@@ -209,7 +209,7 @@ class Run:
         return time.time() - self.started_at
 
     def command(self) -> str:
-        """The command that makes this run."""
+        """The command line of this run."""
         return json.loads((self.workdir / "config.json").read_text())["command"]
 
     def finish(self, summary: Mapping[str, Any]) -> None:

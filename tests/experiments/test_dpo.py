@@ -402,7 +402,7 @@ def test_reference_of_other_pairs_is_refused(tmp_path):
         ("eval.batch=1000", "fewer than one batch of 1000"),
     ],
 )
-def test_wrong_settings_are_told(chain, tmp_path, change, message):
+def test_wrong_settings_are_one_line(chain, tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         experiment.main(tiny(chain, tmp_path / "run", change))
     assert "\n" not in str(caught.value)

@@ -134,7 +134,7 @@ def test_missing_inputs_name_the_command(tmp_path):
         ("eval.every=0", "eval.every=0 must be at least 1"),
     ],
 )
-def test_wrong_settings_are_told(chain, tmp_path, change, message):
+def test_wrong_settings_are_one_line(chain, tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         ppo_max.main(tiny(chain, tmp_path / "run", change))
     assert "\n" not in str(caught.value)
@@ -166,7 +166,7 @@ def test_variants_run(chain, tmp_path, changes):
     )
 
 
-def test_samples_of_a_prompt_stand_side_by_side(chain, tmp_path, monkeypatch):
+def test_samples_of_a_prompt_are_adjacent(chain, tmp_path, monkeypatch):
     seen = []
     original = PPOMax.score
 

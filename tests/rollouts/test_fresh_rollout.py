@@ -100,7 +100,7 @@ def vocabulary_rows(jaxpr) -> list[int]:
 
 
 def test_logits_of_the_policy_are_made_for_responses_only_and_none_is_kept():
-    """Forward and backward pass of the whole loss; 8 responses of 7 tokens behind 6 of prompts."""
+    """Forward and backward pass of the whole loss; 8 responses of 7 tokens after prompts of 6."""
     model = tiny.language_model()
     batch = ppo.prepare((build(tiny.rollout(), evaluation()), None), config=CONFIG)
     rows = vocabulary_rows(jax.make_jaxpr(jax.grad(policy_loss_of))(model, batch).jaxpr)

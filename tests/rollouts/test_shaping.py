@@ -21,7 +21,7 @@ KL_COEF, DISCOUNT = 0.3, 0.9
 
 
 def make(fill: float = 0.0) -> tuple[Rollout, Evaluation]:
-    """Four responses of 4, 1, 3 and 4 tokens, the first one cut; `fill` stands on padding."""
+    """Four responses of 4, 1, 3 and 4 tokens, the first one cut; `fill` is on padding."""
 
     def fields(x):
         return jnp.asarray(np.where(WHERE, x, np.float32(fill)))
@@ -62,7 +62,7 @@ def test_a_fractional_score_lands_on_the_last_real_token():
     assert np.array_equal(rewards, wanted)
 
 
-def test_kl_penalty_stands_on_every_token():
+def test_kl_penalty_is_on_every_token():
     tiny.close(shape(RewardConfig("none"))[0], place(SCORES), 1e-6)
 
 
@@ -92,7 +92,7 @@ def transformed(name: str, history: list[np.ndarray]) -> np.ndarray:
     if name == "scale":
         return scores / seen.std()
     if name == "scale_discounted":
-        # Rewards stand at the end, so the rolling sum is 0 before it and the score there.
+        # Rewards are at the end, so the rolling sum is 0 before it and the score there.
         rolling = [
             s
             for batch in history
