@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from jax._src.ad_checkpoint import saved_residuals
 from jax.extend import core as jex_core
-from tests.test_experience import evaluation, padded_pair
 
 from rlhf_jax import losses
 from rlhf_jax.methods import ppo
@@ -16,6 +15,7 @@ from rlhf_jax.rollouts import experience
 from rlhf_jax.rollouts.experience import AdvantageConfig, Evaluation, Experience, RewardConfig
 from rlhf_jax.rollouts.rollout import Rollout
 from tests import tiny
+from tests.rollouts.test_experience import evaluation, padded_pair
 
 CONFIG = PPOConfig(normalize_advantages=True, entropy_coef=0.1, value_clip_eps=0.2)
 
