@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.experience import Evaluation, Experience
-from rlhf_jax.rollout import Rollout
+from rlhf_jax.rollouts.experience import Evaluation, Experience
+from rlhf_jax.rollouts.rollout import Rollout
 
 VOCAB, PROMPT, RESPONSE = 6, 3, 5
 LENGTHS = [5, 1, 3, 2, 5, 4, 2, 3]  # of the responses
@@ -72,7 +72,7 @@ def where(lengths=LENGTHS) -> np.ndarray:
 
 
 def experience(rows: int = 8, *, fill: float = 0.0, temperature: float = 1.0) -> Experience:
-    """Ragged rows, sampled long ago by another policy; `fill` stands on padding."""
+    """Ragged rows, sampled long ago by another policy; `fill` is on padding."""
     rng = np.random.default_rng(5)
     lengths = (LENGTHS * -(-rows // 8))[:rows]
     real = where(lengths)

@@ -14,7 +14,7 @@ import numpy as np
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import ScalarModel, next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.rollout import Rollout, SamplingConfig, generate
+from rlhf_jax.rollouts.rollout import Rollout, SamplingConfig, generate
 
 PAD, EOS = 0, 1
 VOCAB = 40

@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.fields import require, require_sft
-from rlhf_jax.data.rows import (
+from rlhf_jax.data.encode import (
     encode_messages,
     encode_pair,
     encode_prompt,
     encode_response,
     encode_text,
 )
+from rlhf_jax.data.fields import require, require_sft
+from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, EncodedPrompt, Row
 from rlhf_jax.data.templates import pieces_of, renderings_kept, stop_tokens
 from rlhf_jax.data.tokenizer import pieces_encoded
-from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair, EncodedPrompt, Row
 
 __all__ = [
     "check_masks",
@@ -152,7 +152,8 @@ def _prompt_row(
     row: Row, tokenizer: Any, max_length: int, drops: DropCounts
 ) -> EncodedPrompt | None:
     require(row, ("prompt",), "a prompt row")
-    return encode_prompt(row["prompt"], tokenizer, max_length, drops)
+    opening = row.get("opening", "")
+    return encode_prompt(row["prompt"], tokenizer, max_length, drops, opening=opening)
 
 
 def _encode_all(

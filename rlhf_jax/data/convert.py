@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from rlhf_jax.data import preferences
+from rlhf_jax.data.schemas import DropCounts, Row
 from rlhf_jax.data.splits import fraction_of, split_of
-from rlhf_jax.data.types import DropCounts, Row
 
 NO_TRANSCRIPT = "no transcript"
 

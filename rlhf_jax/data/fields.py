@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from rlhf_jax.data.schemas import Row
 from rlhf_jax.data.templates import check_messages
-from rlhf_jax.data.types import Row
 
 
 def require(row: Row, fields: Sequence[str], what: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from rlhf_jax.data.types import Encoded, EncodedPair, EncodedPrompt
+from rlhf_jax.data.schemas import Encoded, EncodedPair, EncodedPrompt
 
 _TRAINED, _READ, _SPECIAL, _END = "\033[32m", "\033[90m", "\033[1;7m", "\033[0m"
 _BARS = "▁▂▃▄▅▆▇█"

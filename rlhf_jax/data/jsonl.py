@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.data.types import Row
+from rlhf_jax.data.schemas import Row
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:

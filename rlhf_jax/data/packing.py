@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.types import Encoded
+from rlhf_jax.data.schemas import Encoded
 
 Arrays = dict[str, np.ndarray]
 

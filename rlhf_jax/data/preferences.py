@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_jax.data.fields import require, require_sft
-from rlhf_jax.data.types import DropCounts, Message, Row
+from rlhf_jax.data.schemas import DropCounts, Message, Row
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {

@@ -20,9 +20,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.data import assets, chat, sources, token_store
-from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair, Row
-from rlhf_jax.progress import progress
+from rlhf_jax.data import chat
+from rlhf_jax.data import store as token_store
+from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, Row
+from rlhf_jax.data.sets import archives
+from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.progress import progress
 
 IN_MEMORY = 10_000  # Rows; some 10 to 50 MiB.
 _CHECKED = 4096  # Documents whose masks are checked at a time.
@@ -30,61 +33,83 @@ _SILENT_SECONDS = 3.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def encoded_rows(
+def prepared(
     kind: str,
-    source: str,
-    split: str,
+    rows: Callable[[], Iterable[Row]],
     tokenizer: Any,
     *,
     max_length: int,
-    limit: int = 0,
-    drops: DropCounts | None = None,
+    drops: DropCounts,
+    name: str,
+    decides: Sequence[Any] | None = None,
+    total: int = 0,
     cache: Path | None = None,
     in_memory: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Sequence[Any]:
-    """Returns the encoded rows of a split: a list, or a `TokenStore` where there are many.
+    """Returns the encoded rows: a list, or a `TokenStore` where there are many.
+
+    Where rows may go to disk, process 0 encodes and writes; then the others open it (or, where
+    they do not see its disk, encode for themselves).
 
     Args:
-        kind: "sft", "preference" or "prompt".
-        source: see `sources.iter_rows`.
-        split: "train", "validation", "test" or "all".
-        tokenizer: with a chat template.
-        max_length: the most tokens of a row (of each side of a pair).
-        limit: the most rows that are read; 0 is all of them.
-        drops: counts what was kept, dropped and truncated, also where a store is opened.
-        cache: folder of the stores; by default one below `assets.cache_dir()`.
-        in_memory: the most rows of a list; by default `IN_MEMORY`.
-        say: told which store is opened or was written.
+      kind: "sft", "preference" or "prompt".
+      rows: Opens the rows; called where no store holds them.
+      tokenizer: With a chat template.
+      max_length: The most tokens of a row (of each side of a pair).
+      drops: Counts what was kept, dropped and truncated, also where a store is opened.
+      name: Of source and split, as messages call them.
+      decides: All that decides the rows; equal lists open one store. None: rows stay in memory,
+        however many they are.
+      total: How many rows the progress bar counts up to; 0 where nobody knows.
+      cache: Folder of the stores; by default one below `archives.cache_dir()`.
+      in_memory: The most rows of a list; by default `IN_MEMORY`.
+      say: Reports which store is opened or was written.
 
     Raises:
-        ValueError: see `sources.iter_rows` and `chat.encode_sft`; or the cache cannot be written.
+      ValueError: No row is left, a row is wrong, or the cache cannot be written.
     """
-    counts = DropCounts() if drops is None else drops
-    most = IN_MEMORY if in_memory is None else in_memory
-    name = _key(kind, source, split, limit, max_length, tokenizer)
-    folder = (cache or assets.cache_dir() / "tokens") / name
-    if token_store.exists(folder):
-        store = token_store.TokenStore(folder)
-        counts.update(store.counts)
-        say(f"{kind} rows of {source} ({split}): encoded before, read from {folder}")
-        return store
-    rows = sources.iter_rows(kind, source, split, drops=counts)
-    found = chat.encoded_rows(
-        kind,
-        itertools.islice(rows, limit or None),
-        tokenizer,
-        max_length=max_length,
-        drops=counts,
+
+    def encode() -> Sequence[Any]:
+        found = chat.encoded_rows(kind, rows(), tokenizer, max_length=max_length, drops=drops)
+        encoded = checked(_shown(found, name, total), tokenizer)
+        most = IN_MEMORY if in_memory is None else in_memory
+        few = list(encoded if decides is None else itertools.islice(encoded, most + 1))
+        if not few:
+            raise ValueError(f"no row is left to train on: {drops.summary()}")
+        if decides is None or len(few) <= most:
+            return few
+        return _written(folder, kind, itertools.chain(few, encoded), drops, name, say)
+
+    if decides is None:
+        return encode()
+    folder = (cache or archives.cache_dir() / "tokens") / _key(
+        [*decides, kind, max_length], tokenizer
     )
-    encoded = checked(_shown(found, f"{source} ({split})", limit), tokenizer)
-    few = list(itertools.islice(encoded, most + 1))
-    if not few:
-        raise ValueError(f"no row is left to train on: {counts.summary()}")
-    if len(few) <= most:
-        return few
+
+    def find() -> Sequence[Any]:
+        if not token_store.exists(folder):
+            return encode()
+        store = token_store.TokenStore(folder)
+        drops.update(store.counts)
+        say(f"{kind} rows of {name}: encoded before, read from {folder}")
+        return store
+
+    found = find() if distributed.is_main() else None
+    distributed.barrier(f"{kind} rows are encoded")
+    return find() if found is None else found
+
+
+def _written(
+    folder: Path,
+    kind: str,
+    encoded: Iterable[Any],
+    drops: DropCounts,
+    name: str,
+    say: Callable[[str], None],
+) -> token_store.TokenStore:
     try:
-        store = token_store.write(folder, kind, itertools.chain(few, encoded), counts)
+        store = token_store.write(folder, kind, encoded, drops)
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
@@ -92,7 +117,7 @@ def encoded_rows(
             f"cannot write encoded rows below {folder.parent}: {error.strerror}; set "
             "RLHF_JAX_CACHE to a folder with room, or put stream: before the source"
         ) from error
-    say(f"{kind} rows of {source} ({split}): written to {folder}")
+    say(f"{kind} rows of {name}: written to {folder}")
     return store
 
 
@@ -129,16 +154,15 @@ def checked(encoded: Iterator[Any], tokenizer: Any) -> Iterator[Any]:
         yield from some
 
 
-def _key(kind: str, source: str, split: str, limit: int, max_length: int, tokenizer: Any) -> str:
+def _key(decides: Sequence[Any], tokenizer: Any) -> str:
     """Returns the name of a store: a hash of everything that decides its rows."""
-    decides = [
-        sources.fingerprint(kind, source, split),
-        [kind, split, limit, max_length],
+    everything = [
+        *decides,
         [str(tokenizer.chat_template), tokenizer.bos_token, tokenizer.eos_token],
         _tokenizer_text(tokenizer),
         _code(),
     ]
-    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:24]
 
 
 def _tokenizer_text(tokenizer: Any) -> str:
@@ -150,6 +174,6 @@ def _tokenizer_text(tokenizer: Any) -> str:
 def _code() -> str:
     """Hash of the modules beside this one: rows encoded by other code are not taken for these."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

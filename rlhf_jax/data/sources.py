@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.data import assets, chitchat, harm, hh, reviews
 from rlhf_jax.data.convert import KINDS, Request, converted_rows, every_row, hh_rows
 from rlhf_jax.data.jsonl import existing, read_jsonl, stamps
+from rlhf_jax.data.schemas import DropCounts, Row
+from rlhf_jax.data.sets import archives, chitchat, harm, hh, reviews
 from rlhf_jax.data.splits import SPLITS, check_split
-from rlhf_jax.data.types import DropCounts, Row
 
 _HH_FILES = {"train": ("train",), "all": ("train", "test")}  # Else the test file.
 _STREAM = "stream:"
@@ -66,7 +66,7 @@ def iter_rows(
 
     Raises:
         ValueError: unknown kind, source or split; missing fields; kinds that a source has not.
-        assets.AssetError: no network and no cache.
+        archives.AssetError: no network and no cache.
         FileNotFoundError: no such file.
     """
     name, where = parse_source(kind, source, split)
@@ -114,7 +114,7 @@ def open_stream(source: str) -> list[Iterable[Row]]:
     """Opens the training rows of a streamed source as they stand in its files or parts.
 
     Raises:
-        ValueError, FileNotFoundError, assets.AssetError: see `iter_rows`.
+        ValueError, FileNotFoundError, archives.AssetError: see `iter_rows`.
     """
     name, where = parse_source("sft", source, "train")
     if name == "hh":
@@ -136,7 +136,7 @@ def fingerprint(kind: str, source: str, split: str) -> list[Any]:
     """Returns what decides the rows of a source: of files their paths, sizes and times.
 
     Raises:
-        ValueError, FileNotFoundError, assets.AssetError: see `iter_rows`.
+        ValueError, FileNotFoundError, archives.AssetError: see `iter_rows`.
     """
     name, where = parse_source(kind, source, split)
     if is_streamed(source) and name == "hh" and not Path(where).exists():
@@ -188,7 +188,7 @@ def _llamafactory(request: Request) -> Iterable[Row]:
     if request.where not in ("en", "zh"):
         raise ValueError(f"source='llamafactory:{request.where}' must end in en or zh")
     name = "alpaca" if request.kind == "sft" else "dpo"
-    content = assets.read_member("llamafactory", f"data/{name}_{request.where}_demo.json")
+    content = archives.read_member("llamafactory", f"data/{name}_{request.where}_demo.json")
     return converted_rows(json.loads(content), request)
 
 

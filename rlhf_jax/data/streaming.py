@@ -25,7 +25,7 @@ import numpy as np
 
 from rlhf_jax.data.endless import Batches, Shape, positive
 from rlhf_jax.data.packing import Arrays
-from rlhf_jax.data.types import Row
+from rlhf_jax.data.schemas import Row
 
 BLOCK_ROWS = 16_384
 

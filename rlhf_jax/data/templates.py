@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_jax.data.types import Message, Row
+from rlhf_jax.data.schemas import Message, Row
 
 _ROLES = ("system", "user", "assistant", "tool")
 _PROBE = "zq7w"  # Words that no template writes itself.

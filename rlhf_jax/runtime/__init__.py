@@ -1,1 +1,1 @@
-"""What a process sets up before and around the work: compiler, memory."""
+"""Where a program runs: devices, processes, memory, logs."""

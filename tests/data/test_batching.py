@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from rlhf_jax.data import batching
-from rlhf_jax.data.batching import (
+from rlhf_jax.data import batches
+from rlhf_jax.data.batches import (
     PackedBatches,
     PairBatches,
     PromptBatches,
@@ -14,7 +14,7 @@ from rlhf_jax.data.batching import (
     pad_pairs,
     pad_prompts,
 )
-from rlhf_jax.data.types import Encoded, EncodedPair
+from rlhf_jax.data.schemas import Encoded, EncodedPair
 
 
 def document(rng, number, length):
@@ -122,11 +122,11 @@ def test_an_epoch_of_documents_holds_each_once(packed):
 
 
 def test_documents_are_packed_some_at_a_time(monkeypatch):
-    monkeypatch.setattr(batching, "_FITTED", 7)
+    monkeypatch.setattr(batches, "_FITTED", 7)
     seen = []
-    fit = batching.first_fit
+    fit = batches.first_fit
     monkeypatch.setattr(
-        batching, "first_fit", lambda sizes, room: seen.append(sizes) or fit(sizes, room)
+        batches, "first_fit", lambda sizes, room: seen.append(sizes) or fit(sizes, room)
     )
     found = [int(t) for batch in epoch(make_packed()) for t in np.unique(batch["tokens"]) if t]
     assert sorted(found) == list(range(1, 51))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import chat
-from rlhf_jax.data.types import DropCounts, Encoded, EncodedPair
+from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair
 from tests.data import conftest as templates
 from tests.data.conftest import TALK, stretches
 

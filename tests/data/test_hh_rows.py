@@ -3,9 +3,9 @@
 import datasets
 import pytest
 
-from rlhf_jax.data import assets
+from rlhf_jax.data.schemas import DropCounts
+from rlhf_jax.data.sets import archives
 from rlhf_jax.data.sources import load_rows
-from rlhf_jax.data.types import DropCounts
 from tests.data.conftest import write_jsonl
 
 
@@ -131,7 +131,7 @@ def test_hh_from_the_hub_asks_datasets(monkeypatch):
 def test_hh_without_network_and_cache_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(assets.AssetError) as caught:
+    with pytest.raises(archives.AssetError) as caught:
         load_rows("preference", "hh", "train")
     message = str(caught.value)
     assert "\n" not in message

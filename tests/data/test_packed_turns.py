@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.data import chat, prepare
-from rlhf_jax.data.batching import PackedBatches
+from rlhf_jax.data import chat
+from rlhf_jax.data.batches import PackedBatches
 from rlhf_jax.data.preferences import as_sft
+from rlhf_jax.tasks import TaskConfig, make_task
 from tests import hh, tiny
 from tests.data import conftest as templates
 from tests.data.conftest import stretches
@@ -14,7 +15,7 @@ from tests.data.conftest import stretches
 @pytest.fixture
 def documents(tmp_path, plain):
     source = hh.write_folder(tmp_path / "hh", train=12, test=1)
-    return prepare.encoded_rows("sft", source, "train", plain, max_length=48)
+    return make_task(TaskConfig(source)).documents(plain, "train", max_length=48)
 
 
 @pytest.mark.parametrize("style", ["CHATML", "HEADERS"])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_jax.data.packing import assign_buckets, bucket_lengths, first_fit, pack, spread
-from rlhf_jax.data.types import Encoded
+from rlhf_jax.data.schemas import Encoded
 
 lengths = st.lists(st.integers(1, 12), min_size=1, max_size=30)
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from rlhf_jax.data.batching import PairBatches
-from rlhf_jax.data.types import Encoded, EncodedPair
+from rlhf_jax.data.batches import PairBatches
+from rlhf_jax.data.schemas import Encoded, EncodedPair
 
 
 def document(rng: np.random.Generator) -> Encoded:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax.data.pairs import count_pairs, score_pairs
+from rlhf_jax.data.comparisons import count_pairs, score_pairs
 
 rows = st.lists(
     st.tuples(st.integers(-16, 16).map(lambda n: n / 4), st.sampled_from("ab")), max_size=14

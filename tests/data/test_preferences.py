@@ -7,7 +7,7 @@ from rlhf_jax.data.preferences import (
     convert_hh,
     parse_transcript,
 )
-from rlhf_jax.data.types import DropCounts
+from rlhf_jax.data.schemas import DropCounts
 
 START = "\n\nHuman: hello\n\nAssistant: hi\n\nHuman: how are\n\nyou?"
 HH = {"chosen": START + "\n\nAssistant: fine", "rejected": START + "\n\nAssistant: go away\n"}

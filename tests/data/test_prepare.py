@@ -1,13 +1,15 @@
 """Encoded rows in memory and on disk."""
 
 import errno
+import itertools
 
 import numpy as np
 import pytest
 
-from rlhf_jax.data import chat, prepare, sources, token_store
-from rlhf_jax.data.batching import PackedBatches, PairBatches, PromptBatches
-from rlhf_jax.data.types import DropCounts, Encoded
+from rlhf_jax.data import chat, prepare, sources
+from rlhf_jax.data import store as token_store
+from rlhf_jax.data.batches import PackedBatches, PairBatches, PromptBatches
+from rlhf_jax.data.schemas import DropCounts, Encoded
 from tests import hh
 from tests.data import conftest as templates
 
@@ -23,10 +25,25 @@ def source(tmp_path):
 def load(source, plain, tmp_path):
     """Loads rows of the folder; more than ten go to a store."""
 
-    def run(kind="sft", *, split="train", tokenizer=plain, said=None, **settings):
+    def run(kind="sft", *, split="train", tokenizer=plain, said=None, limit=0, **settings):
         options = {"max_length": 64, "in_memory": 10, "cache": tmp_path / "cache"} | settings
-        say = (said if said is not None else []).append
-        return prepare.encoded_rows(kind, source, split, tokenizer, say=say, **options)
+        drops = options.pop("drops", DropCounts())
+
+        def rows():
+            found = sources.iter_rows(kind, source, split, drops=drops)
+            return itertools.islice(found, limit or None)
+
+        return prepare.prepared(
+            kind,
+            rows,
+            tokenizer,
+            drops=drops,
+            name=f"{source} ({split})",
+            decides=[sources.fingerprint(kind, source, split), split, limit],
+            total=limit,
+            say=(said if said is not None else []).append,
+            **options,
+        )
 
     return run
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from rlhf_jax.data import reviews
-from rlhf_jax.data.reviews import Review
+from rlhf_jax.data.schemas import DropCounts
+from rlhf_jax.data.sets import reviews
+from rlhf_jax.data.sets.reviews import Review
 from rlhf_jax.data.splits import SPLITS, clean_text, normalise, split_of
-from rlhf_jax.data.types import DropCounts
 
 TEXTS = (
     "\ufeff1\t1.5\tA  ''fine'' film &amp; more\r\n"

@@ -2,10 +2,10 @@ import re
 
 import pytest
 
-from rlhf_jax.data import assets, chitchat, harm
+from rlhf_jax.data.schemas import DropCounts
+from rlhf_jax.data.sets import archives, chitchat, harm
 from rlhf_jax.data.sources import SOURCES, load_rows
 from rlhf_jax.data.splits import SPLITS, split_of
-from rlhf_jax.data.types import DropCounts
 from tests.data.conftest import write_jsonl
 
 
@@ -158,7 +158,7 @@ HARM = (
 def harm_file(monkeypatch):
     def serve(content):
         files = {"x/scorer_evals/harm/toy.csv": content.encode(), "x/other.csv": b"a,b\r\n1,2\r\n"}
-        monkeypatch.setattr(assets, "read_members", lambda name, suffix: files)
+        monkeypatch.setattr(archives, "read_members", lambda name, suffix: files)
 
     return serve
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import prepare, sources
-from rlhf_jax.data.batching import PackedBatches, PairBatches, PromptBatches
-from rlhf_jax.data.hh import PARTS
+from rlhf_jax.data.batches import PackedBatches, PairBatches, PromptBatches
+from rlhf_jax.data.schemas import DropCounts, Encoded
+from rlhf_jax.data.sets.hh import PARTS
 from rlhf_jax.data.streaming import StreamedBatches, drawn
-from rlhf_jax.data.types import DropCounts, Encoded
 from tests import hh
 
 MAKERS = {

@@ -8,7 +8,7 @@ HEAVY = ["flax", "optax", "transformers", "datasets", "ml_collections", "torch"]
 
 def test_losses_need_jax_and_chex_only():
     program = (
-        "import sys, rlhf_jax.losses, rlhf_jax.trust_region\n"
+        "import sys, rlhf_jax.losses, rlhf_jax.methods.trust_region\n"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
     done = subprocess.run(

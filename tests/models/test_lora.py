@@ -12,9 +12,9 @@ from rlhf_jax.models import lora
 from rlhf_jax.models.heads import ScalarModel, next_token_log_probs
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.rollout import generate
-from rlhf_jax.sharding import Sharding, make_mesh
-from rlhf_jax.train import create_state, make_train_step
+from rlhf_jax.rollouts.rollout import generate
+from rlhf_jax.runtime.sharding import Sharding, make_mesh
+from rlhf_jax.training.step import create_state, make_train_step
 from tests import tiny
 
 CONFIG = LoRAConfig(rank=3, alpha=6.0)
@@ -250,7 +250,7 @@ def test_attaching_copies_nothing():
     tuning = make()
     model = tuning.model(tuning.start)
     assert set(pointers(model)) == set(pointers(tuning.trunk)) | set(pointers(tuning.start))
-    # Merging makes the adapted matrices anew and shares the rest.
+    # Merging makes new adapted matrices and shares the rest.
     merged = tuning.merged(drawn(tuning))
     new = set(pointers(merged)) - set(pointers(tuning.trunk))
     assert len(new) == len(lora.TARGETS)
@@ -313,6 +313,6 @@ def test_targets_choose_the_matrices():
         ({"rank": 2, "targets": ()}, "must name one or more"),
     ],
 )
-def test_wrong_settings_are_told(settings, message):
+def test_wrong_settings_are_one_line(settings, message):
     with pytest.raises(ValueError, match=message):
         LoRAConfig(**settings)

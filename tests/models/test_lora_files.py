@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from rlhf_jax.models import hf_weights, lora
+from rlhf_jax.models import lora
+from rlhf_jax.models.files import hf_weights
+from rlhf_jax.models.files.lora_files import (
+    fingerprint,
+    load_adapters,
+    save_adapters,
+    trained_beside,
+)
 from rlhf_jax.models.lora import LoRAConfig
-from rlhf_jax.models.lora_files import fingerprint, load_adapters, save_adapters, trained_beside
-from rlhf_jax.sharding import Sharding, make_mesh
+from rlhf_jax.runtime.sharding import Sharding, make_mesh
 from tests import tiny
 
 
@@ -74,7 +80,7 @@ def test_adapters_of_another_model_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_fingerprint_tells_models_apart(dtype):
+def test_a_fingerprint_distinguishes_models(dtype):
     model = tiny.language_model(tiny.model_config(dtype=dtype))
     known = fingerprint(model)
     assert known == fingerprint(jax.tree.map(np.array, model))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.models.config import ModelConfig, RopeScaling
+from rlhf_jax.models.files.hf_weights import load_model, load_scalar_model, save_model
 from rlhf_jax.models.heads import ScalarModel
-from rlhf_jax.models.hf_weights import load_model, load_scalar_model, save_model
 from rlhf_jax.models.transformer import Transformer
 
 pytestmark = pytest.mark.parity

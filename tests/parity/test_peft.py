@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax.models import lora
-from rlhf_jax.models.hf_weights import load_model, save_model
+from rlhf_jax.models.files.hf_weights import load_model, save_model
+from rlhf_jax.models.files.lora_files import save_adapters
 from rlhf_jax.models.lora import LoRAConfig
-from rlhf_jax.models.lora_files import save_adapters
 from tests import tiny
 
 pytestmark = pytest.mark.parity

@@ -13,26 +13,30 @@ import jax.numpy as jnp
 import pytest
 
 from configs import ppo_max as ppo_configs
-from experiments import dpo, dpo_setup, preflight, reward_model, sft
+from experiments import preflight
+from experiments.command import open_config
+from experiments.ppo_max import Settings
+from rlhf_jax.methods import dpo, reward_model, sft
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.optimizers import OptimizerConfig, make_optimizer
-from rlhf_jax.sharding import Sharding, make_mesh
-from rlhf_jax.train import create_state, make_train_step
+from rlhf_jax.preflight.ppo_run import PPORun
+from rlhf_jax.runtime.sharding import Sharding, make_mesh
+from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
+from rlhf_jax.training.step import create_state, make_train_step
 
 # The quickstart's shapes: those of its programs are compiled, nothing runs.
 ROWS, LENGTH = 32, 128
 LOSSES = {
-    "sft": (Transformer, sft.loss_fn, sft.weigh),
+    "sft": (Transformer, sft.loss_fn, sft.prepare),
     "reward_model": (
         ScalarModel,
-        functools.partial(reward_model.loss_fn, lm_coef=0.3),
-        reward_model.weigh,
+        functools.partial(reward_model.loss_fn, config=reward_model.RewardModelConfig(lm_coef=0.3)),
+        reward_model.prepare,
     ),
     "dpo": (
         Transformer,
-        functools.partial(dpo.loss_fn, config=dpo_setup.DPOConfig("dpo", beta=0.1)),
-        dpo.weigh,
+        functools.partial(dpo.loss_fn, config=dpo.DPOConfig("dpo", beta=0.1)),
+        dpo.prepare,
     ),
 }
 PPO = ("generate", "score", "policy step", "critic step")
@@ -41,16 +45,22 @@ PPO = ("generate", "score", "policy step", "critic step")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """PPO-max of the quickstart on one device, as shapes."""
-    config = ppo_configs.get_config("quickstart")
+    settings = open_config("ppo_max", ppo_configs.get_config("quickstart"), Settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("empty"))  # no earlier stage's model is read
-        sizes = preflight.model_sizes(config)
-    return preflight.Run(config, sizes, Sharding(make_mesh(1), "zero2"))
+        sizes = preflight.model_sizes(settings)
+    return PPORun(
+        settings.method(),
+        sizes,
+        Sharding(make_mesh(1), "zero2"),
+        prompt_length=settings.data.longest_prompt,
+        ptx_length=settings.data.ptx_length,
+    )
 
 
 def train_step(stage: str, run):
     """The lowered train step of SFT, the reward model or DPO."""
-    kind, loss, weigh = LOSSES[stage]
+    kind, loss, prepare = LOSSES[stage]
     optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=1e-3), 10)
 
     def create():
@@ -63,7 +73,7 @@ def train_step(stage: str, run):
     batch = {name: array(shape, jnp.int32) for name in ("tokens", "segments")}
     batch |= {"loss_mask": array(shape, jnp.bool_), "valid": array((ROWS,), jnp.bool_)}
     batch |= {"ref_log_probs": array((ROWS, 2), jnp.float32)}
-    step = make_train_step(loss, optimizer, run.sharding, prepare=weigh)
+    step = make_train_step(loss, optimizer, run.sharding, prepare=prepare)
     return step.lower(jax.eval_shape(create), batch)
 
 

@@ -1,0 +1,1 @@
+"""What each method is: its configuration, its loss on a batch, one iteration of it."""

@@ -1,0 +1,1 @@
+"""Model files that other libraries read: Hugging Face folders, GGUF, PEFT adapters."""

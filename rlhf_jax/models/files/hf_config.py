@@ -1,0 +1,213 @@
+"""`config.json` of Hugging Face folders, read into a `ModelConfig` and written from one.
+
+Read without `transformers`, so that no remote code can run and both spellings of the rotary
+parameters are understood: `rope_theta` with `rope_scaling` (transformers 4) and
+`rope_parameters` (transformers 5).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from rlhf_jax.models.config import ModelConfig, RopeScaling
+
+
+class Family(NamedTuple):
+    """What `config.json` leaves out for one `model_type`, as transformers fills it in."""
+
+    prefix: str  # of the class names: prefix + "ForCausalLM"
+    max_length: int
+    head_dim: int = 0  # 0: hidden_size // num_heads
+
+
+FAMILIES = {
+    "llama": Family("Llama", 2048),
+    "mistral": Family("Mistral", 131_072),
+    "qwen2": Family("Qwen2", 32_768),
+    "qwen3": Family("Qwen3", 32_768, head_dim=128),
+}
+CAUSAL_LM, SCALAR = "ForCausalLM", "ForSequenceClassification"
+
+
+def architecture_of(raw: dict[str, Any], where: str) -> tuple[str, str]:
+    """Family and kind of a `config.json`: `("llama", "ForCausalLM")`.
+
+    Raises:
+      ValueError: an architecture that is not supported; the message lists those that are.
+    """
+    supported = {
+        (family.prefix + kind).lower(): (model_type, kind)
+        for model_type, family in FAMILIES.items()
+        for kind in (CAUSAL_LM, SCALAR)
+    }
+    named = raw.get("architectures") or []
+    if not named and raw.get("model_type") in FAMILIES:
+        return raw["model_type"], CAUSAL_LM
+    # Case is ignored: the first Llama conversions wrote "LLaMAForCausalLM".
+    if len(named) == 1 and str(named[0]).lower() in supported:
+        return supported[str(named[0]).lower()]
+    shown = ", ".join(map(str, named)) or f"model_type {raw.get('model_type')}"
+    prefixes = ", ".join(family.prefix for family in FAMILIES.values())
+    raise ValueError(
+        f"{where}: architecture {shown} is not supported; supported are {prefixes}, "
+        f"each with {CAUSAL_LM} or {SCALAR}"
+    )
+
+
+def config_from_hf(
+    raw: dict[str, Any], where: str = "config.json", *, max_length: int | None = None
+) -> ModelConfig:
+    """Reads a parsed `config.json`.
+
+    Args:
+      raw: the parsed file.
+      where: the name of the file, for messages.
+      max_length: replaces the file's `max_position_embeddings`.
+
+    Returns:
+      The configuration; `dtype` is the file's where it is float32 or bfloat16, and float32, which
+      loses nothing, for float16 and for files that say nothing.
+
+    Raises:
+      ValueError: a key is missing, or the model has a part that the decoder does not.
+    """
+    model_type, _ = architecture_of(raw, where)
+    family = FAMILIES[model_type]
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    absent = [key for key in (*sizes, "intermediate_size") if not isinstance(raw.get(key), int)]
+    if absent:
+        raise ValueError(f"{where} must give a whole number for {', '.join(absent)}")
+    _check_supported(raw, where)
+    length = max_length or raw.get("max_position_embeddings") or family.max_length
+    _check_window(raw, model_type, length, where)
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
+    theta, scaling = _rope_from_hf(raw, where)
+    return ModelConfig(
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        num_layers=raw["num_hidden_layers"],
+        num_heads=raw["num_attention_heads"],
+        num_kv_heads=raw.get("num_key_value_heads") or 0,
+        head_dim=raw.get("head_dim") or family.head_dim,
+        intermediate_size=raw["intermediate_size"],
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=raw.get("rms_norm_eps", 1e-6),
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=model_type == "qwen2",
+        qk_norm=model_type == "qwen3",
+        max_length=length,
+        init_std=raw.get("initializer_range", 0.02),
+        dtype="bfloat16" if dtype == "bfloat16" else "float32",
+    )
+
+
+def config_to_hf(config: ModelConfig, kind: str = CAUSAL_LM) -> dict[str, Any]:
+    """Writes the `config.json` of a model; the inverse of `config_from_hf`.
+
+    Raises:
+      ValueError: both `qkv_bias` and `qk_norm`, which no supported family has.
+    """
+    if config.qkv_bias and config.qk_norm:
+        raise ValueError("qkv_bias=True with qk_norm=True has no Hugging Face architecture")
+    model_type = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
+    raw: dict[str, Any] = {
+        "architectures": [FAMILIES[model_type].prefix + kind],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "max_position_embeddings": config.max_length,
+        "initializer_range": config.init_std,
+        "torch_dtype": config.dtype,
+        **_rope_to_hf(config),
+    }
+    if kind == SCALAR:
+        # One label, read as a number: transformers and vLLM then apply no sigmoid.
+        raw |= {"id2label": {"0": "SCORE"}, "label2id": {"SCORE": 0}, "problem_type": "regression"}
+    return raw
+
+
+def _rope_from_hf(raw: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
+    """Base of the rotary frequencies and their scaling, from the old or the new spelling."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ValueError(f"{where}: partial_rotary_factor must be 1 (all of the head is rotated)")
+    if kind == "default":
+        return theta, None
+    if kind not in ("linear", "llama3"):
+        raise ValueError(f"{where}: rope type {kind!r} is not supported; use linear or llama3")
+    keys = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
+    absent = [key for key in keys if key not in rope]
+    if absent:
+        raise ValueError(f"{where}: rope type {kind!r} must also give {', '.join(absent)}")
+    scaling = RopeScaling(kind, factor=float(rope["factor"]))
+    if kind == "linear":
+        return theta, scaling
+    length = rope.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
+    return theta, dataclasses.replace(
+        scaling,
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_length=int(length or FAMILIES["llama"].max_length),
+    )
+
+
+def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Both spellings of the rotary parameters, for old and new readers."""
+    scaling, old = config.rope_scaling, None
+    if scaling is not None:
+        old = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling is not None and old is not None and scaling.kind == "llama3":
+        old |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_length,
+        }
+    new = {**(old or {"rope_type": "default"}), "rope_theta": config.rope_theta}
+    return {"rope_theta": config.rope_theta, "rope_scaling": old, "rope_parameters": new}
+
+
+def _check_supported(raw: dict[str, Any], where: str) -> None:
+    """Refuses what the decoder has no code for."""
+    required = (
+        ("hidden_act", "silu"),
+        ("attention_bias", False),
+        ("mlp_bias", False),
+        ("quantization_config", None),
+    )
+    for key, only in required:
+        value = raw.get(key, only)
+        if (value or None) != (only or None):
+            raise ValueError(f"{where}: {key}={value!r} is not supported; it must be {only!r}")
+
+
+def _check_window(raw: dict[str, Any], model_type: str, max_length: int, where: str) -> None:
+    """Refuses sliding-window attention where it would change the result."""
+    window = raw.get("sliding_window", 4096)
+    if model_type == "mistral":
+        slides = True
+    elif model_type == "llama" or not raw.get("use_sliding_window", False):
+        slides = False
+    else:
+        first = raw.get("max_window_layers", 28)
+        layer_types = raw.get("layer_types") or []
+        slides = "sliding_attention" in layer_types or (
+            not layer_types and first < raw["num_hidden_layers"]
+        )
+    if slides and window and max_length > window:
+        raise ValueError(
+            f"{where}: attention slides over {window} tokens, which is not supported beyond the "
+            f"window; max_length={max_length} must be at most {window}: pass max_length={window}"
+        )

@@ -1,0 +1,25 @@
+"""Tasks: what a policy is asked, what it learns from, and what measures it.
+
+from rlhf_jax.tasks import TaskConfig, make_task
+
+task = make_task(TaskConfig("hh:FOLDER"))
+pairs = task.preferences(tokenizer, "train", max_length=512, count=1000)
+"""
+
+from rlhf_jax.data.examples import Examples
+from rlhf_jax.tasks.harm import Harm
+from rlhf_jax.tasks.hh import HH
+from rlhf_jax.tasks.jsonl import JSONLines
+from rlhf_jax.tasks.llamafactory import LlamaFactory
+from rlhf_jax.tasks.reviews import Reviews
+from rlhf_jax.tasks.task import TASKS, Task, TaskConfig, make_task
+
+__all__ = ["TASKS", "Examples", "Task", "TaskConfig", "make_task"]
+
+TASKS |= {
+    "reviews": Reviews,
+    "hh": HH,
+    "jsonl": JSONLines,
+    "harm": Harm,
+    "llamafactory": LlamaFactory,
+}

@@ -1,0 +1,45 @@
+"""Answer without doing harm: answers of language models and people's harm scores. Opt-in.
+
+Some answers are truly harmful; naming the source `harm` is how you agree to load them. Nothing here
+prints a text: do not put these texts into docs, logs or test snapshots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from rlhf_jax.data.convert import Request, converted_rows, every_row
+from rlhf_jax.data.schemas import DropCounts, Row
+from rlhf_jax.data.sets import harm
+from rlhf_jax.tasks.task import Task
+
+
+class Harm(Task):
+    """Prompts that ask for harm, and pairs of answers to them; see `data.sets.harm`."""
+
+    def rows(self, kind: str, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
+        """Yields prompts, or pairs whose chosen answer people found less harmful; see `Task.rows`.
+
+        Raises:
+          ValueError: Documents are asked for: no model should be fine-tuned on these answers.
+        """
+        config = self.config
+        if kind == "sft":
+            raise ValueError(
+                "source='harm' is not for fine-tuning: use it for preferences or prompts"
+            )
+        if kind == "preference":
+            return harm.harm_pairs(
+                split, min_gap=config.min_gap, num_pairs=count, seed=config.seed, drops=drops
+            )
+        answers = harm.harm_answers(split, drops=drops)
+        rows = [{"prompt": answer["prompt"]} for answer in answers]
+        return converted_rows(rows, Request(kind, "", split, drops), every_row)
+
+    def rated_texts(self, split: str) -> tuple[list[str], np.ndarray]:
+        """Returns the answers and people's harm scores with the sign turned, in [-1, 0]."""
+        answers = harm.harm_answers(split)
+        scores = np.array([-answer["score"] for answer in answers])
+        return [answer["response"] for answer in answers], scores

@@ -1,0 +1,252 @@
+"""A task bundles data with what measures it: documents, pairs and prompts of one source.
+
+The source in a config names the task, and what follows the colon says where its rows are:
+`reviews`, `hh:FOLDER`, `jsonl:FILE`, `stream:hh`. A task of your own is a subclass with `rows`,
+entered in `TASKS`.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import hashlib
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from rlhf_jax.data import prepare
+from rlhf_jax.data.examples import Examples, StreamedExamples
+from rlhf_jax.data.preferences import texts_of
+from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, EncodedPrompt, Row
+
+STREAM = "stream:"
+_COUNTED = {"sft": "SFT documents", "preference": "pairs", "prompt": "prompts"}
+_TOKENIZER_ROWS = 20_000
+
+# The tasks by the word before the first colon of a source.
+TASKS: dict[str, type[Task]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """Which task, and which of its rows.
+
+    Attributes:
+      source: What the user types: "reviews", "hh:FOLDER", "jsonl:FILE", "stream:hh", ...
+      domains: Of reviews: which of them.
+      limit: The most rows; 0 is all of them. Pairs have a count of their own.
+      instruction: Of reviews: what the system asks of the assistant; empty is plain text.
+      min_gap: The least difference of the ratings of a pair that is drawn.
+      seed: Of pairs and prompts that are drawn.
+    """
+
+    source: str
+    domains: tuple[str, ...] = ()
+    limit: int = 0
+    instruction: str = ""
+    min_gap: float = 1.0
+    seed: int = 0
+
+
+class Task(abc.ABC):
+    """Documents, preferences and prompts of a source, and who may judge answers.
+
+    Subclasses need `rows`; those with many rows give a `fingerprint`, so that encoded rows are kept
+    on disk; those whose files can be read as the run trains set `can_stream`, and give
+    `open_stream` and `convert_stream`.
+
+    Args:
+      config: Which rows.
+
+    Attributes:
+      judges: Names of the judges that may speak of the task; none if nothing but a reward model or
+        a judge that the user names can.
+      can_stream: Whether `stream:` may be put before the source.
+      where: What follows the colon in the source: `FOLDER` of `hh:FOLDER`.
+      streamed: Whether training rows are read as the run trains.
+    """
+
+    judges: tuple[str, ...] = ()
+    can_stream: ClassVar[bool] = False
+
+    def __init__(self, config: TaskConfig):
+        self.config = config
+        self.streamed = config.source.startswith(STREAM)
+        self.where = config.source.removeprefix(STREAM).partition(":")[2]
+        if self.streamed and not self.can_stream:
+            able = " and ".join(name for name, task in TASKS.items() if task.can_stream)
+            raise ValueError(f"source={config.source!r} cannot be streamed: only {able} can")
+
+    @abc.abstractmethod
+    def rows(self, kind: str, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
+        """Yields rows of a kind, in the shapes that `chat.encoded_rows` takes.
+
+        Args:
+          kind: "sft", "preference" or "prompt".
+          split: "train", "validation", "test" or "all".
+          drops: Counts what is left out.
+          count: How many are wanted, for tasks that draw; 0 is all of them.
+
+        Raises:
+          ValueError: The source has no rows of the kind, or a row is wrong.
+        """
+
+    def fingerprint(self, kind: str, split: str) -> list[Any] | None:
+        """Returns what decides the rows, for the store of encoded rows; None keeps none."""
+        return None
+
+    def open_stream(self) -> Sequence[Iterable[Row]]:
+        """Opens the training rows as they stand in each of the files."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be streamed")
+
+    def convert_stream(self, kind: str, rows: Iterable[Row], drops: DropCounts) -> Iterable[Row]:
+        """Brings rows of `open_stream` to a kind."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be streamed")
+
+    def texts(self) -> list[str]:
+        """Returns texts to train a tokenizer on, for a model from scratch."""
+        rows = itertools.islice(self.rows("sft", "train", DropCounts()), _TOKENIZER_ROWS)
+        return [text for row in rows for text in texts_of(row)]
+
+    def documents(self, tokenizer: Any, split: str, *, max_length: int) -> Examples[Encoded]:
+        """Returns what supervised fine-tuning learns from, with loss masks.
+
+        Args:
+          tokenizer: With a chat template.
+          split: "train", "validation", "test" or "all"; only "train" is ever streamed.
+          max_length: The most tokens.
+        """
+        return self._examples("sft", tokenizer, split, max_length, self.config.limit)
+
+    def preferences(
+        self, tokenizer: Any, split: str, *, max_length: int, count: int
+    ) -> Examples[EncodedPair]:
+        """Returns pairs of responses, the better one first.
+
+        Args:
+          tokenizer: With a chat template.
+          split: See `documents`.
+          max_length: The most tokens of a side.
+          count: The most pairs, where they are not streamed.
+        """
+        return self._examples("preference", tokenizer, split, max_length, count)
+
+    def rated(
+        self, tokenizer: Any, split: str, *, max_length: int, count: int
+    ) -> tuple[list[EncodedPair], np.ndarray]:
+        """Returns pairs, and how people rated both sides, `[n, 2]`.
+
+        Raises:
+          ValueError: Nobody rated them.
+        """
+        raise ValueError(
+            f"loss.comparisons='batch' needs ratings: data.source={self.config.source!r} must be "
+            "'reviews' with a data.instruction; or set loss.comparisons='pairs'"
+        )
+
+    def rated_texts(self, split: str) -> tuple[list[str], np.ndarray] | None:
+        """Returns texts and how people rated them `[n]`, higher is better, to measure judges by.
+
+        None where nobody rated anything.
+        """
+        return None
+
+    def prompts(self, tokenizer: Any, split: str, *, max_length: int) -> Examples[EncodedPrompt]:
+        """Returns what a policy is asked, open for the assistant's words.
+
+        Args:
+          tokenizer: With a chat template.
+          split: See `documents`.
+          max_length: The most tokens.
+        """
+        return self._examples("prompt", tokenizer, split, max_length, self.config.limit)
+
+    def references(self, tokenizer: Any, *, max_length: int, count: int) -> list[Encoded]:
+        """Returns training responses whose scores a reward model brings to mean 0 and std 1.
+
+        Args:
+          tokenizer: With a chat template.
+          max_length: The most tokens.
+          count: The most responses.
+        """
+        return [
+            pair.chosen for pair in self._load("preference", tokenizer, "train", max_length, count)
+        ]
+
+    def shown(self, tokenizer: Any) -> Callable[[str], str]:
+        """Returns what of a decoded prompt is shown and judged: by default all of it."""
+        return lambda prompt: prompt
+
+    def _examples(
+        self, kind: str, tokenizer: Any, split: str, max_length: int, count: int
+    ) -> Examples[Any]:
+        load = functools.partial(self._load, kind, tokenizer, split, max_length, count)
+        if not self.streamed or split != "train":
+            return load()
+        return StreamedExamples(
+            self.open_stream,
+            functools.partial(self._encode_block, kind, tokenizer, max_length),
+            load,
+            name=f"{kind} {self.config.source}",
+            limit=self.config.limit,
+        )
+
+    def _load(
+        self, kind: str, tokenizer: Any, split: str, max_length: int, count: int
+    ) -> Examples[Any]:
+        """All rows of a split, encoded; prints what was kept and dropped."""
+        drops = DropCounts()
+
+        def rows() -> Iterator[Row]:
+            return itertools.islice(self.rows(kind, split, drops, count=count), count or None)
+
+        decides = self.fingerprint(kind, split)
+        found = prepare.prepared(
+            kind,
+            rows,
+            tokenizer,
+            max_length=max_length,
+            drops=drops,
+            name=f"{self.config.source} ({split})",
+            decides=None if decides is None else [*decides, _code_of(type(self)), split, count],
+            total=count,
+        )
+        print(f"{_COUNTED[kind]} ({split}): {drops.summary()}")
+        return Examples(found)
+
+    def _encode_block(
+        self, kind: str, tokenizer: Any, max_length: int, rows: list[Row]
+    ) -> list[Any]:
+        """A block of a stream, encoded; prints what was kept and dropped."""
+        drops = DropCounts()
+        converted = self.convert_stream(kind, rows, drops)
+        found = prepare.encode_block(kind, converted, tokenizer, max_length=max_length, drops=drops)
+        print(f"{kind} rows, the next {len(rows):,} of {self.config.source}: {drops.summary()}")
+        return found
+
+
+def make_task(config: TaskConfig) -> Task:
+    """Returns the task that a source names.
+
+    Raises:
+      ValueError: There is no such task, or it cannot be streamed.
+    """
+    name = config.source.removeprefix(STREAM).partition(":")[0]
+    if name == "pyrit":
+        raise ValueError(f"source={config.source!r} names the package: use harm")
+    if name not in TASKS:
+        raise ValueError(f"source={config.source!r} must be one of {', '.join(TASKS)}")
+    return TASKS[name](config)
+
+
+@functools.cache
+def _code_of(task: type[Task]) -> str:
+    """Hash of the files that define a task: rows chosen by other code are not taken for its own."""
+    modules = [sys.modules[one.__module__] for one in task.__mro__ if issubclass(one, Task)]
+    files = [path for module in modules if (path := getattr(module, "__file__", None))]
+    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in files)).hexdigest()

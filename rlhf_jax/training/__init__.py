@@ -1,0 +1,1 @@
+"""What every training run needs: a step, an optimizer, checkpoints, a run folder."""
