@@ -17,6 +17,7 @@ import optax
 from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
 from rlhf_jax.models.heads import next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training.step import divide, make_train_step
 
@@ -38,9 +39,7 @@ class SFTConfig:
     microbatches: int = 1
 
     def __post_init__(self):
-        for name in ("steps", "row_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+        check(self, **{field.name: "[1, inf)" for field in dataclasses.fields(self)})
         divide("train.minibatch", self.minibatch, self.microbatches)
 
 
