@@ -26,7 +26,14 @@ from ml_collections import ConfigDict
 
 from configs import common
 from experiments import command, reporting, stages
-from experiments.settings import EvalConfig, Shared, judge_names
+from experiments.settings import (
+    AnswersConfig,
+    PairData,
+    PromptData,
+    Shared,
+    check_label,
+    judge_names,
+)
 from rlhf_jax.data.batches import PairBatches, fixed_prompts, once_pairs
 from rlhf_jax.data.chat import stop_tokens
 from rlhf_jax.evaluation.comparison import Interval, bootstrap_interval, paired_outcomes
@@ -41,6 +48,7 @@ from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.rollouts.respond import AgainstBaseline, Respondent
 from rlhf_jax.rollouts.rollout import SamplingConfig, make_generate
 from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -68,17 +76,39 @@ class Compare:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PairsAndPrompts(PairData, PromptData):
+    """Pairs to learn from and to draw curves with, and prompts to answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchedAnswersConfig(AnswersConfig):
+    """Answers, `batch` prompts at a time."""
+
+    batch: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, batch="[1, inf)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Shared):
     """Every key of configs/dpo.py."""
 
+    label: str
     inputs: Inputs
+    data: PairsAndPrompts
     compare: Compare
     train: PairTrainConfig
     dpo: DPOConfig
     sampling: SamplingConfig
     optimizer: OptimizerConfig
-    eval: EvalConfig
+    eval: BatchedAnswersConfig
     judges: tuple[str, ...]
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_label(self.label, ("SFT", "PPO-max"))
 
 
 def pair_set(

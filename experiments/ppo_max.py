@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from experiments import command, reporting, stages
-from experiments.settings import EvalConfig, Shared, judge_names
+from experiments.settings import AnswersConfig, PromptData, Shared, check_label, judge_names
 from rlhf_jax.data.batches import fixed_prompts, packed_batches, prompt_batches
 from rlhf_jax.data.chat import stop_tokens
 from rlhf_jax.evaluation.judges import make_judges
@@ -34,6 +34,7 @@ from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.rollouts.experience import AdvantageConfig, RewardConfig
 from rlhf_jax.rollouts.respond import AgainstBaseline, Respondent
 from rlhf_jax.rollouts.rollout import SamplingConfig, make_generate
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig
@@ -51,10 +52,23 @@ class Inputs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompts(PromptData):
+    """Prompts to answer, and rows of SFT text of `ptx_length` tokens for the ptx loss."""
+
+    ptx_length: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, ptx_length="[1, inf)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Shared):
     """Every key of configs/ppo_max.py."""
 
+    label: str
     inputs: Inputs
+    data: Prompts
     train: PPOTrainConfig
     sampling: SamplingConfig
     reward: RewardConfig
@@ -65,8 +79,13 @@ class Settings(Shared):
     trpo: TRPOConfig
     optimizer: OptimizerConfig
     critic_optimizer: OptimizerConfig
-    eval: EvalConfig
+    eval: AnswersConfig
     judges: tuple[str, ...]
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_label(self.label, ("SFT",))
+        self.method()
 
     def method(self) -> PPOMaxConfig:
         """Everything that decides the numbers, except models and data."""

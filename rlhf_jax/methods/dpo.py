@@ -27,6 +27,7 @@ from rlhf_jax.methods.pairwise import PairTrainConfig, pair_weights
 from rlhf_jax.methods.reductions import weighted_sum
 from rlhf_jax.models.heads import next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training.step import make_train_step
 
@@ -55,16 +56,13 @@ class DPOConfig:
     sft_coef: float = 0.0
 
     def __post_init__(self):
-        if self.objective not in OBJECTIVES:
-            raise ValueError(
-                f"dpo.objective={self.objective!r} is unknown; use one of {sorted(OBJECTIVES)}"
-            )
-        if not self.beta > 0:
-            raise ValueError(f"dpo.beta={self.beta} must be positive")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(
-                f"dpo.label_smoothing={self.label_smoothing} must be at least 0 and below 0.5"
-            )
+        check(
+            self,
+            objective=OBJECTIVES,
+            beta="(0, 1e6]",
+            label_smoothing="[0, 0.5)",
+            sft_coef="[0, 1e6]",
+        )
         if self.label_smoothing and self.objective != "dpo":
             raise ValueError(
                 f"dpo.label_smoothing={self.label_smoothing} is for dpo.objective='dpo', not "

@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import losses
-from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
+from rlhf_jax.methods.reductions import REDUCTIONS, reduction_weights, weighted_sum
 from rlhf_jax.models.heads import ScalarModel, log_probs_of
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.rollouts.experience import Experience, state_values
+from rlhf_jax.runtime.settings import check
 
 OBJECTIVES = ("clip", "penalty", "surrogate", "policy_gradient", "trpo")
+DENOMINATORS = ("old", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +55,18 @@ class PPOConfig:
     reduction: str = "token_mean"
 
     def __post_init__(self):
-        if self.objective not in OBJECTIVES:
-            raise ValueError(
-                f"ppo.objective={self.objective!r} is unknown; use one of {OBJECTIVES}"
-            )
-        if self.ratio_denominator not in ("old", "reference"):
-            raise ValueError(
-                f"ppo.ratio_denominator={self.ratio_denominator!r} must be 'old' or 'reference'"
-            )
+        check(
+            self,
+            objective=OBJECTIVES,
+            clip_eps="(0, inf)",
+            value_clip_eps="[0, inf)",
+            ratio_denominator=DENOMINATORS,
+            entropy_coef="[0, 1e6]",
+            entropy_max="[0, inf)",
+            ptx_coef="[0, 1e6]",
+            advantage_clip="[0, inf)",
+            reduction=REDUCTIONS,
+        )
 
 
 @flax.struct.dataclass

@@ -21,6 +21,7 @@ from rlhf_jax.methods.pairwise import PairTrainConfig, pair_weights
 from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
 from rlhf_jax.models.heads import ScalarModel, hidden_at, last_real_index, log_probs_of
 from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training.step import make_train_step
 
@@ -43,8 +44,7 @@ class RewardModelConfig:
     min_gap: float = 0.0
 
     def __post_init__(self):
-        if self.comparisons not in COMPARISONS:
-            raise ValueError(f"loss.comparisons={self.comparisons!r} must be 'pairs' or 'batch'")
+        check(self, lm_coef="[0, 1e6]", comparisons=COMPARISONS, min_gap="[0, 1e6]")
 
     def check_batches(self, train: PairTrainConfig) -> None:
         """Checks that a loss which compares all texts of a batch gets them at once.

@@ -17,6 +17,7 @@ import optax
 from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
 from rlhf_jax.models.heads import next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training.step import divide, make_train_step
 
@@ -40,12 +41,14 @@ class SFTConfig:
     microbatches: int = 1
 
     def __post_init__(self):
-        if self.row_length < 1:
-            raise ValueError(f"train.row_length={self.row_length} must be at least 1")
-        if self.steps < 0 or not 0 <= self.epochs < math.inf:
-            raise ValueError(
-                f"train.steps={self.steps} and train.epochs={self.epochs} must be 0 or more"
-            )
+        check(
+            self,
+            minibatch="[1, inf)",
+            row_length="[1, inf)",
+            microbatches="[1, inf)",
+            steps="[0, inf)",
+            epochs="[0, inf)",
+        )
         if bool(self.steps) == bool(self.epochs):
             raise ValueError(
                 f"train.steps={self.steps}, train.epochs={self.epochs}: one says how long, the "

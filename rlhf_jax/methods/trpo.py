@@ -15,6 +15,7 @@ from rlhf_jax.methods.reductions import weighted_sum
 from rlhf_jax.methods.trust_region import trust_region_step
 from rlhf_jax.models.heads import next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.training.step import TrainState
 
 
@@ -31,6 +32,9 @@ class TRPOConfig:
     max_kl: float = 0.01
     damping: float = 0.1
     cg_iterations: int = 10
+
+    def __post_init__(self):
+        check(self, max_kl="(0, 1e6]", damping="[0, 1e6]", cg_iterations="[1, inf)")
 
 
 def make_trust_region_step(

@@ -64,6 +64,8 @@ class Task(abc.ABC):
       config: Which rows.
 
     Attributes:
+      reads: The keys of a `TaskConfig` that decide its rows, besides the source, the limit and the
+        seed. Reading `min_gap` is to draw pairs of rated texts.
       judges: Names of the judges that may speak of the task; none if nothing but a reward model or
         a judge that the user names can.
       can_stream: Whether `stream:` may be put before the source.
@@ -71,6 +73,7 @@ class Task(abc.ABC):
       streamed: Whether training rows are read as the run trains.
     """
 
+    reads: ClassVar[tuple[str, ...]] = ()
     judges: tuple[str, ...] = ()
     can_stream: ClassVar[bool] = False
 
@@ -81,6 +84,12 @@ class Task(abc.ABC):
         if self.streamed and not self.can_stream:
             able = " and ".join(name for name, task in TASKS.items() if task.can_stream)
             raise ValueError(f"source={config.source!r} cannot be streamed: only {able} can")
+
+        if "min_gap" in self.reads and not config.min_gap > 0:
+            raise ValueError(
+                f"data.min_gap={config.min_gap} must be above 0: of two texts that are rated alike "
+                "none is better"
+            )
 
     @abc.abstractmethod
     def rows(self, kind: str, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
@@ -140,6 +149,15 @@ class Task(abc.ABC):
         self, tokenizer: Any, split: str, *, max_length: int, count: int
     ) -> tuple[list[EncodedPair], np.ndarray]:
         """Returns pairs, and how people rated both sides, `[n, 2]`.
+
+        Raises:
+          ValueError: Nobody rated them.
+        """
+        self.check_ratings()
+        raise NotImplementedError(f"{type(self).__name__} has ratings and no `rated`")
+
+    def check_ratings(self) -> None:
+        """Refuses to compare all texts of a batch where `rated` has nothing to give.
 
         Raises:
           ValueError: Nobody rated them.

@@ -18,6 +18,7 @@ from rlhf_jax.runtime.host_memory import release_freed_memory
 from rlhf_jax.runtime.metrics import MetricsWriter, check_finite
 from rlhf_jax.runtime.progress import Progress, progress
 from rlhf_jax.runtime.run_info import run_info
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.training.checkpoint import Checkpointer, GracefulStop
 
 # Settings that may change when a run is resumed: they do not change the numbers.
@@ -50,6 +51,9 @@ class CheckpointConfig:
 
     every: int = 100
     keep: int = 1
+
+    def __post_init__(self):
+        check(self, every="[0, inf)", keep="[1, inf)")
 
 
 class Stopped(Exception):

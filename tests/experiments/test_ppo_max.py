@@ -146,7 +146,7 @@ def test_wrong_settings_are_one_line(chain, tmp_path, change, message):
         ("vanilla",),
         ("rloo", "train.prompts_per_iteration=8", "train.samples_per_prompt=2"),
         ("penalty_adaptive",),
-        ("adaptive_kl", "entropy"),
+        ("entropy", "adaptive_kl", "kl.coef=0.05"),
         ("critic_sft", "importance_sample", "sampling.top_p=0.9", "sampling.temperature=0.7"),
     ],
 )

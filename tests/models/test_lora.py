@@ -308,7 +308,7 @@ def test_targets_choose_the_matrices():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": -1}, r"lora.rank=-1 must be 0 \(every weight trains\) or more"),
+        ({"rank": -1}, "rank=-1 must be at least 0"),
         ({"rank": 2, "targets": ("q", "w")}, "must name one or more of q, k, v, o, gate, up, down"),
         ({"rank": 2, "targets": ()}, "must name one or more"),
     ],
