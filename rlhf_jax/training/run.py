@@ -45,11 +45,11 @@ class CheckpointConfig:
 
     Attributes:
       every: Steps between two checkpoints; 0 saves at the end and at a stop only.
-      keep: How many stay on disk.
+      keep: How many stay on disk; the newest of them that is whole is resumed.
     """
 
     every: int = 100
-    keep: int = 1
+    keep: int = 2
 
 
 class Stopped(Exception):

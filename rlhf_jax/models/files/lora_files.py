@@ -7,7 +7,6 @@ a scalar head, and the fingerprint of the weights that the adapters were trained
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from rlhf_jax.models.files.hf_names import NAMES, collapse
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.models.lora import TARGETS, Adapters, Pair, matrix_of
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.runtime.checksums import checksums
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -132,34 +132,14 @@ def trained_beside(folder: str | Path) -> str:
 
 def fingerprint(model: Any) -> str:
     """A digest of a model's numbers and their types, the same however they are sharded."""
-    leaves = jax.tree_util.tree_leaves_with_path(model)
-    sums = jax.device_get(_sums([leaf for _, leaf in leaves]))
-    digest = hashlib.sha256()
-    for (path, leaf), number in zip(leaves, sums, strict=True):
-        shown = jax.tree_util.keystr(path, simple=True, separator=".")
-        digest.update(f"{shown} {leaf.dtype} {leaf.shape} {int(number)};".encode())
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model)
+    }
+    sums, digest = checksums(leaves), hashlib.sha256()
+    for name, leaf in leaves.items():
+        digest.update(f"{name} {leaf.dtype} {leaf.shape} {sums[name]};".encode())
     return digest.hexdigest()
-
-
-@jax.jit
-def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
-    """A checksum of each array's bits, in integers: no order of addition changes it."""
-    return [_checksum(leaf) for leaf in leaves]
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-    unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    # An odd weight for each place, so that numbers that change places change the sum.
-    place = functools.reduce(
-        lambda total, axis: (
-            total * jnp.uint32(1_000_003) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        ),
-        range(x.ndim),
-        jnp.zeros(x.shape, jnp.uint32),
-    )
-    weight = (place * jnp.uint32(2_654_435_761)) | jnp.uint32(1)
-    return jnp.sum((bits ^ (bits >> 15)) * weight, dtype=jnp.uint32)
 
 
 def _name(target: str, layer: int, part: str) -> str:
