@@ -8,7 +8,7 @@ a scalar head, and the fingerprint of the weights that the adapters were trained
 from __future__ import annotations
 
 import hashlib
-import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.runtime.checksums import checksums
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# README.md is what other tools add.
+_OWN_FILES = re.compile(rf"{re.escape(CONFIG)}|{re.escape(WEIGHTS)}|README\.md")
 _PREFIX = "base_model.model."
 _HEAD = _PREFIX + NAMES["kernel"]
 
@@ -37,7 +39,7 @@ def save_adapters(trained: Any, folder: str | Path, *, base: str, fingerprint: s
 
     Args:
       trained: `Adapters`, or a `ScalarModel` that has them in place of its trunk.
-      folder: Where to; its two files are replaced.
+      folder: Where to, whole or not at all; adapters that are there are replaced.
       base: Folder or hub name of the frozen model.
       fingerprint: Of the frozen model, see `fingerprint`.
     """
@@ -52,12 +54,6 @@ def save_adapters(trained: Any, folder: str | Path, *, base: str, fingerprint: s
     if scalar:
         tensors[_HEAD] = np.asarray(trained.kernel[...])[None]
         metadata["score_bias"] = repr(float(trained.bias[...]))
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{WEIGHTS}.partial"
-    save_file(tensors, scratch, metadata=metadata)
-    os.replace(scratch, folder / WEIGHTS)
-    (folder / WEIGHTS).chmod(0o644)  # safetensors leaves it to the owner alone
     rank = adapters.rank
     config = {
         "peft_type": "LORA",
@@ -71,7 +67,10 @@ def save_adapters(trained: Any, folder: str | Path, *, base: str, fingerprint: s
         "bias": "none",
         "inference_mode": True,
     }
-    hf_files.write_json(folder / CONFIG, config)
+    with hf_files.AtomicFolder(folder, own=_OWN_FILES) as partial:
+        hf_files.write_json(partial / CONFIG, config)
+        save_file(tensors, partial / WEIGHTS, metadata=metadata)
+        (partial / WEIGHTS).chmod(0o644)  # safetensors leaves it to the owner alone
 
 
 def load_adapters(folder: str | Path, trunk: Transformer) -> Any:
