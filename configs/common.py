@@ -223,7 +223,7 @@ def shared() -> ConfigDict:
     config.log.wandb_project = "rlhf_jax"
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 100  # steps; 0 saves at the end and at a stop only
-    config.checkpoint.keep = 1  # checkpoints that stay on disk
+    config.checkpoint.keep = 2  # checkpoints that stay on disk; the newest whole one is resumed
     return config
 
 

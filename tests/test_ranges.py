@@ -37,7 +37,7 @@ MEANS_IT = {
         "ppo.advantage_clip": (0,),
         "*optimizer.max_grad_norm": (0,),
         "eval.samples": (0,),
-        "train.epochs": (0,),  # train.steps says how long
+        "sft:train.epochs": (0,),  # train.steps says how long
     },
     SAME: {
         "eval.sampling.max_new_tokens": (0,),
@@ -79,9 +79,10 @@ MEANS_IT = {
 }
 
 
-def makes_sense(key: str, value: float) -> bool:
+def makes_sense(experiment: str, key: str, value: float) -> bool:
     return any(
-        value in values and fnmatch.fnmatchcase(key, pattern)
+        value in values
+        and any(fnmatch.fnmatchcase(name, pattern) for name in (key, f"{experiment}:{key}"))
         for table in MEANS_IT.values()
         for pattern, values in table.items()
     )
@@ -126,7 +127,11 @@ def test_what_makes_no_sense_is_refused_by_its_key(experiment):
             value = int(tried) if isinstance(before, int) and math.isfinite(tried) else tried
             value = (value,) if isinstance(before, tuple) else value
             said = refusal(experiment, plain, key, value)
-            if bool(said) == makes_sense(key, tried) or "\n" in said or (said and key not in said):
+            if (
+                bool(said) == makes_sense(experiment, key, tried)
+                or "\n" in said
+                or (said and key not in said)
+            ):
                 wrong.append(f"{key}={value}: {said or 'taken'}")
     assert wrong == []
 

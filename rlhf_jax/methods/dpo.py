@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import os
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from rlhf_jax.methods.pairwise import PairTrainConfig, pair_weights
 from rlhf_jax.methods.reductions import weighted_sum
 from rlhf_jax.models.heads import next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.runtime.files import naming, put
 from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training.step import make_train_step
@@ -224,8 +226,8 @@ def reference_log_probs(
     for pair in pairs:
         hashed.update(pair.chosen.tokens.tobytes() + b"|" + pair.rejected.tokens.tobytes() + b"|")
     digest = hashed.hexdigest()
-    if path.exists():
-        saved = np.load(path)
+    saved = _load_arrays(path)
+    if saved is not None:
         if str(saved["digest"]) != digest:
             raise ValueError(
                 f"{path} holds log-probabilities of other pairs: the data has changed since the "
@@ -235,7 +237,20 @@ def reference_log_probs(
     start = time.time()
     log_probs = log_probs_of_pairs(reference, batches, len(pairs), sharding)
     scratch = path.with_suffix(".tmp.npz")
-    np.savez(scratch, log_probs=log_probs, digest=digest)
-    os.replace(scratch, path)
+    with naming(path):
+        np.savez(scratch, log_probs=log_probs, digest=digest)
+        put(scratch, path)
     print(f"{path.name}: {len(pairs):,} pairs in {time.time() - start:.1f} s", flush=True)
     return log_probs
+
+
+def _load_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """Both arrays of a cache; None where there is none, or a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as saved:
+            return {name: saved[name] for name in ("log_probs", "digest")}
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        print(f"{path} is damaged ({error}): computing it again", flush=True)
+        return None

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 
 from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.files import read_json, write_whole
 from rlhf_jax.runtime.host_memory import release_freed_memory
 from rlhf_jax.runtime.metrics import MetricsWriter, check_finite
 from rlhf_jax.runtime.progress import Progress, progress
-from rlhf_jax.runtime.run_info import run_info
+from rlhf_jax.runtime.run_info import run_info, to_json
 from rlhf_jax.runtime.settings import check
 from rlhf_jax.training.checkpoint import Checkpointer, GracefulStop
 
@@ -46,11 +47,11 @@ class CheckpointConfig:
 
     Attributes:
       every: steps between two checkpoints; 0 saves at the end and at a stop only.
-      keep: how many stay on disk.
+      keep: how many stay on disk; the newest of them that is whole is resumed.
     """
 
     every: int = 100
-    keep: int = 1
+    keep: int = 2
 
     def __post_init__(self):
         check(self, every="[0, inf)", keep="[1, inf)")
@@ -214,7 +215,7 @@ class Run:
 
     def command(self) -> str:
         """The command line of this run."""
-        return json.loads((self.workdir / "config.json").read_text())["command"]
+        return _read_config(self.workdir / "config.json")["command"]
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`, which marks the run as done; then all processes go on."""
@@ -224,8 +225,8 @@ class Run:
             "peak_memory_gib": round(peak_memory_gib(), 2),
         }
         if distributed.is_main():
-            text = json.dumps({**usage, **summary}, indent=2)
-            (self.workdir / "summary.json").write_text(text + "\n")
+            text = json.dumps(to_json({**usage, **summary}), indent=2)
+            write_whole(self.workdir / "summary.json", text + "\n")
         distributed.barrier("the run is finished")
 
 
@@ -235,12 +236,12 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     Process 0 writes, once all processes have looked.
 
     Raises:
-      ValueError: the folder holds a run with other settings.
+      ValueError: the folder holds a run with other settings, or config.json is damaged.
     """
     there = path.exists()
     distributed.barrier("the run folder has been looked at")
     if there:
-        before, now = (_flat(c) for c in (json.loads(path.read_text())["config"], settings))
+        before, now = (_flat(c) for c in (_read_config(path)["config"], settings))
         changed = sorted(
             k for k in before | now if before.get(k) != now.get(k) and not k.startswith(FREE)
         )
@@ -253,7 +254,18 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
             )
         return
     if distributed.is_main():
-        path.write_text(json.dumps(run_info(settings), indent=2, default=str) + "\n")
+        write_whole(path, json.dumps(run_info(settings), indent=2, default=str) + "\n")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """What `check_settings` wrote."""
+    advice = (
+        "remove the folder, or only this file if the settings are those that the run began with"
+    )
+    config = read_json(path, advice)
+    if not isinstance(config.get("config"), dict):
+        raise ValueError(f"{path} is not that of a run: choose another --config.workdir")
+    return config
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -272,6 +284,12 @@ def peak_memory_gib() -> float:
 
 
 def read_summary(workdir: str | Path) -> dict[str, Any] | None:
-    """What a finished run wrote, None when it has not finished."""
+    """What a finished run wrote, None when it has not finished.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
     path = Path(workdir) / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    return read_json(path, "remove it, and the command that made the run writes it again")

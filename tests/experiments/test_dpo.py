@@ -387,6 +387,11 @@ def test_reference_of_other_pairs_is_refused(tmp_path):
     first = cached(pairs)
     np.testing.assert_array_equal(cached(pairs), first)
     assert [p.name for p in tmp_path.iterdir()] == ["reference.npz"]
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-30], whole[:80] + bytes([whole[80] ^ 1]) + whole[81:]):
+        path.write_bytes(damaged)
+        np.testing.assert_array_equal(cached(pairs), first)
+        assert path.read_bytes() != damaged
     swapped = [pairs[1], pairs[0], *pairs[2:]]
     with pytest.raises(ValueError, match="log-probabilities of other pairs"):
         cached(swapped)
