@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
-from rlhf_jax.losses.masking import masked_fill
+from rlhf_jax.losses._numbers import select
 
 Scalar = float | jax.Array
 
@@ -48,8 +48,9 @@ def rewards_to_go(
     """
     _check(where, bootstrap, rewards=rewards)
     check.scalars(discount=discount)
+    rewards = select(where, rewards)
     ahead = _values_ahead(jnp.zeros_like(rewards), where, bootstrap)
-    first = masked_fill(rewards, where=where) + discount * ahead
+    first = select(where, rewards + discount * ahead)
     return _discounted_sums(first, discount, where)
 
 
@@ -85,8 +86,9 @@ def total_return(
     check.scalars(discount=discount)
     position = jnp.cumsum(where, axis=-1, dtype=jnp.int32) - 1
     weights = jnp.power(jnp.asarray(discount, rewards.dtype), jnp.maximum(position, 0))
+    rewards = select(where, rewards)
     ahead = _values_ahead(jnp.zeros_like(rewards), where, bootstrap)
-    received = masked_fill(rewards + discount * ahead, where=where)
+    received = select(where, rewards + discount * ahead)
     return jax.lax.stop_gradient(jnp.sum(received * weights, axis=-1))
 
 
@@ -123,8 +125,9 @@ def td_errors(
     """
     _check(where, bootstrap, rewards=rewards, values=values)
     check.scalars(discount=discount)
+    rewards, values = select(where, rewards), select(where, values)
     ahead = _values_ahead(values, where, bootstrap)
-    return jax.lax.stop_gradient(masked_fill(rewards + discount * ahead - values, where=where))
+    return jax.lax.stop_gradient(select(where, rewards + discount * ahead - values))
 
 
 def k_step_advantages(
@@ -169,7 +172,7 @@ def k_step_advantages(
     deltas = td_errors(rewards, values, discount=discount, where=where, bootstrap=bootstrap)
 
     def one_step_more(_: int, sums: jax.Array) -> jax.Array:
-        return deltas + discount * masked_fill(_shift_left(sums), where=where)
+        return deltas + discount * select(where, _shift_left(sums))
 
     return jax.lax.fori_loop(1, min(int(k), rewards.shape[-1]), one_step_more, deltas)
 
@@ -211,7 +214,7 @@ def k_step_returns(
     advantages = k_step_advantages(
         rewards, values, discount=discount, k=k, where=where, bootstrap=bootstrap
     )
-    return advantages + jax.lax.stop_gradient(masked_fill(values, where=where))
+    return advantages + jax.lax.stop_gradient(select(where, values))
 
 
 def gae(
@@ -280,20 +283,13 @@ def _values_ahead(values: jax.Array, where: jax.Array, bootstrap: jax.Array | No
 
 
 def _discounted_sums(x: jax.Array, decay: Scalar, where: jax.Array) -> jax.Array:
-    """y_t = x_t + decay · y_{t+1} on real tokens, 0 elsewhere, in one pass from the end.
+    """y_t = x_t + decay · y_{t+1} on real tokens, 0 elsewhere, in one pass from the end."""
 
-    Numbers and mask go through the scan as one array of bits, all of them set where masked (a NaN
-    that no arithmetic makes): a second array to transpose would double the time on a CPU.
-    """
-    bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-    masked = jnp.array(jnp.iinfo(bits).max, bits)
-    packed = jnp.where(where, jax.lax.bitcast_convert_type(x, bits), masked)
-
-    def step(carry: jax.Array, now: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x_t = jax.lax.bitcast_convert_type(now, x.dtype)
-        carry = jnp.where(now != masked, x_t + decay * carry, 0).astype(x.dtype)
+    def step(carry: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x_t, real = now
+        carry = jnp.where(real, x_t + decay * carry, 0).astype(x.dtype)
         return carry, carry
 
-    start = jnp.zeros_like(x[..., 0])
-    _, sums = jax.lax.scan(step, start, jnp.moveaxis(packed, -1, 0), reverse=True)
+    time_major = (jnp.moveaxis(x, -1, 0), jnp.moveaxis(where, -1, 0))
+    _, sums = jax.lax.scan(step, jnp.zeros_like(x[..., 0]), time_major, reverse=True)
     return jax.lax.stop_gradient(jnp.moveaxis(sums, 0, -1))

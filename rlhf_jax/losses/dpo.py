@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
+from rlhf_jax.losses._numbers import select
 from rlhf_jax.losses.masking import masked_mean
 from rlhf_jax.losses.reward import preference_accuracy
 
@@ -246,6 +247,15 @@ def dpo_diagnostics(
     """
     _check_pair(chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs)
     check.same_shape(check.floats(chosen_log_probs=chosen_log_probs), check.masks(where=where))
+    chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs = (
+        select(where, x)
+        for x in (
+            chosen_log_probs,
+            rejected_log_probs,
+            ref_chosen_log_probs,
+            ref_rejected_log_probs,
+        )
+    )
     chosen = implicit_rewards(chosen_log_probs, ref_chosen_log_probs, beta=beta)
     rejected = implicit_rewards(rejected_log_probs, ref_rejected_log_probs, beta=beta)
     numbers = {

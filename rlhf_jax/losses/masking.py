@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
+from rlhf_jax.losses._numbers import select
 
 Axis = int | Sequence[int] | None
 Scalar = float | jax.Array
@@ -38,7 +39,7 @@ def masked_fill(x: jax.Array, *, where: jax.Array, fill: Scalar = 0.0) -> jax.Ar
     """
     check.same_shape(check.floats(x=x), check.masks(where=where))
     check.scalars(fill=fill)
-    return jnp.where(where, x, jnp.asarray(fill, x.dtype))
+    return select(where, x, fill)
 
 
 def masked_sum(x: jax.Array, *, where: jax.Array, axis: Axis = None) -> jax.Array:
@@ -175,5 +176,5 @@ def _sum_and_count(
     check.static(axis=axis)
     axis = axis if axis is None or isinstance(axis, int) else tuple(axis)
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    total = jnp.sum(jnp.where(where, x, 0).astype(wide), axis=axis, keepdims=keepdims)
+    total = jnp.sum(select(where, x).astype(wide), axis=axis, keepdims=keepdims)
     return total, jnp.sum(where, axis=axis, keepdims=keepdims, dtype=wide)

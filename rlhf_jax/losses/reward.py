@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
+from rlhf_jax.losses._numbers import select
 from rlhf_jax.losses.log_probs import sequence_log_prob
-from rlhf_jax.losses.masking import masked_fill, masked_mean
+from rlhf_jax.losses.masking import masked_mean
 
 Scalar = float | jax.Array
 
@@ -98,7 +99,7 @@ def pairwise_ranking_loss(rewards: jax.Array, ranks: jax.Array, *, where: jax.Ar
     check.same_shape(
         check.floats(rewards=rewards), check.numbers(ranks=ranks), check.masks(where=where)
     )
-    rewards = masked_fill(rewards, where=where)
+    rewards, ranks = select(where, rewards), select(where, ranks)
     both = where[..., :, None] & where[..., None, :]
     above = both & (ranks[..., :, None] < ranks[..., None, :])
     losses = jax.nn.softplus(rewards[..., None, :] - rewards[..., :, None])
@@ -128,7 +129,7 @@ def plackett_luce_loss(rewards: jax.Array, *, where: jax.Array) -> jax.Array:
     1.792
     """
     check.same_shape(check.floats(rewards=rewards), check.masks(where=where))
-    rewards = masked_fill(rewards, where=where)
+    rewards = select(where, rewards)
     size = rewards.shape[-1]
     square = (*rewards.shape, size)
     k, j = (jax.lax.broadcasted_iota(jnp.int32, square, len(square) - n) for n in (2, 1))

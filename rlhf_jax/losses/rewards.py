@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
+from rlhf_jax.losses._numbers import select
 from rlhf_jax.losses.masking import (
     last_token_mask,
-    masked_fill,
     masked_sum,
     masked_whiten,
 )
@@ -52,7 +52,8 @@ def kl_shaped_rewards(
     [-0.5  0.5]
     """
     _check_kl_reward(scores, log_probs, ref_log_probs, where, kl_coef)
-    penalty = masked_fill(-kl_coef * (log_probs - ref_log_probs), where=where)
+    log_ratio = select(where, log_probs) - select(where, ref_log_probs)
+    penalty = select(where, -kl_coef * log_ratio)
     score = jnp.where(last_token_mask(where), scores[..., None], 0)
     return jax.lax.stop_gradient(penalty + score)
 
@@ -90,7 +91,8 @@ def sequence_kl_reward(
     0.0
     """
     _check_kl_reward(scores, log_probs, ref_log_probs, where, kl_coef)
-    kl = masked_sum(log_probs - ref_log_probs, where=where, axis=-1)
+    log_ratio = select(where, log_probs) - select(where, ref_log_probs)
+    kl = masked_sum(log_ratio, where=where, axis=-1)
     return jax.lax.stop_gradient(scores - kl_coef * kl)
 
 
@@ -123,6 +125,7 @@ def rolling_discounted_sum(rewards: jax.Array, *, discount: Scalar, where: jax.A
     """
     check.same_shape(check.floats(rewards=rewards), check.masks(where=where))
     check.scalars(discount=discount)
+    rewards = select(where, rewards)
 
     def step(carry: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         reward, real = now
