@@ -9,8 +9,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax.data import batches
-from rlhf_jax.data.batches import PackedBatches, PairBatches, PromptBatches, each_repeated
+from rlhf_jax.data.batches import each_repeated
 from rlhf_jax.data.schemas import Encoded, EncodedPair
+from rlhf_jax.data.shapes import PackedBatches, PairBatches, PromptBatches
 from rlhf_jax.data.streaming import StreamedBatches
 from rlhf_jax.evaluation.judges import VaderJudge
 from rlhf_jax.tasks import Task, TaskConfig, make_task

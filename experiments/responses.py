@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.chat import stop_tokens
+from rlhf_jax.data.templates import stop_tokens
 from rlhf_jax.evaluation import statistics
 from rlhf_jax.evaluation.judges import Judge
 from rlhf_jax.rollouts import experience, rollout

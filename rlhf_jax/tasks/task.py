@@ -20,12 +20,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rlhf_jax.data import prepare
+from rlhf_jax.data.convert import texts_of
 from rlhf_jax.data.examples import Examples, StreamedExamples
-from rlhf_jax.data.preferences import texts_of
-from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, EncodedPrompt, Row
+from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, EncodedPrompt, Kind, Row
+from rlhf_jax.data.splits import check_split
 
 STREAM = "stream:"
-_COUNTED = {"sft": "SFT documents", "preference": "pairs", "prompt": "prompts"}
+_COUNTED: dict[Kind, str] = {"sft": "SFT documents", "preference": "pairs", "prompt": "prompts"}
 _TOKENIZER_ROWS = 20_000
 
 # The tasks by the word before the first colon of a source.
@@ -38,7 +39,7 @@ class TaskConfig:
 
     Attributes:
       source: What the user types: "reviews", "hh:FOLDER", "jsonl:FILE", "stream:hh", ...
-      domains: Of reviews: which of them.
+      domains: Of reviews: which of them; empty is films and products.
       limit: The most rows; 0 is all of them. Pairs have a count of their own.
       instruction: Of reviews: what the system asks of the assistant; empty is plain text.
       min_gap: The least difference of the ratings of a pair that is drawn.
@@ -83,8 +84,8 @@ class Task(abc.ABC):
             raise ValueError(f"source={config.source!r} cannot be streamed: only {able} can")
 
     @abc.abstractmethod
-    def rows(self, kind: str, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
-        """Yields rows of a kind, in the shapes that `chat.encoded_rows` takes.
+    def rows(self, kind: Kind, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
+        """Yields rows of a kind, in the shapes of `data.schemas`; see `data.convert.rows_of_kind`.
 
         Args:
           kind: "sft", "preference" or "prompt".
@@ -96,7 +97,7 @@ class Task(abc.ABC):
           ValueError: The source has no rows of the kind, or a row is wrong.
         """
 
-    def fingerprint(self, kind: str, split: str) -> list[Any] | None:
+    def fingerprint(self, split: str) -> list[Any] | None:
         """Returns what decides the rows, for the store of encoded rows; None keeps none."""
         return None
 
@@ -104,7 +105,7 @@ class Task(abc.ABC):
         """Opens the training rows as they stand in each of the files."""
         raise NotImplementedError(f"{type(self).__name__} cannot be streamed")
 
-    def convert_stream(self, kind: str, rows: Iterable[Row], drops: DropCounts) -> Iterable[Row]:
+    def convert_stream(self, kind: Kind, rows: Iterable[Row], drops: DropCounts) -> Iterable[Row]:
         """Brings rows of `open_stream` to a kind."""
         raise NotImplementedError(f"{type(self).__name__} cannot be streamed")
 
@@ -183,7 +184,7 @@ class Task(abc.ABC):
         return lambda prompt: prompt
 
     def _examples(
-        self, kind: str, tokenizer: Any, split: str, max_length: int, count: int
+        self, kind: Kind, tokenizer: Any, split: str, max_length: int, count: int
     ) -> Examples[Any]:
         load = functools.partial(self._load, kind, tokenizer, split, max_length, count)
         if not self.streamed or split != "train":
@@ -197,15 +198,16 @@ class Task(abc.ABC):
         )
 
     def _load(
-        self, kind: str, tokenizer: Any, split: str, max_length: int, count: int
+        self, kind: Kind, tokenizer: Any, split: str, max_length: int, count: int
     ) -> Examples[Any]:
         """All rows of a split, encoded; prints what was kept and dropped."""
+        check_split(split)
         drops = DropCounts()
 
         def rows() -> Iterator[Row]:
             return itertools.islice(self.rows(kind, split, drops, count=count), count or None)
 
-        decides = self.fingerprint(kind, split)
+        decides = self.fingerprint(split)
         found = prepare.prepared(
             kind,
             rows,
@@ -220,12 +222,12 @@ class Task(abc.ABC):
         return Examples(found)
 
     def _encode_block(
-        self, kind: str, tokenizer: Any, max_length: int, rows: list[Row]
+        self, kind: Kind, tokenizer: Any, max_length: int, rows: list[Row]
     ) -> list[Any]:
         """A block of a stream, encoded; prints what was kept and dropped."""
         drops = DropCounts()
         converted = self.convert_stream(kind, rows, drops)
-        found = prepare.encode_block(kind, converted, tokenizer, max_length=max_length, drops=drops)
+        found = prepare.encode_rows(kind, converted, tokenizer, max_length=max_length, drops=drops)
         print(f"{kind} rows, the next {len(rows):,} of {self.config.source}: {drops.summary()}")
         return found
 

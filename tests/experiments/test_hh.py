@@ -7,7 +7,7 @@ import pytest
 
 from configs import dpo, ppo_max, reward_model, sft
 from experiments import data, inspect_data
-from rlhf_jax.data import chat, prepare
+from rlhf_jax.data import prepare
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.runtime import distributed
 from tests import hh
@@ -116,7 +116,7 @@ def test_other_processes_open_what_process_0_has_encoded(configs, tokenizer, mon
     monkeypatch.setattr(distributed, "barrier", events.append)
     first = data.sft_documents(configs["sft"], tokenizer, "train")
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    monkeypatch.setattr(chat, "encoded_rows", lambda *_, **__: events.append("encoded"))
+    monkeypatch.setattr(prepare, "encoded_rows", lambda *_, **__: events.append("encoded"))
     second = data.sft_documents(configs["sft"], tokenizer, "train")
     assert len(first) == len(second) == 120
     assert events == ["sft rows are encoded"] * 2

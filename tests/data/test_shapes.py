@@ -5,8 +5,9 @@ import time
 import numpy as np
 import pytest
 
-from rlhf_jax.data import batches
-from rlhf_jax.data.batches import (
+from rlhf_jax.data import shapes
+from rlhf_jax.data.schemas import Encoded, EncodedPair
+from rlhf_jax.data.shapes import (
     PackedBatches,
     PairBatches,
     PromptBatches,
@@ -14,7 +15,6 @@ from rlhf_jax.data.batches import (
     pad_pairs,
     pad_prompts,
 )
-from rlhf_jax.data.schemas import Encoded, EncodedPair
 
 
 def document(rng, number, length):
@@ -122,11 +122,11 @@ def test_an_epoch_of_documents_holds_each_once(packed):
 
 
 def test_documents_are_packed_some_at_a_time(monkeypatch):
-    monkeypatch.setattr(batches, "_FITTED", 7)
+    monkeypatch.setattr(shapes, "_FITTED", 7)
     seen = []
-    fit = batches.first_fit
+    fit = shapes.first_fit
     monkeypatch.setattr(
-        batches, "first_fit", lambda sizes, room: seen.append(sizes) or fit(sizes, room)
+        shapes, "first_fit", lambda sizes, room: seen.append(sizes) or fit(sizes, room)
     )
     found = [int(t) for batch in epoch(make_packed()) for t in np.unique(batch["tokens"]) if t]
     assert sorted(found) == list(range(1, 51))
