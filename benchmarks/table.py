@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+from tabulate import tabulate
+
 from benchmarks.cases import CASES, MODELS
 from benchmarks.flops import useful_flops
 
 NAMES = {"ours": "rlhf_jax", "torch": "torch (transformers, TRL)", "tunix": "Tunix"}
+HEAD = ["case", "rlhf_jax", "peer", "their time / ours", "asked", "share of the matmul peak"]
 
 
 def load(folder: Path) -> dict[str, dict]:
@@ -20,33 +23,28 @@ def load(folder: Path) -> dict[str, dict]:
 
 def markdown(folder: Path) -> str:
     """One row for each peer of each case."""
-    lines = [
-        "| case | rlhf_jax | peer | their time / ours | asked | share of the matmul peak |",
-        "|---|---|---|---|---|---|",
-    ]
-    for result in load(folder).values():
-        lines += rows(result)
-    return "\n".join(lines)
+    cells = [row for result in load(folder).values() for row in rows(result)]
+    return tabulate(cells, headers=HEAD, tablefmt="pipe", disable_numparse=True)
 
 
-def rows(result: dict) -> list[str]:
-    """The rows of one case; one without a peer if none was run."""
+def rows(result: dict) -> list[list[str]]:
+    """The cells of one case, a row for each peer; one without a peer if none was run."""
     libraries = result["results"]
     ours = libraries.get("ours")
     title = f"{result['spec']['model']}: {result['title']}"
-    cells = [cell(ours, result["tokens"]) if ours else "–"]
+    our_time = cell(ours, result["tokens"]) if ours else "–"
     peak = result["machine"]["matmul_peak"]
     flops = useful_flops(result["spec"], MODELS[result["spec"]["model"]])
     share = f"{flops / ours['median_s'] / peak:.0%}" if ours else "–"
     peers = [name for name in libraries if name != "ours"]
-    lines = []
+    cells = []
     for name in peers or [""]:
         peer = libraries.get(name)
         theirs = f"{NAMES[name]}: {cell(peer, result['tokens'])}" if peer else "–"
         ratio = f"{peer['median_s'] / ours['median_s']:.2f}" if peer and ours else "–"
-        asked = result["asked"].get(name)
-        lines.append(f"| {title} | {cells[0]} | {theirs} | {ratio} | {asked or '–'} | {share} |")
-    return lines
+        asked = str(result["asked"].get(name) or "–")
+        cells.append([title, our_time, theirs, ratio, asked, share])
+    return cells
 
 
 def cell(result: dict, tokens: int) -> str:

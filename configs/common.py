@@ -2,18 +2,41 @@
 
 A config file has scales (tiny, quickstart, paper_en, ...: sizes, data and models, one per config)
 and variants (reward_scale, no_kl, ...: what an experiment changes, any number). Assignments come
-last, as in `configs/ppo_max.py:quickstart,reward_scale,seed=1`.
+last, as in `configs/ppo_max.py:quickstart,reward_scale,seed=1`; they mean the same as flags,
+`--config.seed=1`. What depends on other keys (the run folder, the folders of the stages before) is
+left empty here and derived by `resolve`, once flags have been read.
 """
 
 import ast
+import importlib
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
-# The folder that SmolLM2-135M-Instruct is converted to, and what it is asked for.
+# The folder that SmolLM2-135M-Instruct is converted to, and what it is asked.
 SMOLLM2 = "runs/pretrained/smollm2/model"
 INSTRUCTION = "Review a movie in a few words."
+
+# Keys that do not change the numbers of a run, and so do not name its folder.
+FREE = ("log.", "checkpoint.", "sharding.", "workdir", "label", "inputs.build")
+
+# Keys and scales of version 0.1 -> their names now.
+RENAMED = {
+    "train.eval_every": "eval.every",
+    "train.microbatch": "train.microbatches (parts of a minibatch)",
+    "inputs.policy": "inputs.model",
+    "inputs.variant": "nothing: it follows from the scale, the seed and data.source",
+    "paper": "paper_en",
+    **{
+        f"model.{name}": f"sizes.{name}"
+        for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_length")
+    },
+}
+
+# Variants that the stages before take as well.
+PASSED_ON = ("harm",)
 
 Change = Callable[[ConfigDict], None]
 
@@ -24,16 +47,14 @@ def build(
     *,
     scales: Mapping[str, Callable[[], ConfigDict]],
     variants: Mapping[str, Change],
-    finish: Change = lambda config: None,
 ) -> ConfigDict:
     """Builds a config from its argument.
 
     Args:
-      experiment: Name of the experiment; names the run folder.
-      arg: What stands behind the colon; empty means `quickstart`.
-      scales: Functions that return a whole config.
-      variants: Functions that change one.
-      finish: Derives what depends on other keys (input folders on the seed); runs at the end.
+      experiment: name of the experiment; names the run folder.
+      arg: what follows the colon; empty means `quickstart`.
+      scales: functions that return a whole config.
+      variants: functions that change one.
 
     Raises:
       ValueError: unknown scale, variant or key, or two scales.
@@ -45,7 +66,7 @@ def build(
     for name in names:
         if name not in scales and name not in variants:
             raise ValueError(
-                f"unknown variant {name!r} of configs/{experiment}.py; scales: "
+                f"unknown variant {name!r} of configs/{experiment}.py{_renamed(name)}; scales: "
                 f"{', '.join(sorted(scales))}; variants: {', '.join(sorted(variants)) or 'none'}"
             )
     chosen = [name for name in names if name in scales]
@@ -55,36 +76,92 @@ def build(
     changes = [name for name in names if name in variants]
 
     config = scales[scale]()
-    config.scale = scale
+    config.experiment, config.scale, config.variants = experiment, scale, tuple(changes)
+    config.label = ", ".join(changes) or config.label
     for name in changes:
         variants[name](config)
     for assignment in assignments:
         assign(config, assignment)
-    config.label = ", ".join(changes) or config.label
-    config.workdir = f"runs/{experiment}/" + _folder("-".join([scale, *changes, *assignments]))
-    finish(config)
-    _pass_source_on(config, assignments)
     return config
 
 
-def _folder(name: str) -> str:
-    """A name without the slashes of paths that were assigned."""
-    return name.replace("/", "_")
+def resolve(config: ConfigDict) -> ConfigDict:
+    """A copy in which what was left empty is derived from the other keys.
+
+    The run folder is named after the scale, the variants and every setting that differs from
+    theirs, whether it was assigned or set by a flag: another config goes to another folder.
+
+    Args:
+      config: the result of a `get_config`, perhaps changed since.
+    """
+    module = importlib.import_module(f"configs.{config.experiment}")
+    config = config.copy_and_resolve_references()
+    plain = module.get_config(",".join([config.scale, *config.variants]))
+    if not config.workdir:
+        before, now = flat(plain), flat(config)
+        changed = [k for k in now if now[k] != before.get(k) and not k.startswith(FREE)]
+        settings = [f"{key}={now[key]}" for key in changed]
+        name = "-".join([config.scale, *config.variants, *settings])
+        config.workdir = f"runs/{config.experiment}/" + name.replace("/", "_")
+    module.derive(config)
+    return config
 
 
-def _pass_source_on(config: ConfigDict, assignments: list[str]) -> None:
-    """Stages before a run on other data are those on the same data, not those of the scale."""
-    source = [part for part in assignments if part.startswith("data.source=")]
-    if not source:
-        return
-    for group in ("inputs", "compare"):
-        for key, value in config[group].items() if group in config else ():
-            given = any(part.startswith(f"{group}.{key}=") for part in assignments)
-            if not given and str(value).startswith("runs/"):
-                folder = value.removesuffix("/model")
-                config[group][key] = f"{folder}-{_folder(source[-1])}/model"
-    if "variant" in config.inputs:
-        config.inputs.variant += f",{source[-1]}"
+def idle_variants(config: ConfigDict) -> list[str]:
+    """Variants that change nothing at the scale, such as one that names the scale's own value."""
+    get_config = importlib.import_module(f"configs.{config.experiment}").get_config
+    named = list(config.variants)
+
+    def values(names: list[str]) -> dict[str, Any]:
+        keys = flat(get_config(",".join([config.scale, *names])))
+        return {k: v for k, v in keys.items() if k not in ("variants", "label")}
+
+    return [n for n in named if values(named) == values([m for m in named if m != n])]
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every key: `{"ppo.clip_eps": 0.2, ...}`, in order."""
+    keys: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict | Mapping):
+            keys |= flat(value, f"{prefix}{name}.")
+        else:
+            keys[prefix + name] = value
+    return keys
+
+
+def stage_argument(stage: str, config: Any, *variants: str) -> str:
+    """The argument of an earlier stage's config file: same scale, seed and data.
+
+    Args:
+      stage: name of the experiment.
+      config: the config of the run that needs the stage, or its typed settings.
+      *variants: variants of that stage.
+    """
+    module = importlib.import_module(f"configs.{stage}")
+    # Variants of the data, such as harm, are those of every stage.
+    passed = [name for name in config.variants if name in PASSED_ON and name in module.VARIANTS]
+    parts = [scale_of_stage(stage, config.scale), *passed, *variants]
+    if config.data.source != module.get_config(",".join(parts)).data.source:
+        parts.append(f"data.source={config.data.source}")
+    if config.seed:
+        parts.append(f"seed={config.seed}")
+    return ",".join(parts)
+
+
+def scale_of_stage(stage: str, scale: str) -> str:
+    """The scale of an earlier stage's config that goes with a scale of this one."""
+    if scale in importlib.import_module(f"configs.{stage}").SCALES:
+        return scale
+    # The released scripts have no stages of their own before PPO: the paper's are used.
+    return scale.replace("moss_", "paper_")
+
+
+def stage_folder(stage: str, config: ConfigDict, *variants: str) -> str:
+    """The model folder that the stage of `stage_argument` writes."""
+    module = importlib.import_module(f"configs.{stage}")
+    argument = stage_argument(stage, config, *variants)
+    return resolve(module.get_config(argument)).workdir + "/model"
 
 
 def assign(config: ConfigDict, assignment: str) -> None:
@@ -99,7 +176,9 @@ def assign(config: ConfigDict, assignment: str) -> None:
     for name in [*parents, leaf]:
         if not isinstance(node, ConfigDict) or name not in node:
             known = ", ".join(sorted(node)) if isinstance(node, ConfigDict) else "none"
-            raise ValueError(f"unknown config key {path!r} ({name!r} is not one of: {known})")
+            raise ValueError(
+                f"unknown config key {path!r}{_renamed(path)} ({name!r} is not one of: {known})"
+            )
         parent, node = node, node[name]
     text = {"true": "True", "false": "False"}.get(text, text)
     try:
@@ -112,26 +191,78 @@ def assign(config: ConfigDict, assignment: str) -> None:
         raise ValueError(f"{path}={text} has the wrong type: {error}") from None
 
 
+def _renamed(name: str) -> str:
+    """The present name of a key or scale of version 0.1, for an error."""
+    return f" (now {RENAMED[name]})" if name in RENAMED else ""
+
+
 def shared() -> ConfigDict:
     """Keys that every experiment has."""
     config = ConfigDict()
-    config.seed = 0
-    config.workdir = ""
-    config.scale = ""
-    # How reports and plots call the result; the names of the variants, if there are any.
-    config.label = ""
-    # 0 devices is all; `tensor` of them share a layer, in mode "tensor".
-    config.sharding = ConfigDict({"devices": 0, "mode": "zero2", "tensor": 1})
-    # Rank 0 trains every weight; adapters want a learning rate about ten times as high.
-    config.lora = ConfigDict({"rank": 0, "alpha": 16.0})
-    config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
-    config.log = ConfigDict({"tensorboard": True, "wandb": False, "wandb_project": "rlhf_jax"})
-    config.checkpoint = ConfigDict({"every": 100, "keep": 1})
+    config.seed = 0  # of weights, data order, sampling
+    config.workdir = ""  # the run folder; empty names it after what differs from the scale
+    config.experiment = ""  # set by the config file
+    config.scale = ""  # set from the argument
+    config.variants = ()  # set from the argument
+    config.label = ""  # name of the result in reports and plots; the variants, if there are any
+    config.sharding = ConfigDict()
+    config.sharding.devices = 0  # 0 is all of them
+    config.sharding.mode = "zero2"  # what is spread over devices, see runtime/sharding.py
+    config.sharding.tensor = 1  # devices that share a layer, in mode "tensor"
+    config.model = ConfigDict()
+    config.model.dtype = "float32"  # of weights and activations, or "bfloat16"
+    config.model.remat = "none"  # what the backward pass recomputes: "none", "dots", "full"
+    config.model.attention = "xla"  # or "cudnn" on NVIDIA GPUs in bfloat16
+    config.lora = ConfigDict()
+    config.lora.rank = 0  # 0 trains every weight; adapters need ten times the learning rate
+    config.lora.alpha = 16.0  # adapters are scaled by alpha / rank
+    config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")  # matrices of each layer
+    config.log = ConfigDict()
+    config.log.tensorboard = True
+    config.log.wandb = False  # needs an account
+    config.log.wandb_project = "rlhf_jax"
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 100  # steps; 0 saves at the end and at a stop only
+    config.checkpoint.keep = 1  # checkpoints that stay on disk
     return config
 
 
-def with_seed(path: str, seed: int) -> str:
-    """The argument or run folder of the same scale with this seed; seed 0 is the default."""
-    if not seed:
-        return path
-    return f"{path}-seed={seed}" if "/" in path else f"{path},seed={seed}"
+def task(source: str = "reviews") -> ConfigDict:
+    """Keys of the data that every experiment has; see rlhf_jax/tasks."""
+    data = ConfigDict()
+    data.source = source  # reviews, hh, hh:FOLDER, jsonl:FILE, stream:hh, harm, ...
+    data.domains = ("movie", "amazon")  # for reviews: which are read
+    data.limit = 0  # the most rows of a split; 0 is all
+    data.instruction = ""  # for reviews: what a chat model is asked; empty is plain text
+    return data
+
+
+def optimizer(learning_rate: float, schedule: str, warmup_fraction: float, b2: float) -> ConfigDict:
+    """AdamW."""
+    keys = ConfigDict()
+    keys.learning_rate = learning_rate  # at its peak
+    keys.schedule = schedule  # after warm-up: "constant", "linear", "cosine", "inverse_sqrt"
+    keys.warmup_fraction = warmup_fraction  # share of updates that rise, from a tenth of the peak
+    keys.end_fraction = 0.1  # last rate as a share of the peak, for "linear" and "cosine"
+    keys.b1 = 0.9  # decay of the first moment
+    keys.b2 = b2  # decay of the second moment
+    keys.eps = 1e-8  # added outside the square root
+    keys.weight_decay = 0.0  # of matrices only
+    keys.max_grad_norm = 1.0  # gradients are clipped to it; 0 is off
+    return keys
+
+
+def eval_sampling() -> ConfigDict:
+    """How responses are drawn for measurements; here all as in `sampling`."""
+    keys = ConfigDict()
+    keys.max_new_tokens = 0  # 0 is as in sampling
+    keys.temperature = -1.0  # below 0 is as in sampling
+    keys.top_p = 0.0  # 0 is as in sampling
+    keys.top_k = -1  # below 0 is as in sampling
+    keys.repetition_penalty = 0.0  # 0 is as in sampling
+    return keys
+
+
+def full_size() -> ConfigDict:
+    """Memory settings of models of seven billion parameters on GPUs."""
+    return ConfigDict({"dtype": "bfloat16", "remat": "full", "attention": "cudnn"})

@@ -7,19 +7,19 @@ Scales:
   tiny        seconds on two CPU cores; for tests
   smollm2     SmolLM2-135M-Instruct, adapters of rank 8, movie reviews in its chat template
   quickstart  from the quickstart's SFT policy, pairs of reviews ranked by their human ratings; win
-              rate against SFT by the judge .66 (seed 0), KL 11 nats a response; 2.5 minutes on two
-              CPU cores (AMD EPYC, shared), 1.9 GiB
-  paper       LLaMA-7B on HH-RLHF: beta 0.1, batch 64, learning rate 1e-6, 150 steps of warm-up, one
+              rate against SFT by the judge .66 (seed 0), KL 11 nats per response; 2.5 minutes on
+              two CPU cores (AMD EPYC, shared), 1.9 GiB
+  paper_en    LLaMA-7B on HH-RLHF: beta 0.1, batch 64, learning rate 1e-6, 150 steps of warm-up, one
               epoch (Rafailov et al. 2023, appendix B). Their RMSprop is AdamW with b1 = 0 and no
-              weight decay here: the same update but for the bias correction of early steps
+              weight decay here: the same update except for the bias correction of early steps
 Variants:
   ipo                     squared distance of the margin from 1 / (2 beta) (Azar et al. 2023)
-  hinge                   pairs that are right by 1 are left alone (Liu et al. 2023)
-  label_smoothing         one label in ten is thought to be flipped (Mitchell 2023)
+  hinge                   pairs that are right by a margin of 1 are left alone (Liu et al. 2023)
+  label_smoothing         one label in ten is assumed to be flipped (Mitchell 2023)
   beta_0.05, beta_0.5     a weaker and a stronger pull to the reference
-  sft                     with -0.01 log pi(chosen), the other term of the deck's L_total
+  sft                     with -0.01 log pi(chosen), the other term of the slides' L_total
 
-Pairs are the reward model's and prompts are PPO-max's: both are read from their configs, so that
+Pairs are those of the reward model and prompts those of PPO-max, read from their configs, so that
 the methods can be compared.
 """
 
@@ -33,25 +33,23 @@ def _task(scale: str) -> ConfigDict:
     pairs, prompts = reward_model.get_config(scale), ppo_max.get_config(scale)
     config = common.shared()
     config.label = "DPO"
-    # `reference`: folder with the SFT policy, from which training starts; `build`: run SFT if it is
-    # missing.
-    reference = prompts.inputs.reference if scale == "smollm2" else ""
-    config.inputs = ConfigDict(
-        {"reference": reference, "build": pairs.inputs.build, "variant": scale}
-    )
-    # Folders of what the report compares with; left out of it where missing.
-    config.compare = ConfigDict({"ppo_max": "", "reward_model": ""})
+    config.inputs = ConfigDict()
+    # Folder of the SFT policy: training starts there, and it is the reference. Empty is the SFT
+    # model of the same scale.
+    config.inputs.model = prompts.inputs.model
+    config.inputs.build = pairs.inputs.build  # run SFT where its model is missing
+    config.compare = ConfigDict()  # what the report compares with; left out where missing
+    config.compare.ppo_max = ""  # folder; empty is PPO-max of the same scale
+    config.compare.reward_model = ""  # folder; empty is the reward model of the same scale
     config.model, config.lora = pairs.model, pairs.lora
-    shared = ("source", "domains", "limit", "instruction", "max_length", "min_gap")
-    shared += ("pairs", "eval_pairs")
-    config.data = ConfigDict({name: pairs.data[name] for name in shared})
-    # For the curves; `eval_pairs` of the test split are for the report.
-    config.data.validation_pairs = pairs.data.eval_pairs
-    config.data.prompt_buckets = prompts.data.prompt_buckets
+    config.data = pairs.data
+    del config.data.reference_texts
+    config.data.prompt_buckets = prompts.data.prompt_buckets  # lengths of padded prompts
     config.sampling = prompts.sampling
-    # The same prompts in the same batches get the same keys, and so the same SFT responses.
     config.eval = prompts.eval
+    # The same prompts in the same batches get the same keys, and so the same SFT responses.
     config.eval.batch = prompts.train.prompts_per_iteration
+    config.judges = prompts.judges
     return config
 
 
@@ -59,16 +57,18 @@ def _quickstart() -> ConfigDict:
     config = _task("quickstart")
     # One epoch: every pair costs a forward pass of the reference, whether it is used or not.
     config.data.update(pairs=5_000, validation_pairs=500)
-    config.dpo = ConfigDict({"objective": "dpo", "beta": 0.1, "label_smoothing": 0.0})
-    config.dpo.sft_coef = 0.0
-    # A step takes as many pairs as fit into `max_tokens`, at least min_pairs, at most max_pairs.
-    config.train = ConfigDict(
-        {"steps": 150, "max_tokens": 4096, "min_pairs": 8, "max_pairs": 64, "microbatches": 1}
-    )
-    config.optimizer = ConfigDict(
-        {"learning_rate": 5e-4, "schedule": "cosine", "warmup_fraction": 0.1, "b2": 0.98}
-    )
-    config.optimizer.max_grad_norm = 1.0
+    config.dpo = ConfigDict()
+    config.dpo.objective = "dpo"  # or "ipo", "hinge"
+    config.dpo.beta = 0.1  # strength of the pull to the reference
+    config.dpo.label_smoothing = 0.0  # assumed share of flipped labels, for "dpo"
+    config.dpo.sft_coef = 0.0  # weight of -log pi(chosen)
+    config.train = ConfigDict()
+    config.train.steps = 150  # updates
+    config.train.max_tokens = 4096  # a step takes as many pairs as fit, padding included
+    config.train.min_pairs = 8  # the fewest pairs of a step
+    config.train.max_pairs = 64  # the most pairs of a step
+    config.train.microbatches = 1  # parts of a step, one after the other
+    config.optimizer = common.optimizer(5e-4, "cosine", warmup_fraction=0.1, b2=0.98)
     config.eval.every = 50
     return config
 
@@ -89,7 +89,6 @@ def _smollm2() -> ConfigDict:
     task = _task("smollm2")
     for group in ("inputs", "model", "data", "sampling", "eval", "lora"):
         config[group] = task[group]
-    config.inputs.reference = common.SMOLLM2
     config.data.update(pairs=1_000, validation_pairs=100, eval_pairs=200)
     config.train.update(steps=40, max_tokens=2304, min_pairs=8, max_pairs=32)
     config.optimizer.learning_rate = 1e-3
@@ -97,7 +96,7 @@ def _smollm2() -> ConfigDict:
     return config
 
 
-def _paper() -> ConfigDict:
+def _paper_en() -> ConfigDict:
     config = _quickstart()
     task = _task("paper_en")
     for group in ("inputs", "model", "data", "sampling", "eval"):
@@ -105,10 +104,8 @@ def _paper() -> ConfigDict:
     config.data.max_length = 512
     # 160,800 pairs in batches of 64.
     config.train.update(steps=2512, max_tokens=65_536, min_pairs=64, max_pairs=64, microbatches=4)
-    config.optimizer = ConfigDict(
-        {"learning_rate": 1e-6, "schedule": "constant", "warmup_fraction": 150 / 2512}
-    )
-    config.optimizer.update(b1=0.0, b2=0.99, max_grad_norm=10.0)
+    config.optimizer = common.optimizer(1e-6, "constant", warmup_fraction=150 / 2512, b2=0.99)
+    config.optimizer.update(b1=0.0, max_grad_norm=10.0)
     config.eval.every = 250
     return config
 
@@ -132,21 +129,17 @@ VARIANTS = {
 }
 
 
-def _finish(config: ConfigDict) -> None:
-    inputs, compare = config.inputs, config.compare
-
-    def folder(stage: str) -> str:
-        return common.with_seed(f"runs/{stage}/{inputs.variant}", config.seed) + "/model"
-
-    inputs.reference = inputs.reference or folder("sft")
-    compare.ppo_max = compare.ppo_max or folder("ppo_max")
-    compare.reward_model = compare.reward_model or folder("reward_model")
-    inputs.variant = common.with_seed(inputs.variant, config.seed)
+SCALES = {"tiny": _tiny, "quickstart": _quickstart, "smollm2": _smollm2, "paper_en": _paper_en}
 
 
-SCALES = {"tiny": _tiny, "quickstart": _quickstart, "smollm2": _smollm2, "paper": _paper}
+def derive(config: ConfigDict) -> None:
+    """The folders of the stages before, and of what the report compares with."""
+    compare = config.compare
+    config.inputs.model = config.inputs.model or common.stage_folder("sft", config)
+    compare.ppo_max = compare.ppo_max or common.stage_folder("ppo_max", config)
+    compare.reward_model = compare.reward_model or common.stage_folder("reward_model", config)
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """See the module docstring for what `arg` may hold."""
-    return common.build("dpo", arg, scales=SCALES, variants=VARIANTS, finish=_finish)
+    return common.build("dpo", arg, scales=SCALES, variants=VARIANTS)

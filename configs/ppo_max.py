@@ -6,13 +6,13 @@
 Scales (model, data and batch sizes):
   tiny        seconds on two CPU cores; for tests
   quickstart  the review task; runs SFT and reward model where missing; win rate against SFT by
-              the judge .78 to .88 over seeds 0, 1, 2, KL 5.9 to 7.9 nats a response; 2 minutes on
+              the judge .78 to .88 over seeds 0, 1, 2, KL 5.9 to 7.9 nats per response; 2 minutes on
               two CPU cores (AMD EPYC), 7 with the stages before, 1.8 GiB
-  smollm2     SmolLM2-135M-Instruct as it is for SFT model, adapters of rank 8, movie reviews in its
-              chat template, without ptx; win rate against it by the judge .65 to .71 (seeds 0, 1
-              and 2), KL 3.3 to 3.9 nats a response; 10 minutes on two CPU cores (AMD EPYC), 14
-              with the reward model before, 8.2 GiB
-  paper_en, paper_zh  7B models, HH-RLHF, 8 x A100-80G, the deck's numbers
+  smollm2     SmolLM2-135M-Instruct, unchanged, for SFT model; adapters of rank 8, movie reviews in
+              its chat template, without ptx; win rate against it by the judge .65 to .71 (seeds 0,
+              1 and 2), KL 3.3 to 3.9 nats per response; 10 minutes on two CPU cores (AMD EPYC), 14
+              with the reward model, 8.2 GiB
+  paper_en, paper_zh  7B models, HH-RLHF, 8 x A100-80G, the paper's numbers
   moss_en, moss_zh    the released scripts' numbers
 
 Variants (what an ablation changes; PPO-max is the default):
@@ -27,9 +27,12 @@ Variants (what an ablation changes; PPO-max is the default):
                      PPO-max without one of its parts
   kl_0.05, kl_0.1, kl_0.2 (Figure 15); entropy_clip (16); no_clip, clip_0.5 (17);
   grad_clip_0, grad_clip_0.5 (18); lambda_0, lambda_1 (19)
+  steps_0.8 (the length of Figure 7), steps_10 (of Figure 9)
   penalty, penalty_adaptive  PPO-penalty; adaptive_kl  adaptive token-level KL coefficient; trpo
+  harm               harmful prompts and a reward model of people's harm scores, opt-in:
+                     `smollm2,harm`
   reinforce, total_return, reward_to_go, reward_to_go_baseline, td, rloo, grpo
-                     the choices of Φ_t of the policy-gradient slide
+                     the choices of Φ_t on the slide "Policy Gradient Methods"
 """
 
 from ml_collections import ConfigDict
@@ -40,74 +43,84 @@ from configs import common
 def _quickstart() -> ConfigDict:
     config = common.shared()
     config.label = "PPO-max"
-    # Folders of the stages before; `build` runs the stages of `variant` when they are missing.
-    config.inputs = ConfigDict(
-        {"policy": "", "reference": "", "reward_model": "", "build": True, "variant": "quickstart"}
-    )
-    config.inputs.policy_variant = ""
-    config.model = ConfigDict({"dtype": "float32", "remat": "none", "attention": "xla"})
-    config.data = ConfigDict(
-        {"source": "reviews", "domains": ("movie", "amazon"), "limit": 0, "prompt_buckets": (16,)}
-    )
-    # Reviews in a chat: what the system asks of the assistant; empty is plain text.
-    config.data.instruction = ""
-    config.data.ptx_length = 64
+    config.inputs = ConfigDict()
+    config.inputs.model = ""  # folder the policy starts from; empty is the SFT model of the scale
+    config.inputs.policy_variant = ""  # variant of configs/sft.py that the policy starts from
+    config.inputs.reference = ""  # folder of the frozen reference; empty is that SFT model
+    config.inputs.reward_model = ""  # folder; empty is the reward model of the same scale
+    config.inputs.build = True  # run the stages before where their models are missing
+    config.data = common.task()
+    config.data.prompt_buckets = (16,)  # lengths to which prompts are padded
+    config.data.ptx_length = 64  # tokens of a row of SFT text for the ptx loss
     # The batch vocabulary, all global: an iteration samples prompts x samples responses and makes
     # epochs x (prompts x samples / minibatch) updates of policy and critic.
-    config.train = ConfigDict(
-        {
-            "iterations": 100,
-            "prompts_per_iteration": 64,
-            "samples_per_prompt": 1,
-            "minibatch": 32,
-            "microbatch": 32,
-            "epochs": 1,
-            "critic_pretrain_iterations": 10,
-            "critic_init": "reward_model",
-        }
-    )
-    config.sampling = ConfigDict(
-        {"max_new_tokens": 32, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    )
-    config.sampling.repetition_penalty = 1.0
-    config.reward = ConfigDict({"transform": "normalize", "clip": 0.8, "missing_eos_penalty": 1.0})
-    # Token-level KL penalty η; a target above 0 adapts it (Ziegler et al. 2019).
-    config.kl = ConfigDict({"coef": 0.05, "target": 0.0, "horizon": 10_000})
-    config.advantage = ConfigDict(
-        {"method": "gae", "discount": 1.0, "lambda_": 0.9, "k": 1, "returns": "gae"}
-    )
-    config.ppo = ConfigDict(
-        {
-            "objective": "clip",
-            "clip_eps": 0.2,
-            "value_clip_eps": 0.2,
-            "ratio_denominator": "old",
-            "entropy_coef": 0.0,
-            "entropy_max": 0.0,
-            "ptx_coef": 0.1,
-            "normalize_advantages": False,
-            "advantage_clip": 0.0,
-            "reduction": "token_mean",
-        }
-    )
-    # PPO-penalty's β; a target above 0 adapts it (Schulman et al. 2017, section 4).
-    config.penalty = ConfigDict({"coef": 1.0, "target": 0.0})
-    config.trpo = ConfigDict({"max_kl": 0.01, "damping": 0.1, "cg_iterations": 10})
-    config.optimizer = ConfigDict(
-        {"learning_rate": 1e-3, "schedule": "inverse_sqrt", "warmup_fraction": 0.1, "b2": 0.95}
-    )
-    config.optimizer.update(eps=1e-6, max_grad_norm=1.0)
-    config.critic_optimizer = config.optimizer.copy_and_resolve_references()
-    config.critic_optimizer.update(learning_rate=1e-3, eps=1e-8)
-    config.eval = ConfigDict({"every": 20, "prompts": 128, "final_prompts": 512, "samples": 8})
+    config.train = ConfigDict()
+    config.train.iterations = 100  # buffers of experience
+    config.train.prompts_per_iteration = 64
+    config.train.samples_per_prompt = 1
+    config.train.minibatch = 32  # responses in an update
+    config.train.microbatches = 1  # parts of a minibatch, one after the other
+    config.train.epochs = 1  # how often an iteration goes over its buffer
+    config.train.critic_pretrain_iterations = 10  # at the start, the critic alone
+    config.train.critic_init = "reward_model"  # or "policy" with a zero head, or "none"
+    config.sampling = ConfigDict()
+    config.sampling.max_new_tokens = 32  # a response that has not ended by then is cut
+    config.sampling.temperature = 1.0  # of sampling and of the policy that is optimised
+    config.sampling.top_p = 1.0  # nucleus mass; 1 is off
+    config.sampling.top_k = 0  # candidates; 0 is off
+    config.sampling.repetition_penalty = 1.0  # divides logits of tokens seen; 1 is off
+    config.reward = ConfigDict()
+    # "none", "scale", "scale_discounted" or "normalize", by running moments.
+    config.reward.transform = "normalize"
+    config.reward.clip = 0.8  # scores are clipped to +-clip after the transform; 0 is off
+    config.reward.missing_eos_penalty = 1.0  # what a cut response costs
+    config.kl = ConfigDict()
+    config.kl.coef = 0.05  # eta of the token-level KL penalty; 0 is off
+    config.kl.target = 0.0  # above 0 adapts eta to this KL per response (Ziegler et al. 2019)
+    config.kl.horizon = 10_000  # responses over which eta adapts
+    config.advantage = ConfigDict()
+    # Phi_t: "gae", "total_return", "reward_to_go", "reward_to_go_baseline", "td", "k_step",
+    # "batch_mean", "rloo", "grpo".
+    config.advantage.method = "gae"
+    config.advantage.discount = 1.0  # gamma
+    config.advantage.lambda_ = 0.9  # for "gae"
+    config.advantage.k = 1  # for "k_step"
+    config.advantage.returns = "gae"  # the critic's target with "gae"; or "monte_carlo"
+    config.ppo = ConfigDict()
+    config.ppo.objective = "clip"  # or "penalty", "surrogate", "policy_gradient", "trpo"
+    config.ppo.clip_eps = 0.2  # epsilon, for "clip"
+    config.ppo.value_clip_eps = 0.2  # the critic's move is clipped to it; 0 is off
+    config.ppo.ratio_denominator = "old"  # or "reference" (Figure 7)
+    config.ppo.entropy_coef = 0.0  # weight of the entropy bonus; 0 is off
+    config.ppo.entropy_max = 0.0  # no bonus above this entropy, nats; 0 is no bound
+    config.ppo.ptx_coef = 0.1  # weight of the language-model loss on SFT text; 0 is off
+    config.ppo.normalize_advantages = False  # mean 0 and std 1 over the minibatch
+    config.ppo.advantage_clip = 0.0  # advantages are clipped to it; 0 is off
+    config.ppo.reduction = "token_mean"  # or "sequence_mean", "sequence_sum"
+    config.penalty = ConfigDict()  # for ppo.objective="penalty"
+    config.penalty.coef = 1.0  # beta
+    config.penalty.target = 0.0  # above 0 adapts beta (Schulman et al. 2017, section 4)
+    config.trpo = ConfigDict()  # for ppo.objective="trpo"
+    config.trpo.max_kl = 0.01  # the trust region, nats per token
+    config.trpo.damping = 0.1  # added to the diagonal of the Fisher matrix
+    config.trpo.cg_iterations = 10  # products with the Fisher matrix
+    config.optimizer = common.optimizer(1e-3, "inverse_sqrt", warmup_fraction=0.1, b2=0.95)
+    config.optimizer.eps = 1e-6
+    config.critic_optimizer = common.optimizer(1e-3, "inverse_sqrt", warmup_fraction=0.1, b2=0.95)
+    config.eval = ConfigDict()
+    config.eval.every = 20  # iterations between two measurements on validation prompts
+    config.eval.prompts = 128  # for these measurements
+    config.eval.final_prompts = 512  # test prompts for the report
+    config.eval.samples = 8  # responses that the report shows
+    config.eval.sampling = common.eval_sampling()
+    config.judges = ()  # such as ("vader",); () asks the task
     return config
 
 
 def _tiny() -> ConfigDict:
     config = _quickstart()
-    config.inputs.variant = "tiny"
     config.data.update(limit=200, ptx_length=32)
-    config.train.update(iterations=4, prompts_per_iteration=16, minibatch=8, microbatch=8)
+    config.train.update(iterations=4, prompts_per_iteration=16, minibatch=8)
     config.train.critic_pretrain_iterations = 1
     config.sampling.max_new_tokens = 8
     config.eval.update(every=2, prompts=8, final_prompts=16)
@@ -117,9 +130,9 @@ def _tiny() -> ConfigDict:
 
 def _smollm2() -> ConfigDict:
     config = _quickstart()
-    config.inputs.update(policy=common.SMOLLM2, reference=common.SMOLLM2, variant="smollm2")
+    config.inputs.update(model=common.SMOLLM2, reference=common.SMOLLM2)
     config.data.update(domains=("movie",), instruction=common.INSTRUCTION, prompt_buckets=(24,))
-    config.train.update(iterations=20, prompts_per_iteration=32, minibatch=16, microbatch=16)
+    config.train.update(iterations=20, prompts_per_iteration=32, minibatch=16)
     config.train.critic_pretrain_iterations = 2
     config.sampling.update(max_new_tokens=24)
     # A batch of ptx text costs as much as the responses, and the adapters stay near the reference.
@@ -135,34 +148,44 @@ def _smollm2() -> ConfigDict:
 
 def _paper_en() -> ConfigDict:
     config = _quickstart()
-    config.inputs.update(build=False, variant="paper_en")
-    config.model = ConfigDict({"dtype": "bfloat16", "remat": "full", "attention": "cudnn"})
+    config.inputs.build = False
+    config.model = common.full_size()
     config.data.update(source="hh", domains=(), prompt_buckets=(128, 256, 512), ptx_length=1024)
-    # 250 buffers of 128 in minibatches of 32 are the deck's 1000 updates.
-    config.train.update(iterations=250, prompts_per_iteration=128, minibatch=32, microbatch=32)
+    # 250 buffers of 128 in minibatches of 32 are the paper's 1000 updates of the policy; before
+    # them the critic trains alone (the paper does not say for how long).
+    config.train.update(iterations=275, prompts_per_iteration=128, minibatch=32)
     config.train.critic_pretrain_iterations = 25
     config.sampling.update(max_new_tokens=512)
     config.reward.missing_eos_penalty = 0.0
     config.optimizer.update(learning_rate=5e-7)
     config.critic_optimizer.update(learning_rate=1.65e-6)
     config.eval.update(every=10, prompts=256)
+    # Section 6.1. Its length penalty of 1.2 weighs beams, of which sampling has none.
+    config.eval.sampling.update(temperature=0.8, top_p=0.9, repetition_penalty=1.1)
+    config.eval.sampling.max_new_tokens = 1536  # 2,048 with the longest prompt
     return config
 
 
 def _paper_zh() -> ConfigDict:
     config = _paper_en()
-    config.inputs.variant = "paper_zh"
+    # Put prompts of your own here, one JSON object a line with prompt; the paper's are not public.
     config.data.source = "jsonl:data/prompts_zh.jsonl"
     return config
 
 
-def _moss(base: ConfigDict, variant: str, kl_coef: float) -> ConfigDict:
-    """The released train_ppo_{en,zh}.sh: scaling only, on-policy, small batch; see PAPER traps."""
-    config = base
-    config.inputs.variant = variant
-    config.train.update(iterations=1000, prompts_per_iteration=16, minibatch=16, microbatch=16)
+def _moss(config: ConfigDict, kl_coef: float) -> ConfigDict:
+    """The released train_ppo_{en,zh}.sh: scaling only, on-policy, small batch."""
+    # 2 responses on each of 7 devices, 2,048 tokens with the prompt.
+    config.train.update(iterations=1000, prompts_per_iteration=14, minibatch=14)
     config.train.critic_pretrain_iterations = 0
+    config.sharding.devices = 7
+    config.seed = 42
+    config.data.prompt_buckets = (512, 1024, 1536)
+    # The scripts' ratio is at temperature 1, so it differs from 1 on a fresh rollout; here policy
+    # and ratio have the sampler's temperature. Repetition is penalised in the response, as there.
     config.sampling.update(temperature=0.8, top_p=0.9, repetition_penalty=1.1)
+    config.eval.sampling = common.eval_sampling()
+    # The scripts divide by the unbiased standard deviation; the difference is 1 / (2 n).
     config.reward.update(transform="scale", clip=0.0)
     config.kl.coef = kl_coef
     config.advantage.lambda_ = 0.95
@@ -188,6 +211,28 @@ def _changes(vanilla: bool = False, policy_variant: str = "", **groups):
             config[group].update(values)
         if policy_variant:
             config.inputs.policy_variant = policy_variant
+
+    return change
+
+
+def _critic_pretrain(config: ConfigDict) -> None:
+    """A tenth of the iterations, at least one: at every scale the policy trains in most."""
+    _vanilla(config)
+    config.train.critic_pretrain_iterations = max(1, config.train.iterations // 10)
+
+
+def _harm(config: ConfigDict) -> None:
+    config.data.update(source="harm", domains=(), instruction="", prompt_buckets=(64, 128))
+    # There is no text to imitate: no model should be fine-tuned on these answers.
+    config.ppo.ptx_coef = 0.0
+
+
+def _longer(times: float):
+    """A variant with another number of iterations after those of the critic alone."""
+
+    def change(config: ConfigDict) -> None:
+        alone = config.train.critic_pretrain_iterations
+        config.train.iterations = alone + round(times * (config.train.iterations - alone))
 
     return change
 
@@ -225,7 +270,7 @@ VARIANTS = {
     # Figure 8
     "policy_pretrained": _changes(policy_variant="pretrain"),
     "critic_sft": _changes(train={"critic_init": "policy"}),
-    "critic_pretrain": _changes(vanilla=True, train={"critic_pretrain_iterations": 10}),
+    "critic_pretrain": _critic_pretrain,
     # PPO-max without one part
     "no_kl": _changes(kl={"coef": 0.0}),
     "no_ptx": _changes(ppo={"ptx_coef": 0.0}),
@@ -247,6 +292,9 @@ VARIANTS = {
     ),
     "lambda_0": _changes(advantage={"lambda_": 0.0}),
     "lambda_1": _changes(advantage={"lambda_": 1.0}),
+    # Lengths: Figure 7 has 800 of the others' 1000 steps, Figure 9 ten times as many.
+    "steps_0.8": _longer(0.8),
+    "steps_10": _longer(10),
     # Other objectives
     "penalty": _changes(ppo={"objective": "penalty"}),
     "penalty_adaptive": _changes(ppo={"objective": "penalty"}, penalty={"target": 0.01}),
@@ -261,22 +309,10 @@ VARIANTS = {
     "reward_to_go_baseline": _changes(advantage={"method": "reward_to_go_baseline"}),
     "td": _changes(advantage={"method": "td"}),
     "k_step": _changes(advantage={"method": "k_step", "k": 4}),
+    "harm": _harm,
     "rloo": _sampled("rloo", samples=4),
     "grpo": _sampled("grpo", samples=4),
 }
-
-
-def _finish(config: ConfigDict) -> None:
-    inputs, seed = config.inputs, config.seed
-    inputs.variant = common.with_seed(inputs.variant, seed)
-
-    def folder(stage: str, variant: str = "") -> str:
-        name = "-".join(part for part in (config.scale, variant) if part)
-        return common.with_seed(f"runs/{stage}/{name}", seed) + "/model"
-
-    inputs.policy = inputs.policy or folder("sft", inputs.policy_variant)
-    inputs.reference = inputs.reference or folder("sft")
-    inputs.reward_model = inputs.reward_model or folder("reward_model")
 
 
 SCALES = {
@@ -285,11 +321,29 @@ SCALES = {
     "smollm2": _smollm2,
     "paper_en": _paper_en,
     "paper_zh": _paper_zh,
-    "moss_en": lambda: _moss(_paper_en(), "moss_en", kl_coef=0.01),
-    "moss_zh": lambda: _moss(_paper_zh(), "moss_zh", kl_coef=0.1),
+    "moss_en": lambda: _moss(_paper_en(), kl_coef=0.01),
+    "moss_zh": lambda: _moss(_paper_zh(), kl_coef=0.1),
 }
+
+
+def derive(config: ConfigDict) -> None:
+    """The folders of the stages before."""
+    inputs = config.inputs
+    if inputs.model and inputs.policy_variant:
+        raise ValueError(
+            f"inputs.policy_variant={inputs.policy_variant!r} is read where inputs.model is empty, "
+            f"and here it is {inputs.model!r}"
+        )
+    if not inputs.model:
+        inputs.model = common.stage_folder("sft", config, *_named(inputs.policy_variant))
+    inputs.reference = inputs.reference or common.stage_folder("sft", config)
+    inputs.reward_model = inputs.reward_model or common.stage_folder("reward_model", config)
+
+
+def _named(variant: str) -> tuple[str, ...]:
+    return (variant,) if variant else ()
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """See the module docstring for what `arg` may hold."""
-    return common.build("ppo_max", arg, scales=SCALES, variants=VARIANTS, finish=_finish)
+    return common.build("ppo_max", arg, scales=SCALES, variants=VARIANTS)

@@ -8,7 +8,8 @@ Scales:
               over seeds 0, 1, 2; 3 minutes on two CPU cores (AMD EPYC), 1.8 GiB
   smollm2     SmolLM2-135M-Instruct, adapters of rank 8, 640 rows of reviews in its chat template;
               not part of the chain of ppo_max's smollm2, whose SFT model is the instruct model
-  paper_en    LLaMA-7B, 2 epochs, learning rate 9.5e-6, global batch 1024 (deck: "Training Setup")
+  paper_en    LLaMA-7B, 2 epochs, learning rate 9.5e-6, batches of about 1024 conversations
+              (the paper's "Models and Training Setup")
   paper_zh    OpenChineseLLaMA-7B, the same numbers
 Variants:
   pretrain    other text (editorials and tweets) instead of the task's: a model without SFT, for
@@ -22,41 +23,38 @@ from configs import common
 
 def _quickstart() -> ConfigDict:
     config = common.shared()
-    # An empty folder name trains from scratch: `model` gives the sizes, `tokenizer` the BPE.
-    config.inputs = ConfigDict({"model": ""})
-    config.model = ConfigDict(
-        {
-            "hidden_size": 128,
-            "num_layers": 4,
-            "num_heads": 4,
-            "intermediate_size": 344,
-            "max_length": 256,
-        }
-    )
-    config.tokenizer = ConfigDict({"vocab_size": 2048})
-    config.data = ConfigDict(
-        {"source": "reviews", "domains": ("movie", "amazon"), "limit": 0, "max_length": 128}
-    )
-    # Reviews in a chat: what the system asks of the assistant; empty is plain text.
-    config.data.instruction = ""
-    # Sequences are packed into rows of `row_length` tokens; `minibatch` rows make one update.
-    config.train = ConfigDict(
-        {"steps": 420, "minibatch": 32, "microbatch": 32, "row_length": 128, "eval_every": 60}
-    )
-    config.optimizer = ConfigDict(
-        {"learning_rate": 3e-3, "schedule": "cosine", "warmup_fraction": 0.05, "b2": 0.98}
-    )
+    config.inputs = ConfigDict()
+    config.inputs.model = ""  # folder or hub name to start from; empty trains from scratch
+    config.sizes = ConfigDict()  # of a model from scratch; read only where inputs.model is empty
+    config.sizes.hidden_size = 128
+    config.sizes.num_layers = 4
+    config.sizes.num_heads = 4
+    config.sizes.intermediate_size = 344
+    config.sizes.max_length = 256  # the longest row that the model takes
+    config.tokenizer = ConfigDict()
+    config.tokenizer.vocab_size = 2048  # of a BPE from scratch; read only where `sizes` is
+    config.data = common.task()
+    config.data.max_length = 128  # tokens of a document; longer ones lose their oldest turns
+    config.train = ConfigDict()
+    config.train.steps = 420  # updates; 0 where train.epochs says how long
+    config.train.epochs = 0.0  # how often every document is read; 0 where train.steps says it
+    config.train.minibatch = 32  # rows of an update
+    config.train.microbatches = 1  # parts of a minibatch, one after the other
+    config.train.row_length = 128  # tokens of a row, into which documents are packed
+    config.optimizer = common.optimizer(3e-3, "cosine", warmup_fraction=0.05, b2=0.98)
     config.optimizer.weight_decay = 0.1
+    config.eval = ConfigDict()
+    config.eval.every = 60  # updates between two measurements on held-out documents
     return config
 
 
 def _tiny() -> ConfigDict:
     config = _quickstart()
-    config.model.update(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64)
+    config.sizes.update(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64)
     config.tokenizer.vocab_size = 512
-    config.data.limit = 200
-    config.data.max_length = 96
-    config.train.update(steps=6, minibatch=8, microbatch=4, row_length=96, eval_every=3)
+    config.data.update(limit=200, max_length=96)
+    config.train.update(steps=6, minibatch=8, microbatches=2, row_length=96)
+    config.eval.every = 3
     config.checkpoint.every = 2
     return config
 
@@ -64,9 +62,9 @@ def _tiny() -> ConfigDict:
 def _smollm2() -> ConfigDict:
     config = _quickstart()
     config.inputs.model = common.SMOLLM2
-    config.model = ConfigDict({"dtype": "float32", "remat": "none", "attention": "xla"})
     config.data.update(domains=("movie",), max_length=96, instruction=common.INSTRUCTION)
-    config.train.update(steps=40, minibatch=16, microbatch=16, row_length=128, eval_every=20)
+    config.train.update(steps=40, minibatch=16, row_length=128)
+    config.eval.every = 20
     config.lora.rank = 8
     config.optimizer.update(learning_rate=1e-3, weight_decay=0.0)
     return config
@@ -75,15 +73,14 @@ def _smollm2() -> ConfigDict:
 def _paper_en() -> ConfigDict:
     config = _quickstart()
     config.inputs.model = "huggyllama/llama-7b"
-    config.model = ConfigDict({"dtype": "bfloat16", "remat": "full", "attention": "cudnn"})
-    config.data = ConfigDict({"source": "hh", "domains": (), "limit": 0, "max_length": 2048})
-    config.data.instruction = ""
-    # 2 epochs of 1 M conversations in batches of 1024.
-    config.train.update(steps=1953, minibatch=1024, microbatch=64, row_length=2048, eval_every=200)
-    config.optimizer = ConfigDict(
-        {"learning_rate": 9.5e-6, "schedule": "cosine", "warmup_fraction": 0.03, "b2": 0.95}
-    )
-    config.optimizer.weight_decay = 0.0
+    config.model = common.full_size()
+    config.data.update(source="hh", domains=(), max_length=2048)
+    # The paper's million instructions (400k of one turn, 600k of several) are not public: the
+    # chosen conversations of HH stand in. Its batch of 1024 counts conversations, of which a packed
+    # row of 2,048 tokens holds several; the banner says how many an update reads.
+    config.train.update(steps=0, epochs=2.0, minibatch=128, microbatches=16, row_length=2048)
+    config.optimizer = common.optimizer(9.5e-6, "cosine", warmup_fraction=0.03, b2=0.95)
+    config.eval.every = 200
     return config
 
 
@@ -91,11 +88,18 @@ def _paper_zh() -> ConfigDict:
     config = _paper_en()
     # Published as a patch to LLaMA-7B: the folder is where it was applied.
     config.inputs.model = "models/open-chinese-llama-7b"
+    # Put conversations of your own here, one JSON object a line, in any shape that docs/data.md
+    # lists; the paper's are not public.
     config.data.source = "jsonl:data/sft_zh.jsonl"
     return config
 
 
 def _pretrain(config: ConfigDict) -> None:
+    if config.data.source != "reviews":
+        raise ValueError(
+            f"the variant pretrain takes other reviews, and data.source={config.data.source!r} has "
+            "none: give inputs.model a pretrained model instead"
+        )
     config.data.domains = ("nyt", "tweets")
 
 
@@ -106,8 +110,13 @@ SCALES = {
     "paper_en": _paper_en,
     "paper_zh": _paper_zh,
 }
+VARIANTS = {"pretrain": _pretrain}
+
+
+def derive(config: ConfigDict) -> None:
+    """Nothing: there is no stage before."""
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """See the module docstring for what `arg` may hold."""
-    return common.build("sft", arg, scales=SCALES, variants={"pretrain": _pretrain})
+    return common.build("sft", arg, scales=SCALES, variants=VARIANTS)

@@ -6,141 +6,217 @@ Training starts at the reference, the SFT policy, whose log-probabilities of eve
 once and kept. Chosen and rejected go through the policy in one forward pass.
 
 Pairs of reviews have an empty prompt: DPO learns which whole reviews are better than others. The
-evaluation asks for something else, to go on from the opening words of a review that no stage has
+evaluation asks for something else: to continue the opening words of a review that no stage has
 seen, on the prompts of PPO-max and with its keys. DPO never sees the texts that it is judged by.
 
 Writes `model/`, report.md with figures, metrics.jsonl, config.json, summary.json and the cached
-`reference_*.npz` to the run folder. Deck: "DPO".
+`reference_*.npz` to the run folder.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import data, dpo_setup, harness, reporting, stages
-from experiments.dpo_setup import DPOConfig, PairSet, log_probs_of_pairs, sequence_log_probs
-from rlhf_jax import losses
-from rlhf_jax.evaluation import plots
-from rlhf_jax.evaluation.comparison import win_tie_lose
+from configs import common
+from experiments import command, reporting, stages
+from experiments.settings import EvalConfig, Shared, judge_names
+from rlhf_jax.data.batches import fixed_prompts, once_pairs, pair_batches
+from rlhf_jax.data.templates import stop_tokens
+from rlhf_jax.evaluation.comparison import Interval, bootstrap_interval, paired_outcomes
+from rlhf_jax.evaluation.judges import Judge, judge_pairs, make_judges
 from rlhf_jax.evaluation.panels import DPO_PANELS, PPO_PANELS
-from rlhf_jax.methods.reductions import weighted_sum
+from rlhf_jax.evaluation.plots import plot_dpo
+from rlhf_jax.methods import dpo, reward_model
+from rlhf_jax.methods.dpo import DPOConfig, PairSet
+from rlhf_jax.methods.pairwise import PairTrainConfig
+from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.rollouts.respond import AgainstBaseline, Respondent
+from rlhf_jax.rollouts.rollout import SamplingConfig, make_generate
 from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.sharding import Sharding
+from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
-from rlhf_jax.training.step import create_state, make_train_step
+from rlhf_jax.training.step import create_state
 
-_SAMPLED = {"judge/win_rate", "policy/kl_ref_sequence", "policy/perplexity", "response/distinct_2"}
+# The curves of sampled responses that show what DPO does to the policy.
+_SAMPLED = {"win_rate/*", "policy/kl_ref_sequence", "policy/perplexity", "response/distinct_2"}
 PANELS = (*DPO_PANELS, *(panel for panel in PPO_PANELS if _SAMPLED & set(panel.metrics)))
 
 
-def loss_fn(model: Transformer, batch: dict, *, config: DPOConfig) -> tuple[jax.Array, dict]:
-    """L = -log σ(β log(π(y⁺)/π_ref(y⁺)) - β log(π(y⁻)/π_ref(y⁻))), or what `config` names.
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The SFT policy: training starts there, and it is the reference."""
 
-    Args:
-      model: The policy π.
-      batch: Tokens, segments and loss mask `[B, 2, T]`, chosen first, `ref_log_probs [B, 2]`, and
-        weights from `weigh`.
-      config: The loss.
-    """
-    log_probs = sequence_log_probs(model, batch)
-    metrics = pair_metrics(log_probs, batch["ref_log_probs"], batch["pair_weights"], config=config)
-    if not config.sft_coef:
-        return metrics["loss/dpo"], metrics
-    return metrics["loss/dpo"] - config.sft_coef * metrics["dpo/chosen_log_prob"], metrics
+    model: str
+    build: bool
 
 
-def pair_metrics(
-    log_probs: jax.Array, ref_log_probs: jax.Array, weights: jax.Array, *, config: DPOConfig
-) -> dict[str, jax.Array]:
-    """Weighted sums over pairs: the loss, whichever it is, and what the policy thinks of them.
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Folders of what the report compares with."""
 
-    Args:
-      log_probs: `[B, 2]`, of the policy, chosen first; the loss is differentiated in it.
-      ref_log_probs: `[B, 2]`, of the reference.
-      weights: `[B]`, of each pair.
-      config: The loss.
-    """
-    four = (*log_probs.T, *ref_log_probs.T)
-    rewards = losses.implicit_rewards(log_probs, ref_log_probs, beta=config.beta)
-    chosen, rejected = rewards.T
-    numbers = {
-        "loss/dpo": config.loss(*four),
-        "dpo/accuracy": losses.preference_accuracy(chosen, rejected),
-        "dpo/margin": chosen - rejected,
-        "dpo/chosen_log_prob": log_probs[:, 0],
-        "dpo/rejected_log_prob": log_probs[:, 1],
-        "dpo/chosen_reward": chosen,
-        "dpo/rejected_reward": rejected,
-        "dpo/gradient_coefficient": losses.dpo_gradient_coefficient(*four, beta=config.beta),
+    ppo_max: str
+    reward_model: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Shared):
+    """Every key of configs/dpo.py."""
+
+    inputs: Inputs
+    compare: Compare
+    train: PairTrainConfig
+    dpo: DPOConfig
+    sampling: SamplingConfig
+    optimizer: OptimizerConfig
+    eval: EvalConfig
+    judges: tuple[str, ...]
+
+
+def pair_set(
+    settings: Settings, task: Task, tokenizer: Any, split: str, count: int, devices: int
+) -> PairSet:
+    """Pairs of a split, and all of them once in batches."""
+    pairs = task.preferences(tokenizer, split, max_length=settings.data.max_length, count=count)
+    batching = settings.train.batching(devices)
+    return PairSet(pairs, once_pairs(pairs, pad_id=tokenizer.pad_token_id, **batching))
+
+
+def make_respondents(
+    settings: Settings,
+    task: Task,
+    tokenizer: Any,
+    judges: Mapping[str, Judge],
+    reference: Transformer,
+    scorer: ScalarModel | None,
+    sharding: Sharding,
+) -> dict[str, Respondent]:
+    """Validation and test prompts to answer, the same as PPO-max's."""
+    pad_id, longest = tokenizer.pad_token_id, settings.data.longest_prompt
+    sampling = settings.eval.sampling.of(settings.sampling)
+    generate = make_generate(sampling, eos_ids=tuple(stop_tokens(tokenizer)), pad_id=pad_id)
+    return {
+        split: Respondent(
+            generate,
+            batches=fixed_prompts(
+                task.prompts(tokenizer, split, max_length=longest),
+                settings.eval.batch,
+                longest,
+                pad_id,
+                split,
+            ),
+            tokenizer=tokenizer,
+            judges=judges,
+            reference=reference,
+            reward_model=scorer,
+            sharding=sharding,
+            temperature=sampling.policy_temperature,
+            show=task.shown(tokenizer),
+        )
+        for split in ("validation", "test")
     }
-    return {name: weighted_sum(number, weights) for name, number in numbers.items()}
 
 
-_pair_metrics = jax.jit(pair_metrics, static_argnames="config")
+def policies_to_compare(
+    settings: Settings,
+    reference: Transformer,
+    policy: Transformer,
+    sharding: Sharding,
+    made_by: str,
+) -> tuple[dict[str, Transformer], tuple[str, ...]]:
+    """SFT, DPO and PPO-max where it has been trained; notes for the report say what is missing."""
+    policies, folder = {"SFT": reference, settings.label: policy}, settings.compare.ppo_max
+    if (Path(folder) / "config.json").exists():
+        loaded = stages.load_policy(folder, settings.model, sharding, frozen=True)
+        return policies | {"PPO-max": loaded}, ()
+    return policies, (f"PPO-max is not in this report: {folder} is missing; `{made_by}` makes it.",)
 
 
-def weigh(batch: dict) -> dict:
-    """Adds each pair's weight in the mean over the whole batch."""
-    valid = batch["valid"]
-    return {**batch, "pair_weights": valid / jnp.maximum(valid.sum(), 1)}
+def compare_on_pairs(
+    policies: Mapping[str, Transformer],
+    held_out: PairSet,
+    tokenizer: Any,
+    scorer: ScalarModel | None,
+    judges: Mapping[str, Judge],
+    sharding: Sharding,
+) -> dict[str, Interval]:
+    """How often each policy's implicit reward ranks a pair as people did; a tie counts one half.
 
-
-def evaluate(
-    model: Transformer, held_out: PairSet, ref_log_probs: np.ndarray, config: DPOConfig, sharding
-) -> dict[str, jax.Array]:
-    """`pair_metrics` of held-out pairs under names that begin with `eval/`."""
-    count = len(held_out.pairs)
-    log_probs = log_probs_of_pairs(model, held_out.batches, count, sharding)
-    weights = np.full(count, 1 / count, np.float32)
-    metrics = _pair_metrics(log_probs, ref_log_probs, weights, config=config)
-    return {f"eval/{name}": value for name, value in metrics.items()}
+    The first policy is the reference. The same for the reward model, the judges, and the
+    difference of the second policy and each judge, pair by pair; each with a 95% interval.
+    """
+    (_, reference), *others = policies.items()
+    under_reference = dpo.log_probs_of_pairs(
+        reference, held_out.batches, len(held_out.pairs), sharding
+    )
+    outcomes = {}
+    for name, model in others:
+        log_probs = dpo.log_probs_of_pairs(model, held_out.batches, len(held_out.pairs), sharding)
+        outcomes[name] = paired_outcomes(*(log_probs - under_reference).T)
+    first = next(iter(outcomes))
+    if scorer is not None:
+        scores = reward_model.score_pairs(scorer, held_out.batches, sharding)
+        outcomes["reward model"] = paired_outcomes(*scores)
+    for judge in judges.values():
+        judged = paired_outcomes(*judge_pairs(judge, held_out.pairs, tokenizer))
+        outcomes[judge.name] = judged
+        outcomes[f"{first} minus {judge.name}"] = outcomes[first] - judged
+    return {name: bootstrap_interval(values) for name, values in outcomes.items()}
 
 
 def main(config: ConfigDict) -> None:
     """Trains, compares with SFT and PPO-max and reports; resumes where an earlier run stopped."""
     distributed.require_one("DPO")
-    if stages.skip_if_finished(config, "DPO"):
+    settings = command.open_config("dpo", config, Settings)
+    if stages.is_finished(settings, "DPO"):
         return
-    dpo_config = DPOConfig(**config.dpo)
-    train, inputs, sharding = config.train, config.inputs, stages.make_sharding(config)
-    devices = sharding.mesh.size
+    train, data, sharding = settings.train, settings.data, settings.sharding.make()
+    task, devices = settings.task(), sharding.mesh.size
+    judges = make_judges(judge_names(settings.judges, task))
 
-    # 1. The SFT policy, as it is and to be trained; adapters leave one copy to be both.
+    # 1. The SFT policy, frozen and to be trained; with adapters one copy serves as both.
     folder = stages.require(
-        inputs.reference, stage="sft", variant=inputs.variant, build=inputs.build
+        settings.inputs.model,
+        stage="sft",
+        argument=common.stage_argument("sft", settings),
+        build=settings.inputs.build,
     )
     tokenizer = stages.load_tokenizer(folder)
-    policy = stages.make_tuning(config, stages.load_policy(folder, config, sharding))
-    reference = policy.trunk or stages.load_policy(folder, config, sharding, frozen=True)
+    policy = stages.make_tuning(settings, stages.load_policy(folder, settings.model, sharding))
+    reference = policy.trunk or stages.load_policy(folder, settings.model, sharding, frozen=True)
 
     # 2. Pairs that people have ranked; pairs and prompts to measure with.
-    pairs = data.preference_pairs(config, tokenizer, "train", config.data.pairs)
-    batches = data.pair_batches(pairs, tokenizer, train, config.seed, devices)
-    validation = dpo_setup.held_out_pairs(
-        config, tokenizer, "validation", config.data.validation_pairs, devices
+    # The reference's numbers are kept by pair, so pairs of a stream are read to their end first.
+    pairs = task.preferences(
+        tokenizer, "train", max_length=data.max_length, count=data.pairs
+    ).loaded()
+    batches = pair_batches(
+        pairs, seed=settings.seed, pad_id=tokenizer.pad_token_id, **train.batching(devices)
     )
-    test = dpo_setup.held_out_pairs(config, tokenizer, "test", config.data.eval_pairs, devices)
-    scorer = dpo_setup.load_reward_model(config, sharding)
-    respond = dpo_setup.make_respondents(config, tokenizer, reference, scorer, sharding)
+    validation, test = (
+        pair_set(settings, task, tokenizer, split, count, devices)
+        for split, count in (("validation", data.validation_pairs), ("test", data.eval_pairs))
+    )
+    scorer = None
+    if (Path(settings.compare.reward_model) / "config.json").exists():
+        scorer = stages.load_scalar(
+            settings.compare.reward_model, settings.model, sharding, frozen=True
+        )
+    respond = make_respondents(settings, task, tokenizer, judges, reference, scorer, sharding)
 
     # 3. Optimizer and the compiled step.
-    harness.positive("eval.every", config.eval.every)
-    optimizer, schedule = make_optimizer(OptimizerConfig(**config.optimizer), train.steps)
-    train_step = make_train_step(
-        functools.partial(loss_fn, config=dpo_config),
-        optimizer,
-        sharding,
-        microbatches=train.microbatches,
-        prepare=weigh,
-        trunk=policy.trunk,
-    )
+    optimizer, schedule = make_optimizer(settings.optimizer, train.steps)
+    train_step = dpo.make_step(settings.dpo, train, optimizer, sharding, trunk=policy.trunk)
     state = create_state(policy.take(), optimizer, sharding)
-    harness.banner(
+    reporting.banner(
         "DPO",
         {
             "policy": f"{stages.parameters_line(policy, state.model)}, from {folder}",
@@ -150,17 +226,17 @@ def main(config: ConfigDict) -> None:
             "batches": batches.describe(),
             "updates": f"{train.steps:,}, {train.steps / batches.steps_per_epoch:.2f} epochs",
             "devices": f"{devices}, {sharding.mode}",
-            "run folder": config.workdir,
+            "run folder": settings.workdir,
         },
     )
     # The same key as in ppo_max, so that SFT gives the same responses there and here.
-    _, eval_key = jax.random.split(jax.random.key(config.seed))
-    sft_valid = respond["validation"](reference, eval_key, config.eval.prompts)
+    _, eval_key = jax.random.split(jax.random.key(settings.seed))
+    compare = AgainstBaseline(respond["validation"], reference, eval_key, settings.eval.prompts)
 
-    show = ("loss/dpo", "dpo/accuracy", "judge/win_rate")
-    with harness.Run(config, total=train.steps, desc="DPO", show=show) as run:
+    show = ("loss/dpo", "dpo/accuracy", *(f"win_rate/{name}" for name in judges))
+    with settings.run(train.steps, "DPO", show=show) as run:
         # 4. log π_ref of both sides of every pair, once.
-        cache = functools.partial(dpo_setup.reference_log_probs, reference, sharding=sharding)
+        cache = functools.partial(dpo.reference_log_probs, reference, sharding=sharding)
         ref_train = cache(run.workdir / "reference_train.npz", pairs, batches.once())
         ref_valid = cache(run.workdir / "reference_validation.npz", *validation)
 
@@ -171,35 +247,35 @@ def main(config: ConfigDict) -> None:
             batch["ref_log_probs"] = ref_train[batch["index"]]
             state, metrics = train_step(state, sharding.put_batch(batch))
             metrics["optim/learning_rate"] = schedule(step)
-            if (step + 1) % config.eval.every == 0 or step + 1 == train.steps:
+            if run.is_due(step, settings.eval.every):
                 model = policy.sampling_model(state.model)
-                metrics |= evaluate(model, validation, ref_valid, dpo_config, sharding)
-                answers = respond["validation"](model, eval_key, config.eval.prompts)
-                wins = win_tie_lose(answers.judged, sft_valid.judged)
-                metrics |= {f"eval/{k}": v for k, v in answers.statistics.items()}
-                metrics["judge/win_rate"] = wins.win_rate
+                metrics |= dpo.evaluate(model, validation, ref_valid, settings.dpo, sharding)
+                metrics |= compare(model)
             run.log(step, metrics)
             run.checkpoint(step, state, batches)
 
     # 6. Save, compare on prompts and pairs that no stage has seen, report.
     trained = stages.save_tuned(policy, state.model, run.workdir, tokenizer, base=folder)
-    policies, notes = dpo_setup.policies_to_compare(config, reference, trained, sharding)
+    argument = common.stage_argument("ppo_max", settings)
+    made_by = f"python -m experiments.ppo_max --config configs/ppo_max.py:{argument}"
+    policies, notes = policies_to_compare(settings, reference, trained, sharding, made_by)
     answers = {
-        name: respond["test"](model, eval_key, config.eval.final_prompts)
+        name: respond["test"](model, eval_key, settings.eval.final_prompts)
         for name, model in policies.items()
     }
-    accuracy = dpo_setup.compare_on_pairs(policies, test, tokenizer, scorer, sharding)
+    accuracy = compare_on_pairs(policies, test, tokenizer, scorer, judges, sharding)
     for name in set(answers) & set(accuracy):
         answers[name].statistics["pairs/accuracy"] = accuracy[name].value
     reporting.write(
-        config,
+        settings,
         run,
         answers,
-        plot=functools.partial(plots.plot_dpo, panels=PANELS),
-        notes=(dpo_setup.tell_accuracy(accuracy, len(test.pairs)), *notes),
+        judges,
+        plot=functools.partial(plot_dpo, panels=PANELS),
+        notes=(reporting.accuracy_line(accuracy, len(test.pairs)), *notes),
         summary={"pair_accuracy": accuracy, "held_out_pairs": len(test.pairs)},
     )
 
 
 if __name__ == "__main__":
-    harness.cli(main, default="configs/dpo.py:quickstart")
+    command.cli(main, default="configs/dpo.py:quickstart")

@@ -3,11 +3,12 @@
   python -m experiments.inspect_data --config configs/sft.py:quickstart --count 3
 
 Trained tokens are green, what is only read is grey; without a terminal or with NO_COLOR set, the
-trained stretches stand between [[ and ]].
+trained stretches are enclosed in [[ and ]].
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
@@ -17,34 +18,51 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import data, harness
+from configs import common
+from experiments import command
+from experiments.settings import DataConfig
 from rlhf_jax.data.inspect import legend, lengths_line, render, use_color
 from rlhf_jax.data.schemas import EncodedPair
 from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
+from rlhf_jax.runtime.settings import typed
+from rlhf_jax.tasks import Task
 
 
-def tokenizer_of(config: ConfigDict) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a tokenizer comes from.
+
+    Attributes:
+      folder: folder of a model that has it; empty if there is none.
+      stage: argument of configs/sft.py, whose run would train it.
+    """
+
+    folder: str
+    stage: str
+
+
+def tokenizer_of(origin: Origin) -> Any:
     """The tokenizer that the experiment would use; trained here where no run has saved it yet."""
-    inputs = config.inputs
-    folder = next(inputs[key] for key in ("model", "reference") if key in inputs)
+    folder = origin.folder
     if folder and (Path(folder).exists() or not folder.startswith("runs/")):
         return load_tokenizer(folder)
-    sft = config
-    if "tokenizer" not in config:
-        print(f"{folder} is missing: training the tokenizer of configs/sft.py:{inputs.variant}")
-        sft = importlib.import_module("configs.sft").get_config(inputs.variant)
+    if folder:
+        print(f"{folder} is missing: training the tokenizer of configs/sft.py:{origin.stage}")
+    sft = importlib.import_module("configs.sft").get_config(origin.stage)
     if sft.inputs.model:
         return load_tokenizer(sft.inputs.model)
-    return train_bpe(data.tokenizer_texts(sft), sft.tokenizer.vocab_size)
+    task = typed(DataConfig, sft.data.to_dict()).task(sft.seed)
+    return train_bpe(task.texts(), sft.tokenizer.vocab_size)
 
 
-def examples_of(config: ConfigDict, tokenizer: Any, split: str) -> Sequence[Any]:
+def examples_of(task: Task, data: DataConfig, tokenizer: Any, split: str) -> Sequence[Any]:
     """Pairs, prompts or documents: what the config's data section is for."""
-    if "pairs" in config.data:
-        return data.preference_pairs(config, tokenizer, split, config.data.pairs)
-    if "prompt_buckets" in config.data:
-        return data.prompts(config, tokenizer, split)
-    return data.sft_documents(config, tokenizer, split)
+    if data.pairs:
+        pairs = task.preferences(tokenizer, split, max_length=data.max_length, count=data.pairs)
+        return pairs.loaded()
+    if data.prompt_buckets:
+        return task.prompts(tokenizer, split, max_length=data.longest_prompt).loaded()
+    return task.documents(tokenizer, split, max_length=data.max_length).loaded()
 
 
 def length_of(example: Any) -> int:
@@ -56,8 +74,11 @@ def length_of(example: Any) -> int:
 
 def main(config: ConfigDict, count: int, split: str) -> None:
     """Prints `count` examples of a split."""
-    tokenizer = tokenizer_of(config)
-    examples = examples_of(config, tokenizer, split)
+    config = common.resolve(config)
+    data = typed(DataConfig, config.data.to_dict())
+    origin = Origin(config.inputs.model, common.stage_argument("sft", config))
+    tokenizer = tokenizer_of(origin)
+    examples = examples_of(data.task(config.seed), data, tokenizer, split)
     print(lengths_line([length_of(example) for example in examples]))
     color = use_color(sys.stdout)
     print(f"\n{legend(color=color)}")
@@ -68,7 +89,7 @@ def main(config: ConfigDict, count: int, split: str) -> None:
 if __name__ == "__main__":
     COUNT = flags.DEFINE_integer("count", 3, "how many examples to show", lower_bound=0)
     SPLIT = flags.DEFINE_string("split", "train", "train, validation or test")
-    harness.cli(
+    command.cli(
         lambda config: main(config, COUNT.value, SPLIT.value),
         default="configs/sft.py:quickstart",
     )

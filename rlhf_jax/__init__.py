@@ -1,3 +1,3 @@
 """RLHF for language models in JAX. Importing this package does no work; import what you need."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -14,5 +14,8 @@ for _name, _value in _FLAGS.items():
 
 import jax  # noqa: E402
 
+from rlhf_jax.runtime.compiler_guard import guard_cpu_compiler  # noqa: E402
+
+guard_cpu_compiler()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)

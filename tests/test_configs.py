@@ -1,6 +1,5 @@
-"""Configs: every variant builds and changes something, every key is read, wrong input is told."""
+"""Configs: every variant builds and changes something, every key is read, errors are one line."""
 
-import dataclasses
 import importlib
 import re
 from pathlib import Path
@@ -8,32 +7,12 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from configs import dpo, ppo_max, reward_model, sft
-from experiments.dpo_setup import DPOConfig
-from rlhf_jax.methods.ppo import PPOConfig
-from rlhf_jax.methods.trpo import TRPOConfig
-from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.lora import LoRAConfig
-from rlhf_jax.rollouts.experience import AdvantageConfig, RewardConfig
-from rlhf_jax.rollouts.rollout import SamplingConfig
-from rlhf_jax.training.optimizers import OptimizerConfig
+from configs import common, dpo, ppo_max, reward_model, sft
+from rlhf_jax.runtime.settings import typed
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem[0] != "_")
 EXPERIMENTS.remove("common")
-# Groups that are passed on whole, as keywords of these classes.
-SPLATTED = {
-    "model": ModelConfig,
-    "lora": LoRAConfig,
-    "optimizer": OptimizerConfig,
-    "critic_optimizer": OptimizerConfig,
-    "sampling": SamplingConfig,
-    "reward": RewardConfig,
-    "advantage": AdvantageConfig,
-    "ppo": PPOConfig,
-    "dpo": DPOConfig,
-    "trpo": TRPOConfig,
-}
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> dict:
@@ -55,18 +34,28 @@ def get(experiment: str, arg: str) -> ConfigDict:
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_key_is_read_by_code(experiment):
-    source = "".join(path.read_text() for path in (ROOT / "experiments").glob("*.py"))
-    source += (ROOT / "configs" / "common.py").read_text()
+def test_every_key_has_a_typed_field(experiment):
+    """Settings refuse a key without a field, so a config holds no key that nobody declared."""
+    settings = importlib.import_module(f"experiments.{experiment}").Settings
     for scale in scales_of(experiment):
-        for key in leaves(get(experiment, scale)):
-            *groups, leaf = key.split(".")
-            group = groups[-1] if groups else ""
-            if group in SPLATTED and re.search(rf"\*\*config\.{group}\b", source):
-                fields = {field.name for field in dataclasses.fields(SPLATTED[group])}
-                assert leaf in fields, f"{key} is no field of {SPLATTED[group].__name__}"
-            else:
-                assert re.search(rf"\b\w+\.{leaf}\b", source), f"nothing reads {key}"
+        typed(settings, common.resolve(get(experiment, scale)).to_dict())
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_key_is_explained_where_it_stands(experiment):
+    """A comment after the key, or in the lines right above it."""
+    explained = set()
+    for path in (ROOT / "configs").glob("*.py"):
+        lines = path.read_text().splitlines()
+        for number, line in enumerate(lines):
+            key = re.match(r"\s+(?:config|keys|data)\.([\w.]+) = ", line)
+            if key and ("  # " in line or lines[number - 1].lstrip().startswith("# ")):
+                explained.add(key[1].split(".")[-1])
+    keys = {key.split(".")[-1] for key in leaves(get(experiment, "quickstart"))}
+    # Sizes and counts whose names say it all.
+    plain = {"hidden_size", "num_layers", "num_heads", "intermediate_size", "wandb_project"}
+    plain |= {"prompts_per_iteration", "samples_per_prompt", "tensorboard"}
+    assert sorted(keys - explained - plain) == []
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -76,7 +65,7 @@ def test_scales_include_the_common_ones(experiment):
 
 @pytest.mark.parametrize("variant", sorted(ppo_max.VARIANTS))
 def test_every_variant_of_ppo_max_changes_the_config(variant):
-    ignore = {"workdir", "label"}
+    ignore = {"workdir", "label", "variants"}
     base, changed = leaves(get("ppo_max", "quickstart")), leaves(get("ppo_max", variant))
     differing = {key for key in base if base[key] != changed[key]} - ignore
     # The quickstart's own η is that of Figure 7, so this variant only names it.
@@ -100,18 +89,18 @@ def test_figures_differ_from_vanilla_in_one_thing():
     for variant, keys in expected.items():
         changed = leaves(get("ppo_max", variant))
         differing = {key for key in vanilla if vanilla[key] != changed[key]}
-        assert differing - {"workdir", "label"} == keys, variant
+        assert differing - {"workdir", "label", "variants"} == keys, variant
 
 
 def test_figure_8_differs_from_ppo_max_in_one_thing():
     ppo_max_itself = leaves(get("ppo_max", "quickstart"))
     for variant, keys in {
-        "policy_pretrained": {"inputs.policy_variant", "inputs.policy"},
+        "policy_pretrained": {"inputs.policy_variant"},
         "critic_sft": {"train.critic_init"},
     }.items():
         changed = leaves(get("ppo_max", variant))
         differing = {key for key in changed if changed[key] != ppo_max_itself[key]}
-        assert differing - {"workdir", "label"} == keys, variant
+        assert differing - {"workdir", "label", "variants"} == keys, variant
 
 
 def test_values_with_commas_and_words_for_flags():
@@ -133,8 +122,22 @@ def test_paper_numbers():
     )
     assert (config.train.prompts_per_iteration, config.train.minibatch) == (128, 32)
     assert (config.kl.coef, config.advantage.lambda_, config.reward.clip) == (0.05, 0.9, 0.8)
-    # 250 buffers x 128 / 32 = 1000 updates.
-    assert config.train.iterations * 128 // 32 == 1000
+    # 250 buffers x 128 / 32 = 1000 updates of the policy.
+    policy = config.train.iterations - config.train.critic_pretrain_iterations
+    assert policy * 128 // 32 == 1000
+    longer = [ppo_max.get_config(f"paper_en,{name}").train for name in ("steps_0.8", "steps_10")]
+    updates = [4 * (train.iterations - train.critic_pretrain_iterations) for train in longer]
+    assert updates == [800, 10_000]
+    sampling = common.flat(config.eval.sampling)
+    assert (sampling["temperature"], sampling["top_p"]) == (0.8, 0.9)
+    # 2 epochs; 168 pairs in each of 1000 steps are 1.05 of 160k.
+    assert (sft.get_config("paper_en").train.epochs, sft.get_config("paper_en").train.steps) == (
+        2,
+        0,
+    )
+    pairs = reward_model.get_config("paper_en").train
+    assert pairs.min_pairs == pairs.max_pairs == 168 and 168 * pairs.steps / 160_000 == 1.05
+    assert reward_model.get_config("paper_zh").data.eval_pairs == 3_000
     assert sft.get_config("paper_en").optimizer.learning_rate == 9.5e-6
     assert reward_model.get_config("paper_en").optimizer.learning_rate == 5e-6
     assert reward_model.get_config("paper_en").loss.lm_coef == 1.0
@@ -144,6 +147,8 @@ def test_moss_numbers():
     config = ppo_max.get_config("moss_zh")
     assert (config.kl.coef, config.reward.transform, config.ppo.ptx_coef) == (0.1, "scale", 0.0)
     assert (config.sampling.temperature, config.sampling.top_p) == (0.8, 0.9)
+    assert (config.train.minibatch, config.sharding.devices, config.seed) == (14, 7, 42)
+    assert max(config.data.prompt_buckets) + config.sampling.max_new_tokens == 2048
     assert ppo_max.get_config("moss_en").kl.coef == 0.01
     assert reward_model.get_config("moss_en").loss.lm_coef == 0.0
 
@@ -151,10 +156,35 @@ def test_moss_numbers():
 def test_variants_and_assignments_combine():
     config = ppo_max.get_config("tiny,reward_scale,seed=3,ppo.clip_eps=0.1")
     assert config.reward.transform == "scale" and config.ppo.clip_eps == 0.1
-    assert config.workdir == "runs/ppo_max/tiny-reward_scale-seed=3-ppo.clip_eps=0.1"
-    assert config.inputs.policy == "runs/sft/tiny-seed=3/model"
+    config = common.resolve(config)
+    assert config.workdir == "runs/ppo_max/tiny-reward_scale-ppo.clip_eps=0.1-seed=3"
+    assert config.inputs.model == "runs/sft/tiny-seed=3/model"
     assert config.inputs.reward_model == "runs/reward_model/tiny-seed=3/model"
-    assert config.inputs.variant == "tiny,seed=3"
+    assert common.stage_argument("sft", config) == "tiny,seed=3"
+
+
+def test_flags_and_assignments_mean_the_same():
+    """A flag sets a key after `get_config`: run folder and stages before follow it all the same."""
+    flagged = ppo_max.get_config("tiny")
+    flagged.seed, flagged.ppo.clip_eps = 3, 0.1
+    assigned = common.resolve(ppo_max.get_config("tiny,seed=3,ppo.clip_eps=0.1"))
+    assert leaves(common.resolve(flagged)) == leaves(assigned)
+    # What does not change the numbers does not name a folder.
+    free = ppo_max.get_config("tiny,log.tensorboard=False,checkpoint.every=1")
+    assert common.resolve(free).workdir == "runs/ppo_max/tiny"
+
+
+@pytest.mark.parametrize(
+    ("argument", "now"),
+    [
+        ("tiny,train.microbatch=4", "train.microbatches"),
+        ("tiny,inputs.policy=x", "inputs.model"),
+        ("paper", "paper_en"),
+    ],
+)
+def test_old_names_are_refused_with_the_new_one(argument, now):
+    with pytest.raises(ValueError, match=rf"\(now {now}"):
+        ppo_max.get_config(argument)
 
 
 @pytest.mark.parametrize(
@@ -167,23 +197,32 @@ def test_variants_and_assignments_combine():
         ("tiny,ppo.clip_eps.deeper=1", "unknown config key"),
     ],
 )
-def test_wrong_arguments_are_told_in_one_line(arg, message):
+def test_wrong_arguments_are_one_line(arg, message):
     with pytest.raises(ValueError, match=message) as caught:
         ppo_max.get_config(arg)
     assert "\n" not in str(caught.value)
 
 
 def test_stages_before_are_those_on_the_same_data():
-    argument = "tiny,seed=2,data.source=hh:/data/hh"
-    config = ppo_max.get_config(argument)
-    assert config.workdir == "runs/ppo_max/tiny-seed=2-data.source=hh:_data_hh"
-    assert config.inputs.variant == argument
-    before = sft.get_config(config.inputs.variant), reward_model.get_config(config.inputs.variant)
-    assert config.inputs.reference == config.inputs.policy == f"{before[0].workdir}/model"
+    argument = "tiny,data.source=hh:/data/hh,seed=2"
+    config = common.resolve(ppo_max.get_config(argument))
+    assert config.workdir == "runs/ppo_max/tiny-data.source=hh:_data_hh-seed=2"
+    before = [common.resolve(stage.get_config(argument)) for stage in (sft, reward_model)]
+    assert config.inputs.reference == config.inputs.model == f"{before[0].workdir}/model"
     assert config.inputs.reward_model == f"{before[1].workdir}/model"
     assert before[1].inputs.model == f"{before[0].workdir}/model"
-    after = dpo.get_config(argument)
-    assert after.inputs.reference == config.inputs.reference
+    assert common.stage_argument("sft", config) == argument
+    after = common.resolve(dpo.get_config(argument))
+    assert after.inputs.model == config.inputs.reference
     assert after.compare.ppo_max == f"{config.workdir}/model"
-    given = ppo_max.get_config(f"{argument},inputs.policy=runs/mine/model")
-    assert given.inputs.policy == "runs/mine/model"
+    given = common.resolve(ppo_max.get_config(f"{argument},inputs.model=runs/mine/model"))
+    assert given.inputs.model == "runs/mine/model"
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_stages_before_exist_for_every_scale(experiment):
+    """The command that an error or `build` names can be run."""
+    for scale in scales_of(experiment):
+        config = get(experiment, scale)
+        for stage in ("sft", "reward_model") if experiment == "ppo_max" else ("sft",):
+            get(stage, common.stage_argument(stage, config))

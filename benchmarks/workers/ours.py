@@ -11,13 +11,15 @@ import numpy as np
 
 from benchmarks.workers.turns import Turns, repeat
 from configs import ppo_max as ppo_max_config
-from experiments import dpo, dpo_setup, ppo_max, ppo_setup, sft
-from experiments.responses import jit_generate
-from rlhf_jax import losses
+from experiments.command import open_config
+from experiments.ppo_max import Settings
+from rlhf_jax.methods import dpo, sft
+from rlhf_jax.methods.ppo_max import PPOMax, PPOMaxConfig
 from rlhf_jax.models.files import hf_weights
 from rlhf_jax.models.heads import ScalarModel
-from rlhf_jax.rollouts.experience import AdvantageConfig, take
-from rlhf_jax.rollouts.rollout import SamplingConfig, generate
+from rlhf_jax.models.lora import Tuning
+from rlhf_jax.rollouts.rollout import SamplingConfig, make_generate
+from rlhf_jax.runtime.compiler_guard import guard_cpu_compiler
 from rlhf_jax.runtime.host_memory import reuse_freed_memory
 from rlhf_jax.runtime.sharding import Sharding, make_mesh
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -34,9 +36,7 @@ def tokens_of(*shape: int, vocab: int) -> np.ndarray:
 def generation(spec: dict):
     """Samples `new` tokens after prompts of `prompt`, with their log-probabilities."""
     model = hf_weights.load_model(spec["model"])
-    sampler = jax.jit(
-        functools.partial(generate, config=SamplingConfig(spec["new"]), eos_ids=NO_EOS, pad_id=0)
-    )
+    sampler = make_generate(SamplingConfig(spec["new"]), eos_ids=NO_EOS, pad_id=0)
     prompts = tokens_of(spec["batch"], spec["prompt"], vocab=model.config.vocab_size)
     mask = np.ones(prompts.shape, bool)
     seeds = iter(range(10**6))
@@ -52,7 +52,7 @@ def supervised(spec: dict):
     """One update on `batch` rows of `length` tokens: forward, backward, clipping, AdamW."""
     model, sharding = hf_weights.load_model(spec["model"]), Sharding(make_mesh(1), "zero2")
     optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=1e-5), 1000)
-    step = make_train_step(sft.loss_fn, optimizer, sharding, prepare=sft.weigh)
+    step = make_train_step(sft.loss_fn, optimizer, sharding, prepare=sft.prepare)
     state = create_state(model, optimizer, sharding)
     tokens = tokens_of(spec["batch"], spec["length"], vocab=model.config.vocab_size)
     batch = {"tokens": tokens, "segments": np.ones_like(tokens)}
@@ -71,9 +71,9 @@ def preferences(spec: dict):
     model, sharding = hf_weights.load_model(spec["model"]), Sharding(make_mesh(1), "zero2")
     reference = jax.tree.map(jnp.copy, model)
     optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=1e-6), 1000)
-    loss = functools.partial(dpo.loss_fn, config=dpo_setup.DPOConfig("dpo", beta=0.1))
-    step = make_train_step(loss, optimizer, sharding, prepare=dpo.weigh)
-    state, score = create_state(model, optimizer, sharding), jax.jit(dpo_setup.sequence_log_probs)
+    loss = functools.partial(dpo.loss_fn, config=dpo.DPOConfig("dpo", beta=0.1))
+    step = make_train_step(loss, optimizer, sharding, prepare=dpo.prepare)
+    state, score = create_state(model, optimizer, sharding), jax.jit(dpo.sequence_log_probs)
     length = spec["prompt"] + spec["new"]
     tokens = tokens_of(spec["batch"], 2, length, vocab=model.config.vocab_size)
     mask = np.broadcast_to(np.arange(length) >= spec["prompt"], tokens.shape)
@@ -90,54 +90,49 @@ def preferences(spec: dict):
     return work
 
 
-def ppo_config(spec: dict):
+def ppo_config(spec: dict) -> PPOMaxConfig:
     """PPO-max without the ptx loss, which the peers do not have, at the sizes of the case."""
     config = ppo_max_config.get_config("quickstart")
+    # More iterations than anybody measures, so that the learning rate stays what it is.
     config.train.update(
-        prompts_per_iteration=spec["batch"], minibatch=spec["batch"], microbatch=spec["batch"]
+        iterations=1000, prompts_per_iteration=spec["batch"], minibatch=spec["batch"]
     )
     config.train.critic_pretrain_iterations = 0
     config.sampling.max_new_tokens = spec["new"]
     config.ppo.ptx_coef = 0.0
-    return config
+    return open_config("ppo_max", config, Settings).method()
 
 
 def ppo_step(spec: dict):
     """One iteration: sample, score with three models, advantages, update policy and critic."""
-    config, sharding = ppo_config(spec), Sharding(make_mesh(1), "zero2")
     policy = hf_weights.load_model(spec["model"])
     vocab = policy.config.vocab_size
     reference = jax.tree.map(jnp.copy, policy)
     reward_model, critic = (ScalarModel(reference, jax.random.key(seed)) for seed in (1, 2))
-    sampler = jit_generate(config, NO_EOS, 0, sharding)
-    score = ppo_setup.make_score(config, AdvantageConfig(**config.advantage), sharding)
-    optimizers, _ = ppo_setup.make_optimizers(config, 1000)
-    policy_step, critic_step = ppo_setup.make_updates(config, sharding, optimizers)
-    state = ppo_max.PPOState(
-        policy=create_state(policy, optimizers[0], sharding),
-        critic=create_state(critic, optimizers[1], sharding),
-        moments=losses.RunningMoments.zeros(),
-        kl_coef=jnp.float32(config.kl.coef),
-        penalty_coef=jnp.float32(config.penalty.coef),
+    method = PPOMax(
+        ppo_config(spec),
+        policy=Tuning(policy),
+        reference=reference,
+        reward_model=reward_model,
+        make_critic=lambda _: Tuning(critic),
+        eos_ids=NO_EOS,
+        pad_id=0,
+        sharding=Sharding(make_mesh(1), "zero2"),
     )
+    state, iterations = method.start(), iter(range(10**6))
     prompts = tokens_of(spec["batch"], spec["prompt"], vocab=vocab)
-    batch = {"tokens": prompts, "mask": np.ones(prompts.shape, bool)}
-    steps = (policy_step, critic_step, jax.jit(take))
-    iterations = iter(range(10**6))
+    asked = {"tokens": prompts, "mask": np.ones(prompts.shape, bool)}
 
     def work():
         nonlocal state
-        number, placed = next(iterations), sharding.put_batch(batch)
-        rollout = sampler(
-            state.policy.model, placed["tokens"], placed["mask"], jax.random.key(number)
-        )
-        experience, moments = score(
-            rollout, reference, reward_model, state.critic.model, state.moments, state.kl_coef
-        )
-        state, metrics = ppo_max.update(
-            state.replace(moments=moments), experience, config, number, steps, None, sharding
-        )
-        jax.device_get(metrics | ppo_max.experience_metrics(experience))
+        number = next(iterations)
+        rollout = method.sample(state, asked, number)
+        experience, state = method.score(state, rollout)
+        updates = []
+        for minibatch in method.minibatches(experience, number):
+            state, metrics = method.update(state, minibatch, iter(()), number)
+            updates.append(metrics)
+        jax.device_get(method.metrics(experience, updates))
 
     return work
 
@@ -150,6 +145,7 @@ def main() -> None:
     turns = Turns("jax", "flax", "optax", "numpy")  # before jax starts: it pins the process
     reuse_freed_memory()  # as every experiment does
     jax.config.update("jax_platforms", "cpu")
+    guard_cpu_compiler()
     work = CASES[turns.spec["case"]](turns.spec)
     turns.hello()
     repeat(turns, work)

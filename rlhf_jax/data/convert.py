@@ -41,15 +41,15 @@ def rows_of_kind(
     """Brings rows to a kind; keeps those that belong to the split, and each prompt once.
 
     Args:
-      rows: Of any of the shapes above.
+      rows: of any of the shapes above.
       kind: "sft", "preference" or "prompt": rows become those of `as_sft`, `as_preference` or
         `as_prompt`.
       split: "train", "validation", "test" or "all".
-      drops: Counts what is left out.
-      belongs: Whether a converted row is of the split; by default a hash of its text says so.
+      drops: counts what is left out.
+      belongs: whether a converted row is of the split; by default a hash of its text says so.
 
     Raises:
-      ValueError: A row is of no such shape; names the row.
+      ValueError: a row is of no such shape; names the row.
     """
     seen: set[bytes] = set()
     for number, row in enumerate(rows):

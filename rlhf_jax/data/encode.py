@@ -179,11 +179,11 @@ def encode_prompt(
     """Encodes a prompt, open for the assistant's words.
 
     Args:
-      prompt: Text to go on with, or messages.
+      prompt: text to go on with, or messages.
       tokenizer: see `templates.ChatTokenizer`.
-      max_length: The most tokens.
-      drops: Counts the prompt.
-      opening: Words with which the assistant has begun its turn: the policy goes on with them.
+      max_length: the most tokens.
+      drops: counts the prompt.
+      opening: words with which the assistant has begun its turn: the policy goes on with them.
     """
     drops = DropCounts() if drops is None else drops
     content = prompt if isinstance(prompt, str) else _last_content(prompt)

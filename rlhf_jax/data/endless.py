@@ -50,7 +50,7 @@ class Batches(abc.ABC):
         another number of processes.
 
         Args:
-          rows: From the rows of a batch to those of this process; `Sharding.local_rows`.
+          rows: from the rows of a batch to those of this process; `Sharding.local_rows`.
         """
         self._share = rows
         return self

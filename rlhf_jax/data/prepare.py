@@ -58,20 +58,20 @@ def prepared(
 
     Args:
       kind: "sft", "preference" or "prompt".
-      rows: Opens the rows; called where no store holds them.
-      tokenizer: With a chat template.
-      max_length: The most tokens of a row (of each side of a pair).
-      drops: Counts what was kept, dropped and truncated, also where a store is opened.
-      name: Of source and split, as messages call them.
-      decides: All that decides the rows; equal lists open one store. None: rows stay in memory,
+      rows: opens the rows; called where no store holds them.
+      tokenizer: with a chat template.
+      max_length: the most tokens of a row (of each side of a pair).
+      drops: counts what was kept, dropped and truncated, also where a store is opened.
+      name: of source and split, as messages call them.
+      decides: all that decides the rows; equal lists open one store. None: rows stay in memory,
         however many they are.
-      total: How many rows the progress bar counts up to; 0 where nobody knows.
-      cache: Folder of the stores; by default one below `archives.cache_dir()`.
-      in_memory: The most rows of a list; by default `IN_MEMORY`.
-      say: Reports which store is opened or was written.
+      total: how many rows the progress bar counts up to; 0 where nobody knows.
+      cache: folder of the stores; by default one below `archives.cache_dir()`.
+      in_memory: the most rows of a list; by default `IN_MEMORY`.
+      say: reports which store is opened or was written.
 
     Raises:
-      ValueError: No row is left, a row is wrong, or the cache cannot be written.
+      ValueError: no row is left, a row is wrong, or the cache cannot be written.
     """
 
     def encode() -> Sequence[Any]:
@@ -139,13 +139,13 @@ def encoded_rows(
 
     Args:
       kind: "sft", "preference" or "prompt".
-      rows: Read as they are needed; for their shapes see `schemas`.
-      tokenizer: With a chat template.
-      max_length: The most tokens of a row.
-      drops: Counts the rows.
+      rows: read as they are needed; for their shapes see `schemas`.
+      tokenizer: with a chat template.
+      max_length: the most tokens of a row.
+      drops: counts the rows.
 
     Raises:
-      ValueError: A row is wrong; names the row.
+      ValueError: a row is wrong; names the row.
     """
     chat, drops = ChatTokenizer(tokenizer), DropCounts() if drops is None else drops
     rows, number = iter(rows), 0

@@ -23,7 +23,7 @@ def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
     """Returns the ids that end a response: the template's end-of-turn token, and EOS.
 
     Raises:
-      ValueError: The template ends the assistant's turn with no token at all.
+      ValueError: the template ends the assistant's turn with no token at all.
     """
     return ChatTokenizer(tokenizer).stop_tokens
 
@@ -50,7 +50,7 @@ class ChatTokenizer:
     template and special tokens must not change while this is used.
 
     Args:
-      tokenizer: A tokenizer of transformers.
+      tokenizer: a tokenizer of transformers.
     """
 
     def __init__(self, tokenizer: Any):
@@ -88,15 +88,15 @@ class ChatTokenizer:
         """Splits the rendered conversation into what the assistant reads and what it says.
 
         Args:
-          messages: The conversation.
-          opened: The messages are a prompt; the template is left open for the assistant. Otherwise
+          messages: the conversation.
+          opened: the messages are a prompt; the template is left open for the assistant. Otherwise
             the text ends with the last turn of the assistant.
 
         Returns:
           Pieces in order, none empty; a trained piece is one turn, its stop token included.
 
         Raises:
-          ValueError: The template refuses the messages, is not stable under prefixes, or ends a
+          ValueError: the template refuses the messages, is not stable under prefixes, or ends a
             turn without its stop token.
         """
         stop = self._profile.stop
@@ -142,8 +142,8 @@ class ChatTokenizer:
         line break, whose ids are then taken off.
 
         Args:
-          text: The piece.
-          first: Whether nothing but BOS comes before it.
+          text: the piece.
+          first: whether nothing but BOS comes before it.
         """
         known = self._ids.get((text, first))
         if known is not None:
@@ -160,7 +160,7 @@ class ChatTokenizer:
         Inside, a conversation is also rendered once: two answers to one prompt share its prefixes.
 
         Args:
-          rows: Of any kind; those that are wrong are passed over.
+          rows: of any kind; those that are wrong are passed over.
         """
         self._rendered = {}
         try:

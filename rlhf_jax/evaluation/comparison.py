@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,15 +52,15 @@ def win_tie_lose(
 
         o_i = 1[a_i − b_i > tol] + ½ 1[|a_i − b_i| ≤ tol],  win rate = mean o_i
 
-    The outcomes o_i, one a prompt, are what is resampled, so the pairing is kept.
+    The outcomes o_i, one per prompt, are resampled, so the pairing is kept.
 
     Args:
-      scores_a: float [N], a judge's scores of A's responses; or [N, S] for S responses a prompt,
+      scores_a: float [N], a judge's scores of A's responses; or [N, S] for S responses per prompt,
         which are compared one by one and averaged within the prompt before resampling.
-      scores_b: the same of B, same shape.
+      scores_b: the same for B, same shape.
       tie_tol: largest absolute difference that is a tie.
-      seed: of the bootstrap.
-      num_resamples: of the bootstrap.
+      seed: seed of the bootstrap.
+      num_resamples: number of bootstrap resamples.
 
     Returns:
       A `WinRate`, shares in [0, 1].
@@ -119,7 +120,7 @@ def bootstrap_interval(
     Args:
       x: float [N], one value for each independent unit (a prompt, not a token).
       statistic: reduces the last axis and takes `axis=-1`, e.g. `np.mean`, `np.median`.
-      level: of the interval, in (0, 1).
+      level: coverage of the interval, in (0, 1).
       num_resamples: number of resamples.
       seed: the same seed gives the same interval.
 
@@ -134,16 +135,26 @@ def bootstrap_interval(
         raise ValueError(f"x must be [N] with N > 0, got shape {x.shape}")
     if not 0 < level < 1 or num_resamples < 1:
         raise ValueError(f"need 0 < level < 1 and num_resamples >= 1, got {level}, {num_resamples}")
-    rng = np.random.default_rng(seed)
-    rows = max(1, _MAX_BOOTSTRAP_CELLS // x.size)
-    estimates = np.concatenate(
-        [
-            np.asarray(statistic(x[rng.integers(x.size, size=(count, x.size))], axis=-1))
-            for count in _split(num_resamples, rows)
-        ]
-    )
-    low, high = np.quantile(estimates, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(statistic(x, axis=-1)), float(low), float(high))
+    value = float(statistic(x, axis=-1))
+    # Every resample of equal values is x itself. SciPy refuses a single one, and warns of NaN.
+    if (x == x[0]).all() or math.isnan(value):
+        return Interval(value, value, value)
+    # Imported here: it takes a second, and code that compares nothing need not wait for it.
+    from scipy.stats import bootstrap
+
+    with np.errstate(invalid="ignore"):  # its standard error of infinite estimates, unused here
+        result = bootstrap(
+            (x,),
+            statistic,
+            n_resamples=num_resamples,
+            batch=max(1, _MAX_BOOTSTRAP_CELLS // x.size),
+            vectorized=True,
+            confidence_level=level,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+    low, high = result.confidence_interval
+    return Interval(value, float(low), float(high))
 
 
 def pair_accuracy(chosen_scores: Any, rejected_scores: Any) -> float:
@@ -190,8 +201,3 @@ def calibration_error(chosen_scores: Any, rejected_scores: Any, *, num_bins: int
     # n_b |acc_b - conf_b| is the absolute sum of the differences in the bin.
     sums = np.bincount(bins.ravel(), weights=(outcomes - confidence).ravel(), minlength=num_bins)
     return float(np.abs(sums).sum() / outcomes.size)
-
-
-def _split(total: int, size: int) -> list[int]:
-    """Sizes of the chunks of `total` items: all `size`, the last one smaller."""
-    return [min(size, total - start) for start in range(0, total, size)]

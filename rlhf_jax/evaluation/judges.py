@@ -6,16 +6,24 @@ stays out of training and shows when the reward keeps rising while the responses
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
+from rlhf_jax.runtime.errors import MissingPackageError
+
 
 class Judge(Protocol):
-    """Scores texts, higher is better; `name` heads its column in a report."""
+    """Scores texts, higher is better.
+
+    Attributes:
+      name: Heads its column in a report.
+      describe: What it is and what it does not see, for a report.
+    """
 
     name: str
+    describe: str
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Scores N texts.
@@ -40,16 +48,17 @@ class VaderJudge:
     It judges sentiment and nothing else: grammar, truth and relevance do not move it.
 
     Raises:
-      ImportError: the package vaderSentiment is missing.
+      MissingPackageError: the package vaderSentiment is missing.
     """
 
     name = "VADER"
+    describe = "a rule for sentiment, from -1 to 1; it does not see grammar, truth or relevance."
 
     def __init__(self) -> None:
         try:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
         except ImportError as error:
-            raise ImportError(
+            raise MissingPackageError(
                 "VaderJudge needs vaderSentiment: pip install vaderSentiment"
             ) from error
         self._analyzer = SentimentIntensityAnalyzer()
@@ -70,3 +79,30 @@ class VaderJudge:
             raise ValueError("texts must be a sequence of strings, got one: wrap it in [...]")
         scores = [self._analyzer.polarity_scores(text)["compound"] for text in texts]
         return np.array(scores, dtype=np.float64)
+
+
+JUDGES: dict[str, Callable[[], Judge]] = {"vader": VaderJudge}
+
+
+def make_judges(names: Sequence[str]) -> dict[str, Judge]:
+    """Judges by the names that a config gives them.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    unknown = [name for name in names if name not in JUDGES]
+    if unknown:
+        raise ValueError(f"unknown judge {unknown[0]!r}; there are: {', '.join(JUDGES)}")
+    return {name: JUDGES[name]() for name in names}
+
+
+def judge_pairs(judge: Judge, pairs: Sequence[Any], tokenizer: Any) -> tuple[np.ndarray, ...]:
+    """A judge's scores `[N]` of the chosen, and of the rejected texts of encoded pairs."""
+    return tuple(
+        judge(
+            tokenizer.batch_decode(
+                [getattr(pair, side).tokens for pair in pairs], skip_special_tokens=True
+            )
+        )
+        for side in ("chosen", "rejected")
+    )

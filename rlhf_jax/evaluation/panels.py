@@ -23,7 +23,11 @@ _SMOOTH_FROM = 100  # points
 
 
 class Panel(NamedTuple):
-    """One set of axes: title, unit of the y axis, metrics drawn there, a level to compare with."""
+    """One set of axes: title, unit of the y axis, metrics drawn there, a level to compare with.
+
+    A metric `group/*` stands for every metric of the group that was logged, each on axes of its
+    own: judges score on different scales.
+    """
 
     title: str
     ylabel: str
@@ -34,8 +38,8 @@ class Panel(NamedTuple):
 # Three columns: what was wanted, what shows a collapse (twice), and the optimisation.
 PPO_PANELS = (
     Panel("Reward", "reward model score", {"reward/mean": ""}),
-    Panel("Win rate against SFT", "share of prompts", {"judge/win_rate": ""}, baseline=0.5),
-    Panel("Judge", "judge score", {"judge/mean": ""}),
+    Panel("Win rate against SFT", "share of prompts", {"win_rate/*": ""}, baseline=0.5),
+    Panel("Judge", "judge score", {"judge/*": ""}),
     Panel("KL to the reference", "nats per response", {"policy/kl_ref_sequence": ""}),
     Panel("Response perplexity", "perplexity", {"policy/perplexity": ""}),
     Panel("Response length", "tokens", {"response/length": ""}),
@@ -75,10 +79,10 @@ def draw_panels(
     """Makes a figure with one set of axes for each panel that any run has data for.
 
     Args:
-      runs: label -> the logs of one setting, a log a seed, each as from `read_metrics`.
+      runs: label -> the logs of one setting, one per seed, each as from `read_metrics`.
       panels: what to draw.
-      title: above the panels.
-      xlabel: of every panel.
+      title: heading above the panels.
+      xlabel: label of every x axis.
       columns: panels side by side.
 
     Returns:
@@ -89,6 +93,7 @@ def draw_panels(
     """
     if len(runs) > len(COLORS):
         raise ValueError(f"at most {len(COLORS)} runs can be told apart, got {len(runs)}")
+    panels = [one for panel in panels for one in _each_of_group(panel, runs)]
     shown = [panel for panel in panels if _has_data(panel, runs)]
     if not shown:
         wanted = sorted({name for panel in panels for name in panel.metrics})
@@ -105,6 +110,18 @@ def draw_panels(
     if len(runs) > 1:
         _add_run_legend(figure, list(runs))
     return figure
+
+
+def _each_of_group(panel: Panel, runs: Mapping[str, Sequence[Log]]) -> list[Panel]:
+    """The panel, or one for each logged metric of the group that it stands for."""
+    (name, *_), group = panel.metrics, next(iter(panel.metrics)).removesuffix("*")
+    if not name.endswith("/*"):
+        return [panel]
+    logged = {n: None for logs in runs.values() for log in logs for n in log if n.startswith(group)}
+    return [
+        panel._replace(title=f"{panel.title}: {n.removeprefix(group)}", metrics={n: ""})
+        for n in logged
+    ]
 
 
 def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Sequence[Log]], xlabel: str) -> None:

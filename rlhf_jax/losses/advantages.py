@@ -8,11 +8,10 @@ cut off. (Several separate runs of real tokens in a row are several episodes.)
 Everything here is a constant of the losses, so no gradient flows through it.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses._checks import require
+from rlhf_jax.losses import _checks as check
 from rlhf_jax.losses.masking import masked_fill
 
 Scalar = float | jax.Array
@@ -47,8 +46,8 @@ def rewards_to_go(
     >>> print(rewards_to_go(jnp.array([1.0, 1.0]), discount=0.5, where=jnp.array([True, True])))
     [1.5 1. ]
     """
-    chex.assert_equal_shape([rewards, where])
-    chex.assert_type([rewards, where], [float, bool])
+    _check(where, bootstrap, rewards=rewards)
+    check.scalars(discount=discount)
     ahead = _values_ahead(jnp.zeros_like(rewards), where, bootstrap)
     first = masked_fill(rewards, where=where) + discount * ahead
     return _discounted_sums(first, discount, where)
@@ -82,8 +81,8 @@ def total_return(
     >>> print(total_return(jnp.array([1.0, 1.0]), discount=0.5, where=jnp.array([True, True])))
     1.5
     """
-    chex.assert_equal_shape([rewards, where])
-    chex.assert_type([rewards, where], [float, bool])
+    _check(where, bootstrap, rewards=rewards)
+    check.scalars(discount=discount)
     position = jnp.cumsum(where, axis=-1, dtype=jnp.int32) - 1
     weights = jnp.power(jnp.asarray(discount, rewards.dtype), jnp.maximum(position, 0))
     ahead = _values_ahead(jnp.zeros_like(rewards), where, bootstrap)
@@ -122,8 +121,8 @@ def td_errors(
     >>> print(td_errors(rewards, values, discount=1.0, where=where))
     [0.  0.5]
     """
-    chex.assert_equal_shape([rewards, values, where])
-    chex.assert_type([rewards, values, where], [float, float, bool])
+    _check(where, bootstrap, rewards=rewards, values=values)
+    check.scalars(discount=discount)
     ahead = _values_ahead(values, where, bootstrap)
     return jax.lax.stop_gradient(masked_fill(rewards + discount * ahead - values, where=where))
 
@@ -148,7 +147,7 @@ def k_step_advantages(
       rewards: r, [..., T] float.
       values: V, [..., T] float.
       discount: γ.
-      k: number of steps, at least 1; a response that ends earlier ends the sum.
+      k: number of steps, at least 1, static under `jit`; a response that ends earlier ends the sum.
       where: True on real tokens, [..., T] bool.
       bootstrap: value after the last real token, [...] float; None is 0.
 
@@ -163,14 +162,16 @@ def k_step_advantages(
     >>> print(k_step_advantages(rewards, values, discount=1.0, k=2, where=where))
     [0.5 0.5]
     """
-    chex.assert_equal_shape([rewards, values, where])
-    require(k >= 1, f"k={k} must be at least 1")
+    _check(where, bootstrap, rewards=rewards, values=values)
+    check.scalars(discount=discount)
+    check.integer(k=k)
+    check.require(k >= 1, f"k={k} must be at least 1")
     deltas = td_errors(rewards, values, discount=discount, where=where, bootstrap=bootstrap)
 
     def one_step_more(_: int, sums: jax.Array) -> jax.Array:
         return deltas + discount * masked_fill(_shift_left(sums), where=where)
 
-    return jax.lax.fori_loop(1, min(k, rewards.shape[-1]), one_step_more, deltas)
+    return jax.lax.fori_loop(1, min(int(k), rewards.shape[-1]), one_step_more, deltas)
 
 
 def k_step_returns(
@@ -192,7 +193,7 @@ def k_step_returns(
       rewards: r, [..., T] float.
       values: V, [..., T] float.
       discount: γ.
-      k: number of steps, at least 1; a response that ends earlier ends the sum.
+      k: number of steps, at least 1, static under `jit`; a response that ends earlier ends the sum.
       where: True on real tokens, [..., T] bool.
       bootstrap: value after the last real token, [...] float; None is 0.
 
@@ -251,9 +252,17 @@ def gae(
     >>> print(gae(rewards, values, discount=1.0, lambda_=0.5, where=where))
     [0.25 0.5 ]
     """
-    chex.assert_equal_shape([rewards, values, where])
+    _check(where, bootstrap, rewards=rewards, values=values)
+    check.scalars(discount=discount, lambda_=lambda_)
     deltas = td_errors(rewards, values, discount=discount, where=where, bootstrap=bootstrap)
     return _discounted_sums(deltas, discount * lambda_, where)
+
+
+def _check(where: jax.Array, bootstrap: jax.Array | None, **rows: jax.Array) -> None:
+    """Numbers and mask of one shape; one bootstrap a row, or none."""
+    check.same_shape(check.floats(**rows), check.masks(where=where))
+    if bootstrap is not None:
+        check.fits("where", where.shape[:-1], check.floats(bootstrap=bootstrap))
 
 
 def _shift_left(x: jax.Array) -> jax.Array:
@@ -266,8 +275,6 @@ def _values_ahead(values: jax.Array, where: jax.Array, bootstrap: jax.Array | No
     if bootstrap is None:
         after_end = jnp.zeros_like(values)
     else:
-        chex.assert_shape(bootstrap, values.shape[:-1])
-        chex.assert_type(bootstrap, float)
         after_end = jnp.broadcast_to(bootstrap[..., None].astype(values.dtype), values.shape)
     return jnp.where(_shift_left(where), _shift_left(values), after_end)
 

@@ -4,11 +4,12 @@ Scores are [..., K]: the last axis holds the K samples of one prompt. The fourth
 deck is the critic: `rewards_to_go(...) - values`, or `gae`. All are constants of the loss.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses._checks import require
+from rlhf_jax.losses import _checks as check
+
+Scalar = float | jax.Array
 
 
 def batch_mean_baseline(scores: jax.Array) -> jax.Array:
@@ -30,7 +31,7 @@ def batch_mean_baseline(scores: jax.Array) -> jax.Array:
     >>> print(batch_mean_baseline(jnp.array([1.0, 3.0])))
     [2. 2.]
     """
-    chex.assert_type(scores, float)
+    check.floats(scores=scores)
     return jax.lax.stop_gradient(jnp.broadcast_to(jnp.mean(scores), scores.shape))
 
 
@@ -54,7 +55,7 @@ def leave_one_out_baseline(scores: jax.Array) -> jax.Array:
     >>> print(leave_one_out_baseline(jnp.array([1.0, 3.0, 5.0])))
     [4. 3. 2.]
     """
-    chex.assert_type(scores, float)
+    check.floats(scores=scores)
     k, wide = _samples_per_prompt(scores), _widen(scores)
     others = jnp.sum(wide, axis=-1, keepdims=True) - wide
     return jax.lax.stop_gradient((others / (k - 1)).astype(scores.dtype))
@@ -80,13 +81,13 @@ def group_mean_baseline(scores: jax.Array) -> jax.Array:
     >>> print(group_mean_baseline(jnp.array([1.0, 3.0, 5.0])))
     [3. 3. 3.]
     """
-    chex.assert_type(scores, float)
+    check.floats(scores=scores)
     _samples_per_prompt(scores)
     mean = jnp.mean(scores, axis=-1, keepdims=True)
     return jax.lax.stop_gradient(jnp.broadcast_to(mean, scores.shape))
 
 
-def group_advantages(scores: jax.Array, *, eps: float = 1e-4) -> jax.Array:
+def group_advantages(scores: jax.Array, *, eps: Scalar = 1e-4) -> jax.Array:
     """Scores normalised within the samples of each prompt (GRPO).
 
         Â_i = (r_i − mean(r)) / (std(r) + ε)
@@ -107,7 +108,8 @@ def group_advantages(scores: jax.Array, *, eps: float = 1e-4) -> jax.Array:
     >>> print(group_advantages(jnp.array([1.0, 3.0]), eps=0.0))
     [-1.  1.]
     """
-    chex.assert_type(scores, float)
+    check.floats(scores=scores)
+    check.scalars(eps=eps)
     _samples_per_prompt(scores)
     wide = _widen(scores)
     mean = jnp.mean(wide, axis=-1, keepdims=True)
@@ -122,5 +124,5 @@ def _widen(scores: jax.Array) -> jax.Array:
 
 def _samples_per_prompt(scores: jax.Array) -> int:
     k = scores.shape[-1]
-    require(k >= 2, f"samples per prompt is {k}, must be at least 2 to compare them")
+    check.require(k >= 2, f"samples per prompt is {k}, must be at least 2 to compare them")
     return k

@@ -4,11 +4,10 @@ Inputs are sums over response tokens (`sequence_log_prob`). The deck calls the r
 it is the frozen SFT policy, not the old policy of PPO.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses._checks import require
+from rlhf_jax.losses import _checks as check
 from rlhf_jax.losses.masking import masked_mean
 from rlhf_jax.losses.reward import preference_accuracy
 
@@ -54,8 +53,9 @@ def dpo_loss(
     >>> print(dpo_loss(*at_reference, beta=0.1).round(3))
     [0.693]
     """
-    require(label_smoothing >= 0, f"label_smoothing={label_smoothing} must not be negative")
-    require(label_smoothing < 0.5, f"label_smoothing={label_smoothing} must be below 0.5")
+    check.scalars(beta=beta, label_smoothing=label_smoothing)
+    check.require(label_smoothing >= 0, f"label_smoothing={label_smoothing} must not be negative")
+    check.require(label_smoothing < 0.5, f"label_smoothing={label_smoothing} must be below 0.5")
     u = beta * _log_ratio_margin(
         chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs
     )
@@ -96,7 +96,8 @@ def ipo_loss(
     >>> print(ipo_loss(*at_reference, beta=0.5))
     [1.]
     """
-    require(beta > 0, f"beta={beta} must be positive")
+    check.scalars(beta=beta)
+    check.require(beta > 0, f"beta={beta} must be positive")
     margin = _log_ratio_margin(
         chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs
     )
@@ -135,6 +136,7 @@ def dpo_hinge_loss(
     >>> print(dpo_hinge_loss(*at_reference, beta=0.1))
     [1.]
     """
+    check.scalars(beta=beta)
     margin = _log_ratio_margin(
         chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs
     )
@@ -163,8 +165,8 @@ def implicit_rewards(log_probs: jax.Array, ref_log_probs: jax.Array, *, beta: Sc
     >>> print(implicit_rewards(jnp.array([-3.0]), jnp.array([-5.0]), beta=0.5))
     [1.]
     """
-    chex.assert_equal_shape([log_probs, ref_log_probs])
-    chex.assert_type([log_probs, ref_log_probs], float)
+    check.same_shape(check.floats(log_probs=log_probs, ref_log_probs=ref_log_probs))
+    check.scalars(beta=beta)
     return jax.lax.stop_gradient(beta * (log_probs - ref_log_probs))
 
 
@@ -201,6 +203,7 @@ def dpo_gradient_coefficient(
     >>> print(dpo_gradient_coefficient(*at_reference, beta=0.1))
     [0.5]
     """
+    check.scalars(beta=beta)
     margin = _log_ratio_margin(
         chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs
     )
@@ -241,6 +244,8 @@ def dpo_diagnostics(
     >>> print(dpo_diagnostics(*log_probs, beta=0.1, where=jnp.array([True]))["reward/margin"])
     0.2
     """
+    _check_pair(chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs)
+    check.same_shape(check.floats(chosen_log_probs=chosen_log_probs), check.masks(where=where))
     chosen = implicit_rewards(chosen_log_probs, ref_chosen_log_probs, beta=beta)
     rejected = implicit_rewards(rejected_log_probs, ref_rejected_log_probs, beta=beta)
     numbers = {
@@ -257,7 +262,19 @@ def _log_ratio_margin(
     chosen: jax.Array, rejected: jax.Array, ref_chosen: jax.Array, ref_rejected: jax.Array
 ) -> jax.Array:
     """h = log(π_θ(y⁺)/π_ref(y⁺)) − log(π_θ(y⁻)/π_ref(y⁻)); the reference is constant."""
-    chex.assert_equal_shape([chosen, rejected, ref_chosen, ref_rejected])
-    chex.assert_type([chosen, rejected, ref_chosen, ref_rejected], float)
+    _check_pair(chosen, rejected, ref_chosen, ref_rejected)
     ref_chosen, ref_rejected = jax.lax.stop_gradient((ref_chosen, ref_rejected))
     return (chosen - ref_chosen) - (rejected - ref_rejected)
+
+
+def _check_pair(
+    chosen: jax.Array, rejected: jax.Array, ref_chosen: jax.Array, ref_rejected: jax.Array
+) -> None:
+    check.same_shape(
+        check.floats(
+            chosen_log_probs=chosen,
+            rejected_log_probs=rejected,
+            ref_chosen_log_probs=ref_chosen,
+            ref_rejected_log_probs=ref_rejected,
+        )
+    )

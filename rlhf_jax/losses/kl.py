@@ -1,10 +1,11 @@
 """Kullback-Leibler divergences between policies, on samples or exact, and their weight."""
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses._checks import require
+from rlhf_jax.losses import _checks as check
+
+Scalar = float | jax.Array
 
 
 def kl_estimate(log_probs: jax.Array, ref_log_probs: jax.Array, *, estimator: str) -> jax.Array:
@@ -21,7 +22,7 @@ def kl_estimate(log_probs: jax.Array, ref_log_probs: jax.Array, *, estimator: st
     Args:
       log_probs: log π, [...] float, differentiated. The tokens must come from this policy.
       ref_log_probs: log π_ref, same shape, constant.
-      estimator: "k1", "k2" or "k3".
+      estimator: "k1", "k2" or "k3"; static under `jit`.
 
     Returns:
       [...], unreduced.
@@ -33,9 +34,8 @@ def kl_estimate(log_probs: jax.Array, ref_log_probs: jax.Array, *, estimator: st
     >>> print(kl_estimate(jnp.array([-1.0]), jnp.array([-3.0]), estimator="k2"))
     [2.]
     """
-    chex.assert_equal_shape([log_probs, ref_log_probs])
-    chex.assert_type([log_probs, ref_log_probs], float)
-    require(estimator in ("k1", "k2", "k3"), f"estimator={estimator!r} must be k1, k2 or k3")
+    check.same_shape(check.floats(log_probs=log_probs, ref_log_probs=ref_log_probs))
+    check.require(estimator in ("k1", "k2", "k3"), f"estimator={estimator!r} must be k1, k2 or k3")
     log_ratio = log_probs - jax.lax.stop_gradient(ref_log_probs)
     if estimator == "k1":
         return log_ratio
@@ -69,8 +69,7 @@ def old_policy_kl(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
     >>> print(old_policy_kl(jnp.log(jnp.array([1.0])), jnp.log(jnp.array([0.5]))).round(3))
     [0.307]
     """
-    chex.assert_equal_shape([log_probs, old_log_probs])
-    chex.assert_type([log_probs, old_log_probs], float)
+    check.same_shape(check.floats(log_probs=log_probs, old_log_probs=old_log_probs))
     log_ratio = log_probs - jax.lax.stop_gradient(old_log_probs)
     return jnp.expm1(log_ratio) - log_ratio
 
@@ -99,8 +98,7 @@ def kl_divergence(logits_p: jax.Array, logits_q: jax.Array) -> jax.Array:
     >>> print(kl_divergence(p, q).round(3))
     0.223
     """
-    chex.assert_equal_shape([logits_p, logits_q])
-    chex.assert_type([logits_p, logits_q], float)
+    check.same_shape(check.floats(logits_p=logits_p, logits_q=logits_q))
     wide = jnp.promote_types(jnp.result_type(logits_p, logits_q), jnp.float32)
     log_p = jax.nn.log_softmax(logits_p.astype(wide), axis=-1)
     log_q = jax.nn.log_softmax(logits_q.astype(wide), axis=-1)
@@ -113,9 +111,9 @@ def adaptive_kl_coef(
     coef: jax.Array,
     kl: jax.Array,
     *,
-    target: float | jax.Array,
-    horizon: float | jax.Array,
-    steps: float | jax.Array = 1,
+    target: Scalar,
+    horizon: Scalar,
+    steps: Scalar = 1,
 ) -> jax.Array:
     """Next weight of the KL reward: up when the measured KL is above target, down when below.
 
@@ -142,17 +140,15 @@ def adaptive_kl_coef(
     >>> print(adaptive_kl_coef(jnp.array(0.1), jnp.array(12.0), target=6.0, horizon=10).round(4))
     0.102
     """
-    chex.assert_equal_shape([coef, kl])
-    chex.assert_type([coef, kl], float)
-    require(target > 0, f"target={target} must be positive")
-    require(horizon > 0, f"horizon={horizon} must be positive")
+    check.same_shape(check.floats(coef=coef, kl=kl))
+    check.scalars(target=target, horizon=horizon, steps=steps)
+    check.require(target > 0, f"target={target} must be positive")
+    check.require(horizon > 0, f"horizon={horizon} must be positive")
     error = jnp.clip(kl / target - 1, -0.2, 0.2)
     return jax.lax.stop_gradient(coef * (1 + error * steps / horizon))
 
 
-def adaptive_penalty_coef(
-    coef: jax.Array, kl: jax.Array, *, target: float | jax.Array
-) -> jax.Array:
+def adaptive_penalty_coef(coef: jax.Array, kl: jax.Array, *, target: Scalar) -> jax.Array:
     """Next weight of PPO-penalty: doubled when the step went too far, halved when not far enough.
 
         β ← 2β if KL > 1.5 KL_target;  β/2 if KL < KL_target/1.5;  else β
@@ -174,8 +170,8 @@ def adaptive_penalty_coef(
     >>> print(adaptive_penalty_coef(jnp.array(0.1), jnp.array(0.02), target=0.01))
     0.2
     """
-    chex.assert_equal_shape([coef, kl])
-    chex.assert_type([coef, kl], float)
-    require(target > 0, f"target={target} must be positive")
+    check.same_shape(check.floats(coef=coef, kl=kl))
+    check.scalars(target=target)
+    check.require(target > 0, f"target={target} must be positive")
     factor = jnp.where(kl > 1.5 * target, 2.0, jnp.where(kl < target / 1.5, 0.5, 1.0))
     return jax.lax.stop_gradient(coef * factor.astype(coef.dtype))

@@ -4,16 +4,17 @@ Logits are cast to float32 here (float64 stays): a bfloat16 log-softmax over a l
 off by more than a PPO step moves it.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses._checks import require
+from rlhf_jax.losses import _checks as check
 from rlhf_jax.losses.masking import masked_fill
+
+Scalar = float | jax.Array
 
 
 def select_log_probs(
-    logits: jax.Array, targets: jax.Array, *, temperature: float | jax.Array = 1.0
+    logits: jax.Array, targets: jax.Array, *, temperature: Scalar = 1.0
 ) -> jax.Array:
     """Log-probability of each target under the logits at the same position (no shift).
 
@@ -34,16 +35,20 @@ def select_log_probs(
     >>> print(select_log_probs(jnp.zeros((2, 4)), jnp.array([1, 3])).round(3))
     [-1.386 -1.386]
     """
-    chex.assert_equal_shape_prefix([logits, targets[..., None]], targets.ndim)
-    chex.assert_type([logits, targets], [float, int])
-    require(temperature > 0, f"temperature={temperature} must be positive; for greedy use argmax")
+    check.floats(logits=logits)
+    check.integers(targets=targets)
+    check.fits("targets", (*targets.shape, *logits.shape[-1:]), {"logits": logits})
+    check.scalars(temperature=temperature)
+    check.require(
+        temperature > 0, f"temperature={temperature} must be positive; for greedy use argmax"
+    )
     logits = _widen(logits) / temperature
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def token_log_probs(
-    logits: jax.Array, tokens: jax.Array, *, temperature: float | jax.Array = 1.0
+    logits: jax.Array, tokens: jax.Array, *, temperature: Scalar = 1.0
 ) -> jax.Array:
     """Log-probability of each token given those before it: logits at t predict token t+1.
 
@@ -66,8 +71,9 @@ def token_log_probs(
     >>> print(token_log_probs(jnp.zeros((3, 4)), jnp.array([1, 3, 0])).round(3))
     [-1.386 -1.386]
     """
-    chex.assert_equal_shape_prefix([logits, tokens[..., None]], tokens.ndim)
-    chex.assert_type([logits, tokens], [float, int])
+    check.floats(logits=logits)
+    check.integers(tokens=tokens)
+    check.fits("tokens", (*tokens.shape, *logits.shape[-1:]), {"logits": logits})
     return select_log_probs(logits[..., :-1, :], tokens[..., 1:], temperature=temperature)
 
 
@@ -81,7 +87,8 @@ def sequence_log_prob(
     Args:
       log_probs: [..., T] float.
       where: True on response tokens, [..., T] bool.
-      normalize: divide by the number of tokens (RRHF, PRO, ORPO, length-normalised IPO).
+      normalize: divide by the number of tokens (RRHF, PRO, ORPO, length-normalised IPO); static
+        under `jit`.
 
     Returns:
       [...], unreduced; 0 for an empty response.
@@ -93,8 +100,8 @@ def sequence_log_prob(
     >>> print(sequence_log_prob(log_probs, where=where))
     -3.0
     """
-    chex.assert_equal_shape([log_probs, where])
-    chex.assert_type([log_probs, where], [float, bool])
+    check.same_shape(check.floats(log_probs=log_probs), check.masks(where=where))
+    check.static(normalize=normalize)
     total = jnp.sum(masked_fill(log_probs, where=where), axis=-1)
     length = jnp.maximum(jnp.sum(where, axis=-1, dtype=jnp.float32), 1.0)
     return (total / length).astype(total.dtype) if normalize else total
@@ -120,7 +127,7 @@ def entropy(logits: jax.Array) -> jax.Array:
     >>> print(entropy(jnp.zeros((2, 4))).round(3))
     [1.386 1.386]
     """
-    chex.assert_type(logits, float)
+    check.floats(logits=logits)
     log_p = jax.nn.log_softmax(_widen(logits), axis=-1)
     log_p = jnp.where(log_p > -jnp.inf, log_p, 0.0)  # the term is then 1 · 0
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)

@@ -5,14 +5,16 @@ Sums are accumulated in float32 at least: bfloat16 cannot count past 256. An emp
 
 from collections.abc import Sequence
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.losses import _checks as check
+
 Axis = int | Sequence[int] | None
+Scalar = float | jax.Array
 
 
-def masked_fill(x: jax.Array, *, where: jax.Array, fill: float = 0.0) -> jax.Array:
+def masked_fill(x: jax.Array, *, where: jax.Array, fill: Scalar = 0.0) -> jax.Array:
     """Replaces the values that `where` leaves out; no gradient flows to them.
 
         y = x where `where`, else fill
@@ -34,8 +36,8 @@ def masked_fill(x: jax.Array, *, where: jax.Array, fill: float = 0.0) -> jax.Arr
     >>> print(masked_fill(jnp.array([1.0, jnp.nan]), where=jnp.array([True, False])))
     [1. 0.]
     """
-    chex.assert_equal_shape([x, where])
-    chex.assert_type([x, where], [float, bool])
+    check.same_shape(check.floats(x=x), check.masks(where=where))
+    check.scalars(fill=fill)
     return jnp.where(where, x, jnp.asarray(fill, x.dtype))
 
 
@@ -47,7 +49,7 @@ def masked_sum(x: jax.Array, *, where: jax.Array, axis: Axis = None) -> jax.Arra
     Args:
       x: values, [...] float.
       where: True where x counts, same shape, bool.
-      axis: axes to reduce; None reduces all.
+      axis: axes to reduce, static under `jit`; None reduces all.
 
     Returns:
       x without the reduced axes, in the dtype of x. Nothing counted: 0.
@@ -70,7 +72,7 @@ def masked_mean(x: jax.Array, *, where: jax.Array, axis: Axis = None) -> jax.Arr
     Args:
       x: values, [...] float.
       where: True where x counts, same shape, bool.
-      axis: axes to reduce; None reduces all, which weighs every token the same.
+      axis: axes to reduce, static under `jit`; None reduces all, which weighs every token the same.
 
     Returns:
       x without the reduced axes, in the dtype of x. Nothing counted: 0.
@@ -93,7 +95,7 @@ def masked_var(x: jax.Array, *, where: jax.Array, axis: Axis = None) -> jax.Arra
     Args:
       x: values, [...] float.
       where: True where x counts, same shape, bool.
-      axis: axes to reduce; None reduces all.
+      axis: axes to reduce, static under `jit`; None reduces all.
 
     Returns:
       x without the reduced axes, in the dtype of x. Nothing counted: 0.
@@ -111,7 +113,7 @@ def masked_var(x: jax.Array, *, where: jax.Array, axis: Axis = None) -> jax.Arra
 
 
 def masked_whiten(
-    x: jax.Array, *, where: jax.Array, shift_mean: bool = True, eps: float = 1e-8
+    x: jax.Array, *, where: jax.Array, shift_mean: bool = True, eps: Scalar = 1e-8
 ) -> jax.Array:
     """Divides by the standard deviation over the whole array, after taking away the mean.
 
@@ -123,7 +125,7 @@ def masked_whiten(
     Args:
       x: values, [...] float.
       where: True where x counts, same shape, bool.
-      shift_mean: leave the mean at 0; if False it is put back.
+      shift_mean: leave the mean at 0; if False it is put back; static under `jit`.
       eps: added to the variance.
 
     Returns:
@@ -135,8 +137,9 @@ def masked_whiten(
     >>> print(masked_whiten(jnp.array([1.0, 3.0, 9.0]), where=jnp.array([True, True, False])))
     [-1.  1.  0.]
     """
-    chex.assert_equal_shape([x, where])
-    chex.assert_type([x, where], [float, bool])
+    check.same_shape(check.floats(x=x), check.masks(where=where))
+    check.scalars(eps=eps)
+    check.static(shift_mean=shift_mean)
     wide = masked_fill(x, where=where).astype(jnp.promote_types(x.dtype, jnp.float32))
     mean, var = masked_mean(wide, where=where), masked_var(wide, where=where)
     white = (wide - mean) * jax.lax.rsqrt(var + eps)
@@ -160,7 +163,7 @@ def last_token_mask(where: jax.Array) -> jax.Array:
     >>> print(last_token_mask(jnp.array([True, True, False])))
     [False  True False]
     """
-    chex.assert_type(where, bool)
+    check.masks(where=where)
     real_from_here = jnp.flip(jnp.cumsum(jnp.flip(where, -1), -1, dtype=jnp.int32), -1)
     return where & (real_from_here == 1)
 
@@ -168,8 +171,8 @@ def last_token_mask(where: jax.Array) -> jax.Array:
 def _sum_and_count(
     x: jax.Array, where: jax.Array, axis: Axis, keepdims: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    chex.assert_equal_shape([x, where])
-    chex.assert_type([x, where], [float, bool])
+    check.same_shape(check.floats(x=x), check.masks(where=where))
+    check.static(axis=axis)
     axis = axis if axis is None or isinstance(axis, int) else tuple(axis)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     total = jnp.sum(jnp.where(where, x, 0).astype(wide), axis=axis, keepdims=keepdims)

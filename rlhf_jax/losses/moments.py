@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.losses import _checks as check
 from rlhf_jax.losses.masking import masked_mean, masked_var
 
 
@@ -66,7 +66,7 @@ def merge_moments(a: RunningMoments, b: RunningMoments) -> RunningMoments:
     >>> print(merge_moments(one, two).std)
     2.0
     """
-    chex.assert_rank([*a, *b], 0)
+    check_moments(a=a, b=b)
     count = a.count + b.count
     share = b.count / jnp.maximum(count, 1.0)
     delta = b.mean - a.mean
@@ -98,10 +98,23 @@ def update_moments(
     >>> print(moments.count, moments.mean, moments.std)
     2.0 3.0 2.0
     """
+    check.floats(values=values)
     where = jnp.ones(values.shape, bool) if where is None else where
-    chex.assert_equal_shape([values, where])
-    chex.assert_type([values, where], [float, bool])
+    check.same_shape({"values": values}, check.masks(where=where))
     values = jax.lax.stop_gradient(values).astype(jnp.float32)
     count = jnp.sum(where, dtype=jnp.float32)
     mean, var = masked_mean(values, where=where), masked_var(values, where=where)
     return merge_moments(moments, RunningMoments(count, mean, var * count))
+
+
+def check_moments(**all_moments: RunningMoments) -> None:
+    """Each field is one number.
+
+    Args:
+      **all_moments: by the name that the caller knows them by.
+
+    Raises:
+      AssertionError: fields are not scalars.
+    """
+    for name, moments in all_moments.items():
+        check.scalars(**{f"{name}.{field}": x for field, x in moments._asdict().items()})

@@ -1,9 +1,9 @@
 """Policy losses. All are minimised, and unreduced: say at the call how tokens are averaged."""
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.losses import _checks as check
 from rlhf_jax.losses.kl import kl_estimate
 from rlhf_jax.losses.masking import masked_fill, masked_mean
 
@@ -36,8 +36,7 @@ def policy_gradient_loss(log_probs: jax.Array, weights: jax.Array) -> jax.Array:
     >>> print(policy_gradient_loss(jnp.array([-1.0, -2.0]), jnp.array([2.0, -1.0])))
     [ 2. -2.]
     """
-    chex.assert_equal_shape([log_probs, weights])
-    chex.assert_type([log_probs, weights], float)
+    check.same_shape(check.floats(log_probs=log_probs, weights=weights))
     return -jax.lax.stop_gradient(weights) * log_probs
 
 
@@ -62,8 +61,7 @@ def importance_weights(log_probs: jax.Array, behaviour_log_probs: jax.Array) -> 
     >>> print(importance_weights(jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25]))))
     [2.]
     """
-    chex.assert_equal_shape([log_probs, behaviour_log_probs])
-    chex.assert_type([log_probs, behaviour_log_probs], float)
+    check.same_shape(check.floats(log_probs=log_probs, behaviour_log_probs=behaviour_log_probs))
     return jnp.exp(log_probs - jax.lax.stop_gradient(behaviour_log_probs))
 
 
@@ -95,8 +93,8 @@ def ppo_clip_loss(
     >>> print(ppo_clip_loss(new, old, jnp.array([1.0, -1.0]), clip_eps=0.2))
     [-1.2  1.5]
     """
-    chex.assert_equal_shape([log_probs, old_log_probs, advantages])
-    chex.assert_type([log_probs, old_log_probs, advantages], float)
+    _check(log_probs, old_log_probs, advantages=advantages)
+    check.scalars(clip_eps=clip_eps)
     ratio = importance_weights(log_probs, old_log_probs)
     advantages = jax.lax.stop_gradient(advantages)
     clipped = jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
@@ -139,8 +137,8 @@ def ppo_penalty_loss(
     >>> print(ppo_penalty_loss(log_probs, log_probs, jnp.array([1.0]), kl, kl_coef=2.0))
     [-0.8]
     """
-    chex.assert_equal_shape([log_probs, old_log_probs, advantages, kl])
-    chex.assert_type([log_probs, old_log_probs, advantages, kl], float)
+    _check(log_probs, old_log_probs, advantages=advantages, kl=kl)
+    check.scalars(kl_coef=kl_coef)
     return kl_coef * kl - trpo_surrogate(log_probs, old_log_probs, advantages)
 
 
@@ -168,8 +166,7 @@ def trpo_surrogate(
     >>> print(trpo_surrogate(new, old, jnp.array([2.0])))
     [3.]
     """
-    chex.assert_equal_shape([log_probs, old_log_probs, advantages])
-    chex.assert_type([log_probs, old_log_probs, advantages], float)
+    _check(log_probs, old_log_probs, advantages=advantages)
     return importance_weights(log_probs, old_log_probs) * jax.lax.stop_gradient(advantages)
 
 
@@ -198,7 +195,8 @@ def entropy_bonus(entropies: jax.Array, *, weight: Scalar, max_entropy: Scalar) 
     >>> print(entropy_bonus(jnp.array([1.0, 3.0]), weight=0.5, max_entropy=2.0))
     [0.5 0. ]
     """
-    chex.assert_type(entropies, float)
+    check.floats(entropies=entropies)
+    check.scalars(weight=weight, max_entropy=max_entropy)
     return weight * jnp.where(entropies < max_entropy, entropies, 0)
 
 
@@ -232,8 +230,9 @@ def ppo_diagnostics(
     >>> print(ppo_diagnostics(log_probs, log_probs, clip_eps=0.2, where=where)["policy/ratio_max"])
     1.0
     """
-    chex.assert_equal_shape([log_probs, old_log_probs, where])
-    chex.assert_type([log_probs, old_log_probs, where], [float, float, bool])
+    _check(log_probs, old_log_probs)
+    check.same_shape({"log_probs": log_probs}, check.masks(where=where))
+    check.scalars(clip_eps=clip_eps)
     new = jax.lax.stop_gradient(masked_fill(log_probs, where=where))
     old = jax.lax.stop_gradient(masked_fill(old_log_probs, where=where))
     ratio = importance_weights(new, old)
@@ -247,3 +246,7 @@ def ppo_diagnostics(
         "policy/ratio_max": jnp.where(anything, largest, 1.0),
         "policy/ratio_min": jnp.where(anything, smallest, 1.0),
     }
+
+
+def _check(log_probs: jax.Array, old_log_probs: jax.Array, **others: jax.Array) -> None:
+    check.same_shape(check.floats(log_probs=log_probs, old_log_probs=old_log_probs, **others))

@@ -3,11 +3,10 @@
 Classes of a step are 0 negative, 1 neutral, 2 positive: PRM800K's rating plus one.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses._checks import require
+from rlhf_jax.losses import _checks as check
 from rlhf_jax.losses.masking import masked_fill
 
 NEGATIVE, NEUTRAL, POSITIVE = 0, 1, 2
@@ -37,9 +36,9 @@ def step_label_loss(logits: jax.Array, labels: jax.Array, *, where: jax.Array) -
     >>> print(step_label_loss(logits, labels, where=jnp.array([True, False])).round(1))
     [1.1 0. ]
     """
-    chex.assert_equal_shape([labels, where])
-    chex.assert_type([logits, labels, where], [float, int, bool])
-    chex.assert_equal_shape_prefix([logits, where[..., None]], where.ndim)
+    check.same_shape(check.integers(labels=labels), check.masks(where=where))
+    check.floats(logits=logits)
+    check.fits("where", (*where.shape, *logits.shape[-1:]), {"logits": logits})
     log_p = jax.nn.log_softmax(jnp.where(where[..., None], logits, 0), axis=-1)
     return masked_fill(-jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0], where=where)
 
@@ -66,10 +65,10 @@ def outcome_loss(logits: jax.Array, correct: jax.Array, *, where: jax.Array) -> 
     >>> print(outcome_loss(jnp.zeros(2), jnp.array(True), where=jnp.ones(2, bool)).round(3))
     [0.693 0.693]
     """
-    chex.assert_equal_shape([logits, where])
-    chex.assert_type([logits, where], [float, bool])
-    chex.assert_shape(correct, where.shape[:-1])
-    chex.assert_type(correct, bool if correct.dtype == bool else float)
+    check.same_shape(check.floats(logits=logits), check.masks(where=where))
+    check.fits("where", where.shape[:-1], check.numbers(correct=correct))
+    if correct.dtype != bool:
+        check.floats(correct=correct)
     logits = masked_fill(logits, where=where)
     target = jnp.broadcast_to(correct[..., None].astype(logits.dtype), logits.shape)
     target = jax.lax.stop_gradient(target)
@@ -97,8 +96,7 @@ def until_first_error(labels: jax.Array, *, where: jax.Array) -> jax.Array:
     >>> print(until_first_error(jnp.array([2, 0, 2]), where=jnp.ones(3, bool)))
     [ True  True False]
     """
-    chex.assert_equal_shape([labels, where])
-    chex.assert_type([labels, where], [int, bool])
+    check.same_shape(check.integers(labels=labels), check.masks(where=where))
     wrong = (where & (labels == NEGATIVE)).astype(jnp.int32)
     return where & (jnp.cumsum(wrong, axis=-1) - wrong == 0)
 
@@ -113,7 +111,7 @@ def step_scores(logits: jax.Array, *, neutral: str) -> jax.Array:
 
     Args:
       logits: [..., S, 3] float: negative, neutral, positive.
-      neutral: "positive" or "negative".
+      neutral: "positive" or "negative"; static under `jit`.
 
     Returns:
       [..., S], unreduced.
@@ -125,9 +123,9 @@ def step_scores(logits: jax.Array, *, neutral: str) -> jax.Array:
     >>> print(step_scores(jnp.log(jnp.array([[1.0, 1.0, 2.0]])), neutral="positive"))
     [0.75]
     """
-    chex.assert_type(logits, float)
-    chex.assert_axis_dimension(logits, -1, 3)
-    require(
+    check.floats(logits=logits)
+    check.fits("the three classes", (*logits.shape[:-1], 3), {"logits": logits})
+    check.require(
         neutral in ("positive", "negative"), f"neutral={neutral!r} must be positive or negative"
     )
     p = jax.nn.softmax(logits, axis=-1)
@@ -143,7 +141,7 @@ def aggregate_step_scores(probs: jax.Array, *, method: str, where: jax.Array) ->
 
     Args:
       probs: p, [..., S] float.
-      method: "product" or "min".
+      method: "product" or "min"; static under `jit`.
       where: True on the steps that are there, [..., S] bool.
 
     Returns:
@@ -157,8 +155,7 @@ def aggregate_step_scores(probs: jax.Array, *, method: str, where: jax.Array) ->
     >>> print(aggregate_step_scores(probs, method="product", where=where))
     0.25
     """
-    chex.assert_equal_shape([probs, where])
-    chex.assert_type([probs, where], [float, bool])
-    require(method in ("product", "min"), f"method={method!r} must be product or min")
+    check.same_shape(check.floats(probs=probs), check.masks(where=where))
+    check.require(method in ("product", "min"), f"method={method!r} must be product or min")
     probs = masked_fill(probs, where=where, fill=1.0)
     return jnp.prod(probs, axis=-1) if method == "product" else jnp.min(probs, axis=-1)

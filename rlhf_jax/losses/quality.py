@@ -1,10 +1,9 @@
 """Alignment by supervised losses: quality prompts and token weights (Quark, C-RLFT, FIGA, CoH)."""
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses._checks import require
+from rlhf_jax.losses import _checks as check
 
 Scalar = float | jax.Array
 
@@ -41,8 +40,8 @@ def quark_loss(
     >>> print(quark_loss(-one, one, one, kl_coef=0.5, entropy_coef=0.25))
     [1.25]
     """
-    chex.assert_equal_shape([log_probs, kl, entropies])
-    chex.assert_type([log_probs, kl, entropies], float)
+    check.same_shape(check.floats(log_probs=log_probs, kl=kl, entropies=entropies))
+    check.scalars(kl_coef=kl_coef, entropy_coef=entropy_coef)
     return -log_probs + kl_coef * kl - entropy_coef * entropies
 
 
@@ -69,8 +68,9 @@ def quality_weights(rewards: jax.Array, *, beta: Scalar) -> jax.Array:
     >>> print(quality_weights(jnp.array([0.0, -1.0]), beta=0.5).round(3))
     [1.    0.135]
     """
-    chex.assert_type(rewards, float)
-    require(beta > 0, f"beta={beta} must be positive")
+    check.floats(rewards=rewards)
+    check.scalars(beta=beta)
+    check.require(beta > 0, f"beta={beta} must be positive")
     return jax.lax.stop_gradient(jnp.exp(rewards / beta))
 
 
@@ -111,9 +111,13 @@ def figa_weights(
     >>> print(figa_weights(revised, initial, weight=0.5, where=real, other_where=real))
     [0.  0.5 0. ]
     """
-    chex.assert_equal_shape([tokens, where])
-    chex.assert_equal_shape([other_tokens, other_where])
-    chex.assert_type([tokens, other_tokens, where, other_where], [int, int, bool, bool])
+    check.same_shape(check.integers(tokens=tokens), check.masks(where=where))
+    check.same_shape(
+        check.integers(other_tokens=other_tokens), check.masks(other_where=other_where)
+    )
+    rows = (*tokens.shape[:-1], *other_tokens.shape[-1:])
+    check.fits("tokens", rows, {"other_tokens": other_tokens})
+    check.scalars(weight=weight)
     touched = jnp.vectorize(_touched, signature="(t),(s),(t),(s)->(t)")
     return jnp.where(touched(tokens, other_tokens, where, other_where), weight, 0.0)
 
@@ -139,12 +143,11 @@ def hindsight_loss_mask(is_output: jax.Array, *, where: jax.Array) -> jax.Array:
     >>> print(hindsight_loss_mask(jnp.array([False, True, True]), where=jnp.ones(3, bool)))
     [ True  True]
     """
-    chex.assert_equal_shape([is_output, where])
-    chex.assert_type([is_output, where], bool)
+    check.same_shape(check.masks(is_output=is_output, where=where))
     return (is_output & where)[..., 1:] & where[..., :-1]
 
 
-def hindsight_visible(key: jax.Array, where: jax.Array, *, max_rate: float) -> jax.Array:
+def hindsight_visible(key: jax.Array, where: jax.Array, *, max_rate: Scalar) -> jax.Array:
     """Hides a few past tokens at random, so that an answer can't be copied from the one before.
 
         rate ~ U(0, max_rate) for each row,   visible_t = real_t ∧ u_t ≥ rate
@@ -170,8 +173,10 @@ def hindsight_visible(key: jax.Array, where: jax.Array, *, max_rate: float) -> j
     >>> print(hindsight_visible(jax.random.key(0), real, max_rate=0.0))
     [ True  True False]
     """
-    chex.assert_type(where, bool)
-    require(0 <= max_rate <= 1, f"max_rate={max_rate} must be between 0 and 1")
+    check.masks(where=where)
+    check.scalars(max_rate=max_rate)
+    check.require(max_rate >= 0, f"max_rate={max_rate} must be between 0 and 1")
+    check.require(max_rate <= 1, f"max_rate={max_rate} must be between 0 and 1")
     rate_key, token_key = jax.random.split(key)
     rate = jax.random.uniform(rate_key, (*where.shape[:-1], 1), maxval=max_rate)
     kept = jax.random.uniform(token_key, where.shape) >= jnp.broadcast_to(rate, where.shape)

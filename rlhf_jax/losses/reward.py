@@ -1,9 +1,9 @@
 """Losses of the reward model, one for each form of feedback."""
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.losses import _checks as check
 from rlhf_jax.losses.log_probs import sequence_log_prob
 from rlhf_jax.losses.masking import masked_fill, masked_mean
 
@@ -30,8 +30,7 @@ def pointwise_loss(rewards: jax.Array, ratings: jax.Array) -> jax.Array:
     >>> print(pointwise_loss(jnp.array([1.0]), jnp.array([3.0])))
     [4.]
     """
-    chex.assert_equal_shape([rewards, ratings])
-    chex.assert_type([rewards, ratings], float)
+    check.same_shape(check.floats(rewards=rewards, ratings=ratings))
     return jnp.square(rewards - jax.lax.stop_gradient(ratings))
 
 
@@ -62,11 +61,12 @@ def bradley_terry_loss(
     >>> print(bradley_terry_loss(jnp.array([1.0]), jnp.array([1.0])).round(3))
     [0.693]
     """
-    chex.assert_equal_shape([chosen_rewards, rejected_rewards])
-    chex.assert_type([chosen_rewards, rejected_rewards], float)
-    if jnp.ndim(margin):
-        chex.assert_equal_shape([chosen_rewards, margin])
-        chex.assert_type(margin, float)
+    pair = check.floats(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
+    check.same_shape(pair)
+    if getattr(margin, "shape", ()):
+        check.fits("chosen_rewards", chosen_rewards.shape, check.floats(margin=margin))
+    else:
+        check.scalars(margin=margin)
     difference = chosen_rewards - rejected_rewards - jax.lax.stop_gradient(margin)
     return jax.nn.softplus(-difference).astype(chosen_rewards.dtype)
 
@@ -95,8 +95,9 @@ def pairwise_ranking_loss(rewards: jax.Array, ranks: jax.Array, *, where: jax.Ar
     >>> print(pairwise_ranking_loss(rewards, ranks, where=jnp.ones(3, bool)).round(3))
     0.693
     """
-    chex.assert_equal_shape([rewards, ranks, where])
-    chex.assert_type([rewards, where], [float, bool])
+    check.same_shape(
+        check.floats(rewards=rewards), check.numbers(ranks=ranks), check.masks(where=where)
+    )
     rewards = masked_fill(rewards, where=where)
     both = where[..., :, None] & where[..., None, :]
     above = both & (ranks[..., :, None] < ranks[..., None, :])
@@ -126,8 +127,7 @@ def plackett_luce_loss(rewards: jax.Array, *, where: jax.Array) -> jax.Array:
     >>> print(plackett_luce_loss(jnp.zeros(3), where=jnp.ones(3, bool)).round(3))
     1.792
     """
-    chex.assert_equal_shape([rewards, where])
-    chex.assert_type([rewards, where], [float, bool])
+    check.same_shape(check.floats(rewards=rewards), check.masks(where=where))
     rewards = masked_fill(rewards, where=where)
     size = rewards.shape[-1]
     square = (*rewards.shape, size)
@@ -163,8 +163,7 @@ def soft_preference_loss(
     >>> print(soft_preference_loss(jnp.array([1.0]), jnp.array([1.0]), jnp.array([0.9])).round(3))
     [0.693]
     """
-    chex.assert_equal_shape([rewards_a, rewards_b, prob_a])
-    chex.assert_type([rewards_a, rewards_b, prob_a], float)
+    check.same_shape(check.floats(rewards_a=rewards_a, rewards_b=rewards_b, prob_a=prob_a))
     prob_a = jax.lax.stop_gradient(prob_a)
     difference = rewards_a - rewards_b
     return prob_a * jax.nn.softplus(-difference) + (1 - prob_a) * jax.nn.softplus(difference)
@@ -193,8 +192,8 @@ def preference_accuracy(chosen_rewards: jax.Array, rejected_rewards: jax.Array) 
     >>> print(preference_accuracy(jnp.array([1.0, 2.0, 3.0]), jnp.array([2.0, 2.0, 2.0])))
     [0.  0.5 1. ]
     """
-    chex.assert_equal_shape([chosen_rewards, rejected_rewards])
-    chex.assert_type([chosen_rewards, rejected_rewards], float)
+    pair = check.floats(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
+    check.same_shape(pair)
     higher, equal = chosen_rewards > rejected_rewards, chosen_rewards == rejected_rewards
     return higher.astype(jnp.float32) + 0.5 * equal.astype(jnp.float32)
 
@@ -212,7 +211,7 @@ def language_model_loss(
     Args:
       log_probs: log p_LM, [..., T] float, differentiated.
       where: True on response tokens, [..., T] bool.
-      normalize: divide by the number of tokens.
+      normalize: divide by the number of tokens; static under `jit`.
 
     Returns:
       [...], one number a response, unreduced.
@@ -224,6 +223,4 @@ def language_model_loss(
     >>> print(language_model_loss(log_probs, where=where))
     3.0
     """
-    chex.assert_equal_shape([log_probs, where])
-    chex.assert_type([log_probs, where], [float, bool])
     return -sequence_log_prob(log_probs, where=where, normalize=normalize)

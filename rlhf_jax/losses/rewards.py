@@ -4,17 +4,17 @@ Rewards are constants of every loss, so no gradient flows through anything here:
 is part of the reward must not be differentiated a second time.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.losses import _checks as check
 from rlhf_jax.losses.masking import (
     last_token_mask,
     masked_fill,
     masked_sum,
     masked_whiten,
 )
-from rlhf_jax.losses.moments import RunningMoments
+from rlhf_jax.losses.moments import RunningMoments, check_moments
 
 Scalar = float | jax.Array
 
@@ -51,11 +51,10 @@ def kl_shaped_rewards(
     >>> print(kl_shaped_rewards(jnp.array(0.5), log_probs, ref, kl_coef=0.5, where=where))
     [-0.5  0.5]
     """
-    chex.assert_equal_shape([log_probs, ref_log_probs, where, *_as_tokens(scores, where)])
-    chex.assert_type([scores, log_probs, ref_log_probs, where], [float, float, float, bool])
+    _check_kl_reward(scores, log_probs, ref_log_probs, where, kl_coef)
     penalty = masked_fill(-kl_coef * (log_probs - ref_log_probs), where=where)
-    (score,) = _as_tokens(scores, where)
-    return jax.lax.stop_gradient(penalty + jnp.where(last_token_mask(where), score, 0))
+    score = jnp.where(last_token_mask(where), scores[..., None], 0)
+    return jax.lax.stop_gradient(penalty + score)
 
 
 def sequence_kl_reward(
@@ -90,8 +89,7 @@ def sequence_kl_reward(
     >>> print(sequence_kl_reward(jnp.array(0.5), log_probs, ref, kl_coef=0.5, where=where))
     0.0
     """
-    chex.assert_equal_shape([log_probs, ref_log_probs, where, *_as_tokens(scores, where)])
-    chex.assert_type([scores, log_probs, ref_log_probs, where], [float, float, float, bool])
+    _check_kl_reward(scores, log_probs, ref_log_probs, where, kl_coef)
     kl = masked_sum(log_probs - ref_log_probs, where=where, axis=-1)
     return jax.lax.stop_gradient(scores - kl_coef * kl)
 
@@ -123,8 +121,8 @@ def rolling_discounted_sum(rewards: jax.Array, *, discount: Scalar, where: jax.A
     >>> print(rolling_discounted_sum(rewards, discount=0.5, where=where))
     [1.   0.5  1.25]
     """
-    chex.assert_equal_shape([rewards, where])
-    chex.assert_type([rewards, where], [float, bool])
+    check.same_shape(check.floats(rewards=rewards), check.masks(where=where))
+    check.scalars(discount=discount)
 
     def step(carry: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         reward, real = now
@@ -162,7 +160,8 @@ def scale_rewards(rewards: jax.Array, moments: RunningMoments) -> jax.Array:
     >>> print(scale_rewards(scores, update_moments(RunningMoments.zeros(), scores)))
     [0.5 2.5]
     """
-    chex.assert_type(rewards, float)
+    check.floats(rewards=rewards)
+    check_moments(moments=moments)
     return jax.lax.stop_gradient((rewards / moments.std_or_one).astype(rewards.dtype))
 
 
@@ -191,7 +190,9 @@ def normalize_rewards(rewards: jax.Array, moments: RunningMoments, *, clip: Scal
     >>> print(normalize_rewards(scores, update_moments(RunningMoments.zeros(), scores), clip=0.8))
     [-0.8  0.8]
     """
-    chex.assert_type(rewards, float)
+    check.floats(rewards=rewards)
+    check_moments(moments=moments)
+    check.scalars(clip=clip)
     normal = (rewards - moments.mean) / moments.std_or_one
     return jax.lax.stop_gradient(jnp.clip(normal, -clip, clip).astype(rewards.dtype))
 
@@ -220,12 +221,19 @@ def normalize_advantages(advantages: jax.Array, *, where: jax.Array, clip: Scala
     >>> print(normalize_advantages(advantages, where=jnp.array([True, True, False]), clip=0.5))
     [-0.5  0.5  0. ]
     """
-    chex.assert_equal_shape([advantages, where])
-    chex.assert_type([advantages, where], [float, bool])
+    check.same_shape(check.floats(advantages=advantages), check.masks(where=where))
+    check.scalars(clip=clip)
     return jax.lax.stop_gradient(jnp.clip(masked_whiten(advantages, where=where), -clip, clip))
 
 
-def _as_tokens(scores: jax.Array, where: jax.Array) -> list[jax.Array]:
-    """The scores, repeated for each token."""
-    chex.assert_shape(scores, where.shape[:-1])
-    return [jnp.broadcast_to(scores[..., None], where.shape)]
+def _check_kl_reward(
+    scores: jax.Array,
+    log_probs: jax.Array,
+    ref_log_probs: jax.Array,
+    where: jax.Array,
+    kl_coef: Scalar,
+) -> None:
+    tokens = check.floats(log_probs=log_probs, ref_log_probs=ref_log_probs)
+    check.same_shape(tokens, check.masks(where=where))
+    check.fits("where", where.shape[:-1], check.floats(scores=scores))
+    check.scalars(kl_coef=kl_coef)

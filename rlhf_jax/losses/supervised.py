@@ -5,10 +5,10 @@ the first term included. (The deck prints log(y_t⁺ | ·), and leaves y⁻ out 
 For quality prompts (Quark, C-RLFT, ...) see `quality`.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.losses import _checks as check
 from rlhf_jax.losses.log_probs import sequence_log_prob
 from rlhf_jax.losses.masking import masked_sum
 
@@ -47,9 +47,9 @@ def rrhf_loss(
     >>> print(rrhf_loss(log_probs, scores, where=jnp.ones((2, 2), bool), rank_weight=1.0))
     2.5
     """
-    chex.assert_equal_shape([log_probs, where])
-    chex.assert_type([log_probs, scores, where], [float, float, bool])
-    chex.assert_shape(scores, where.shape[:-1])
+    check.same_shape(check.floats(log_probs=log_probs), check.masks(where=where))
+    check.fits("where", where.shape[:-1], check.floats(scores=scores))
+    check.scalars(rank_weight=rank_weight, length_power=length_power)
     total, present = masked_sum(log_probs, where=where, axis=-1), jnp.any(where, axis=-1)
     length = jnp.maximum(jnp.sum(where, axis=-1, dtype=total.dtype), 1)
     p = total / length**length_power
@@ -94,8 +94,14 @@ def slic_loss(
     >>> print(slic_loss(chosen, rejected, chosen, margin=1.0, target_weight=0.5))
     [1.5]
     """
-    chex.assert_equal_shape([chosen_log_probs, rejected_log_probs, target_log_probs])
-    chex.assert_type([chosen_log_probs, rejected_log_probs, target_log_probs], float)
+    check.same_shape(
+        check.floats(
+            chosen_log_probs=chosen_log_probs,
+            rejected_log_probs=rejected_log_probs,
+            target_log_probs=target_log_probs,
+        )
+    )
+    check.scalars(margin=margin, target_weight=target_weight)
     hinge = jax.nn.relu(margin - chosen_log_probs + rejected_log_probs)
     return hinge - target_weight * target_log_probs
 
@@ -130,9 +136,9 @@ def pro_loss(
     >>> print(pro_loss(log_probs, rewards, where=jnp.ones((2, 1), bool), sft_weight=0.0).round(3))
     0.693
     """
-    chex.assert_equal_shape([log_probs, where])
-    chex.assert_type([log_probs, rewards, where], [float, float, bool])
-    chex.assert_shape(rewards, where.shape[:-1])
+    check.same_shape(check.floats(log_probs=log_probs), check.masks(where=where))
+    check.fits("where", where.shape[:-1], check.floats(rewards=rewards))
+    check.scalars(sft_weight=sft_weight)
     s = sequence_log_prob(log_probs, where=where, normalize=True)
     present = jnp.any(where, axis=-1)
     rewards = jax.lax.stop_gradient(jnp.where(present, rewards, 0))
@@ -175,8 +181,10 @@ def orpo_loss(
     >>> print(orpo_loss(jnp.array([-1.0]), jnp.array([-1.0]), weight=0.0))
     [1.]
     """
-    chex.assert_equal_shape([chosen_log_probs, rejected_log_probs])
-    chex.assert_type([chosen_log_probs, rejected_log_probs], float)
+    check.same_shape(
+        check.floats(chosen_log_probs=chosen_log_probs, rejected_log_probs=rejected_log_probs)
+    )
+    check.scalars(weight=weight)
     log_odds = (chosen_log_probs - log1m_exp(chosen_log_probs)) - (
         rejected_log_probs - log1m_exp(rejected_log_probs)
     )
@@ -203,7 +211,7 @@ def unlikelihood_loss(log_probs: jax.Array) -> jax.Array:
     >>> print(unlikelihood_loss(jnp.log(jnp.array([0.5]))).round(3))
     [0.693]
     """
-    chex.assert_type(log_probs, float)
+    check.floats(log_probs=log_probs)
     return -log1m_exp(log_probs)
 
 
@@ -227,7 +235,7 @@ def log1m_exp(x: jax.Array) -> jax.Array:
     >>> print(log1m_exp(jnp.log(jnp.array([0.5]))).round(3))
     [-0.693]
     """
-    chex.assert_type(x, float)
+    check.floats(x=x)
     x = jnp.minimum(x, jnp.asarray(-1e-6, x.dtype))
     near = x > -jnp.log(2.0).astype(x.dtype)
     of_near = jnp.log(-jnp.expm1(jnp.where(near, x, -1)))

@@ -1,9 +1,9 @@
 """Losses of the critic. Both carry the factor ½, so that switching the clip on changes no scale."""
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.losses import _checks as check
 from rlhf_jax.losses.masking import masked_fill, masked_var
 
 Scalar = float | jax.Array
@@ -30,8 +30,7 @@ def value_loss(values: jax.Array, returns: jax.Array) -> jax.Array:
     >>> print(value_loss(jnp.array([1.0, 2.0]), jnp.array([2.0, 4.0])))
     [0.5 2. ]
     """
-    chex.assert_equal_shape([values, returns])
-    chex.assert_type([values, returns], float)
+    check.same_shape(check.floats(values=values, returns=returns))
     return jnp.square(values - jax.lax.stop_gradient(returns)) / 2
 
 
@@ -60,8 +59,8 @@ def clipped_value_loss(
     >>> print(clipped_value_loss(values, old, returns, clip_eps=0.2).round(2))
     [0.5]
     """
-    chex.assert_equal_shape([values, old_values, returns])
-    chex.assert_type([values, old_values, returns], float)
+    check.same_shape(check.floats(values=values, old_values=old_values, returns=returns))
+    check.scalars(clip_eps=clip_eps)
     old_values = jax.lax.stop_gradient(old_values)
     clipped = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
     return jnp.maximum(value_loss(values, returns), value_loss(clipped, returns))
@@ -90,8 +89,7 @@ def explained_variance(values: jax.Array, returns: jax.Array, *, where: jax.Arra
     >>> print(explained_variance(values, returns, where=jnp.ones(2, bool)))
     0.75
     """
-    chex.assert_equal_shape([values, returns, where])
-    chex.assert_type([values, returns, where], [float, float, bool])
+    check.same_shape(check.floats(values=values, returns=returns), check.masks(where=where))
     values = jax.lax.stop_gradient(masked_fill(values, where=where))
     returns = jax.lax.stop_gradient(masked_fill(returns, where=where))
     total = masked_var(returns, where=where)

@@ -1,4 +1,4 @@
-"""TRPO on a minibatch of experience: the policy step with a trust region for its optimizer."""
+"""TRPO on a minibatch of experience: the policy step, taken within a trust region."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class TRPOConfig:
 
     Attributes:
       max_kl: δ, bound on the mean KL(π_old ‖ π_θ) per token, in nats.
-      damping: Added to the diagonal of the Fisher matrix.
-      cg_iterations: Products with the Fisher matrix.
+      damping: added to the diagonal of the Fisher matrix.
+      cg_iterations: products with the Fisher matrix.
     """
 
     max_kl: float = 0.01
@@ -39,10 +39,10 @@ def make_trust_region_step(
     """Builds `step(state, (experience, ptx), penalty_coef)`, as `make_train_step` does.
 
     π_old of the ratio is the policy that sampled; π_old of the constraint is the policy before this
-    step. They are one and the same when a minibatch is the whole buffer, as TRPO means it.
+    step. They are one and the same when a minibatch is the whole buffer, as in TRPO.
 
     Raises (when traced):
-      ValueError: a ptx batch or an entropy bonus, which TRPO's problem has no place for.
+      ValueError: a ptx loss or an entropy bonus, which have no place in TRPO's problem.
     """
     if config.ptx_coef or config.entropy_coef:
         raise ValueError("ppo.objective='trpo' has no ptx loss and no entropy bonus: set both to 0")

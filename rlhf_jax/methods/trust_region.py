@@ -6,10 +6,11 @@ so the step can be jitted (close over the batch, or jit a function of parameters
 
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.sparse.linalg import cg
 
 Params = Any
 Objective = Callable[[Params], jax.Array]
@@ -32,7 +33,8 @@ def trust_region_step(
         θ′ = θ + a^j √(2δ / xᵀFx) x,   the first j with KL(θ′) ≤ δ and J(θ′) > J(θ)
 
     Products with F are a Jacobian-vector product of ∇KL, so F is never built; x comes from
-    conjugate gradients.
+    conjugate gradients (`jax.scipy.sparse.linalg.cg`), whose inner products flatten each array: one
+    that is spread over devices along an axis other than its first is gathered for that.
 
     Source: Schulman et al. 2015 (arXiv 1502.05477), eq 14 and appendix C; slide "TRPO".
 
@@ -43,7 +45,8 @@ def trust_region_step(
         at `params`.
       max_kl: δ.
       damping: added to the diagonal of F, so that flat directions stay bounded.
-      cg_iterations: upper limit on the number of products with F.
+      cg_iterations: upper limit on the iterations of conjugate gradients, a product with F each;
+        it ends sooner once ‖Fx − g‖ ≤ 1e-5 ‖g‖. Two products more are made, before and after.
       backtracks: number of step lengths that are tried.
       shrink: a, the factor from one length to the next.
 
@@ -65,15 +68,22 @@ def trust_region_step(
     """
     _check_ranges(damping, cg_iterations, backtracks, shrink)
     before, gradient = jax.value_and_grad(surrogate)(params)
+    # `cg` accumulates in the type of its vectors, which must not be that of half-precision weights.
+    gradient = jax.tree.map(_widen, gradient)
 
     def fisher(vector: Params) -> Params:
-        _, product = jax.jvp(jax.grad(kl), (params,), (vector,))
-        return jax.tree.map(lambda p, v: p + damping * v, product, vector)
+        tangent = jax.tree.map(lambda v, p: v.astype(p.dtype), vector, params)
+        _, product = jax.jvp(jax.grad(kl), (params,), (tangent,))
+        return jax.tree.map(lambda p, v: _widen(p) + damping * v, product, vector)
 
-    solution = conjugate_gradients(fisher, gradient, iterations=cg_iterations)
-    curvature = _dot(solution.x, fisher(solution.x))
-    length = jnp.where(curvature > 0, jnp.sqrt(2 * max_kl / jnp.maximum(curvature, 1e-30)), 0)
-    full_step = jax.tree.map(lambda x: length * x, solution.x)
+    solution, _ = cg(fisher, gradient, tol=1e-5, maxiter=cg_iterations)
+    bent = fisher(solution)
+    residual = jax.tree.map(operator.sub, bent, gradient)
+    curvature = _dot(solution, bent)
+    # Where F is flat along a direction, `cg` has divided by 0: no step then, rather than NaN.
+    sound = (curvature > 0) & jnp.isfinite(curvature)
+    length = jnp.sqrt(2 * max_kl / jnp.where(sound, curvature, 1))
+    full_step = jax.tree.map(lambda x: jnp.where(sound, length * x, 0), solution)
 
     def trial(fraction: jax.Array) -> tuple[Params, jax.Array, jax.Array]:
         moved = jax.tree.map(lambda p, s: (p + fraction * s).astype(p.dtype), params, full_step)
@@ -87,67 +97,8 @@ def trust_region_step(
         "policy/step_fraction": jnp.where(accepted, fraction, 0.0),
         "policy/accepted": accepted,
         "optim/grad_norm": jnp.sqrt(_dot(gradient, gradient)),
-        "optim/cg_residual": jnp.sqrt(solution.residual_square),
+        "optim/cg_residual": jnp.sqrt(_dot(residual, residual)),
     }
-
-
-class Solution(NamedTuple):
-    """State of conjugate gradients, and its result.
-
-    Fields:
-      x: the solution so far, a pytree like the right-hand side.
-      residual: b − Ax, the same.
-      direction: next search direction, the same.
-      residual_square: squared norm of the residual, [] float32.
-      iteration: number of products so far, [] int32.
-    """
-
-    x: Params
-    residual: Params
-    direction: Params
-    residual_square: jax.Array
-    iteration: jax.Array
-
-
-def conjugate_gradients(
-    product: Callable[[Params], Params], b: Params, *, iterations: int, tolerance: float = 1e-10
-) -> Solution:
-    """Solves A x = b for a symmetric positive A that is known by its products.
-
-    Source: Hestenes and Stiefel 1952.
-
-    Args:
-      product: v -> A v.
-      b: a pytree of float arrays.
-      iterations: upper limit.
-      tolerance: stop once the squared norm of the residual is this share of that of b.
-
-    Returns:
-      Solution; it stops early at a direction that A does not bend upwards.
-
-    >>> solution = conjugate_gradients(lambda v: 2 * v, jnp.array([4.0]), iterations=1)
-    >>> print(solution.x)
-    [2.]
-    """
-    b_square = _dot(b, b)
-    start = Solution(jax.tree.map(jnp.zeros_like, b), b, b, b_square, jnp.int32(0))
-
-    def unfinished(state: Solution) -> jax.Array:
-        return (state.iteration < iterations) & (state.residual_square > tolerance * b_square)
-
-    def improve(state: Solution) -> Solution:
-        bent = product(state.direction)
-        curvature = _dot(state.direction, bent)
-        sound = curvature > 0
-        alpha = jnp.where(sound, state.residual_square / jnp.where(sound, curvature, 1), 0)
-        x = _add_scaled(state.x, alpha, state.direction)
-        residual = _add_scaled(state.residual, -alpha, bent)
-        square = _dot(residual, residual)
-        direction = _add_scaled(residual, square / state.residual_square, state.direction)
-        iteration = jnp.where(sound, state.iteration + 1, iterations)
-        return Solution(x, residual, direction, square, iteration)
-
-    return jax.lax.while_loop(unfinished, improve, start)
 
 
 def _line_search(
@@ -174,10 +125,6 @@ def _line_search(
     start = (jnp.int32(0), jnp.float32(0), jnp.bool_(False))
     _, fraction, accepted = jax.lax.while_loop(unfinished, attempt, start)
     return fraction, accepted
-
-
-def _add_scaled(a: Params, scale: jax.Array, b: Params) -> Params:
-    return jax.tree.map(lambda x, y: (x + scale * y).astype(x.dtype), a, b)
 
 
 def _dot(a: Params, b: Params) -> jax.Array:

@@ -11,7 +11,7 @@ class RopeScaling:
       kind: ``linear`` divides every frequency by `factor` (Chen et al. 2023, "Extending context
         window via positional interpolation"); ``llama3`` divides only the low frequencies and
         blends in between (Llama 3.1 release).
-      factor: How many times longer the context becomes.
+      factor: how many times longer the context becomes.
       low_freq_factor: ``llama3``: wavelengths above `original_max_length / low_freq_factor` are
         divided by `factor`.
       high_freq_factor: ``llama3``: wavelengths below `original_max_length / high_freq_factor` stay.
@@ -39,23 +39,23 @@ class ModelConfig:
     (`qkv_bias`) and Qwen3 (`qk_norm`).
 
     Attributes:
-      vocab_size: Rows of the embedding.
-      hidden_size: Width D of the residual stream.
-      num_layers: Decoder layers L.
-      num_heads: Query heads N.
-      num_kv_heads: Key and value heads K; N must be a multiple of K. 0 means N.
-      head_dim: Width H of one head. 0 means `hidden_size // num_heads`.
-      intermediate_size: Width F of the gated MLP.
-      rope_theta: Base of the rotary frequencies.
-      rope_scaling: Optional stretching of the rotary frequencies.
-      norm_eps: Epsilon of RMSNorm.
-      tie_embeddings: Whether the output projection is the embedding.
-      qkv_bias: Biases on the query, key and value projections (Qwen2).
+      vocab_size: rows of the embedding.
+      hidden_size: width D of the residual stream.
+      num_layers: decoder layers L.
+      num_heads: query heads N.
+      num_kv_heads: key and value heads K; N must be a multiple of K. 0 means N.
+      head_dim: width H of one head. 0 means `hidden_size // num_heads`.
+      intermediate_size: width F of the gated MLP.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: optional stretching of the rotary frequencies.
+      norm_eps: epsilon of RMSNorm.
+      tie_embeddings: whether the output projection is the embedding.
+      qkv_bias: biases on the query, key and value projections (Qwen2).
       qk_norm: RMSNorm on queries and keys, per head (Qwen3).
-      max_length: Longest sequence in tokens that the model is meant for.
-      init_std: Standard deviation of the normal initialisation.
-      dtype: Type of weights and activations, "float32" or "bfloat16".
-      remat: What the backward pass recomputes: "none" keeps every activation, "dots" keeps the
+      max_length: longest sequence in tokens that the model is meant for.
+      init_std: standard deviation of the normal initialisation.
+      dtype: type of weights and activations, "float32" or "bfloat16".
+      remat: what the backward pass recomputes: "none" keeps every activation, "dots" keeps the
         results of matrix products, "full" keeps one residual-stream tensor per layer.
       attention: "xla", or "cudnn" for the flash kernel on NVIDIA GPUs in bfloat16.
     """

@@ -40,7 +40,7 @@ class Evaluation:
 
     Attributes:
       ref_log_probs: `[B, G]` float32, under the reference, at the policy's temperature.
-      scores: `[B]` float32, of the reward model at the last real token.
+      scores: `[B]` float32, the reward model's at the last real token.
       values: `[B, G]` float32, V(s_t) of the state before response token t; zeros without critic.
     """
 
@@ -53,8 +53,8 @@ class Experience(flax.struct.PyTreeNode):
     """A scored rollout: the content of the experience buffer.
 
     Attributes:
-      rollout: The sampled tokens and their log-probabilities.
-      evaluation: Scores, values and reference log-probabilities.
+      rollout: the sampled tokens and their log-probabilities.
+      evaluation: scores, values and reference log-probabilities.
       rewards: `[B, G]` float32, r_t after shaping.
       advantages: `[B, G]` float32, Φ_t of the policy gradient; 0 on padding.
       returns: `[B, G]` float32, the critic's targets; 0 on padding.
@@ -69,14 +69,14 @@ class Experience(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """Shaping of rewards (deck: "reward scaling", "reward normalization and clipping").
+    """Shaping of rewards (slides "Reward Scaling", "Reward Normalization and Clipping").
 
     Attributes:
       transform: "none"; "scale" divides by the running std of scores; "scale_discounted" divides
         by the running std, over all real tokens, of the rolling discounted sum of rewards;
         "normalize" subtracts the running mean of scores and divides by their std.
       clip: δ, scores are clipped to ±clip after the transform; 0 is off.
-      missing_eos_penalty: Subtracted, after transform and clipping, from the score of a response
+      missing_eos_penalty: subtracted, after transform and clipping, from the score of a response
         that was cut at the length limit. A reward model reads its score at EOS and has never
         learned what an unfinished text is worth.
     """
@@ -94,7 +94,7 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageConfig:
-    """Which Φ_t weights the policy gradient (deck: "Policy Gradient Methods", "GAE").
+    """Which Φ_t weights the policy gradient (slides "Policy Gradient Methods", "GAE").
 
     Attributes:
       method: "gae"; "total_return" R(τ); "reward_to_go"; "reward_to_go_baseline" minus V(s_t);
@@ -102,27 +102,20 @@ class AdvantageConfig:
         other samples (all of the batch; the others of the prompt; mean and std of the prompt's).
       discount: γ.
       lambda_: λ of GAE.
-      k: Steps of "k_step".
-      samples_per_prompt: Adjacent rows that share a prompt ("rloo", "grpo").
-      returns: The critic's target: "gae" is A + V_old, "monte_carlo" the discounted rewards-to-go.
+      k: steps of "k_step".
+      returns: the critic's target: "gae" is A + V_old, "monte_carlo" the discounted rewards-to-go.
     """
 
     method: str = "gae"
     discount: float = 1.0
     lambda_: float = 0.9
     k: int = 1
-    samples_per_prompt: int = 1
     returns: str = "gae"
 
     def __post_init__(self):
         if self.method not in ADVANTAGES:
             raise ValueError(
                 f"advantage.method={self.method!r} is unknown; use one of {ADVANTAGES}"
-            )
-        if self.method in ("rloo", "grpo") and self.samples_per_prompt < 2:
-            raise ValueError(
-                f"advantage.method={self.method!r} compares samples of one prompt; "
-                f"samples_per_prompt={self.samples_per_prompt} must be at least 2"
             )
         if self.returns not in ("gae", "monte_carlo"):
             raise ValueError(f"advantage.returns={self.returns!r} must be 'gae' or 'monte_carlo'")
@@ -131,6 +124,18 @@ class AdvantageConfig:
     def needs_critic(self) -> bool:
         """Whether Φ_t uses V(s_t)."""
         return self.method in CRITIC_ADVANTAGES
+
+    def check_samples(self, samples_per_prompt: int) -> None:
+        """Checks that a Φ which compares samples of one prompt gets several.
+
+        Raises:
+          ValueError: a prompt has one sample.
+        """
+        if self.method in ("rloo", "grpo") and samples_per_prompt < 2:
+            raise ValueError(
+                f"advantage.method={self.method!r} compares samples of one prompt; "
+                f"samples_per_prompt={samples_per_prompt} must be at least 2"
+            )
 
 
 def evaluate(
@@ -146,11 +151,11 @@ def evaluate(
 
     Args:
       rollout: B rows.
-      reference: Frozen copy of the initial policy.
-      reward_model: Its score is read at the last real token.
+      reference: frozen copy of the initial policy.
+      reward_model: its score is read at the last real token.
       critic: None for a Φ_t without one.
-      temperature: The policy's.
-      microbatches: The rows are processed in so many parts, one after the other.
+      temperature: that of the policy.
+      microbatches: parts in which the rows are processed, one after the other.
     """
     start = rollout.prompt_length
 
@@ -217,7 +222,7 @@ def shape_rewards(
         if config.transform != "none":
             scores = losses.scale_rewards(scores, moments)
         scores = jnp.clip(scores, -clip, clip)
-    # After the transform: the price keeps its size whatever the scale of the reward model, and
+    # After the transform: the penalty keeps its size whatever the scale of the reward model, and
     # neither moves the moments nor is clipped away.
     scores = scores - config.missing_eos_penalty * ~rollout.ended
     rewards = losses.kl_shaped_rewards(
@@ -231,7 +236,12 @@ def shape_rewards(
 
 
 def advantages(
-    rewards: jax.Array, values: jax.Array, where: jax.Array, *, config: AdvantageConfig
+    rewards: jax.Array,
+    values: jax.Array,
+    where: jax.Array,
+    *,
+    config: AdvantageConfig,
+    samples_per_prompt: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """Φ_t and the critic's targets.
 
@@ -239,11 +249,16 @@ def advantages(
       rewards: `[B, G]`.
       values: `[B, G]`.
       where: `[B, G]` bool, real response tokens.
-      config: Choice of Φ.
+      config: choice of Φ.
+      samples_per_prompt: adjacent rows that share a prompt ("rloo", "grpo").
 
     Returns:
       Advantages and returns, `[B, G]` each, 0 on padding.
+
+    Raises:
+      ValueError: a Φ compares samples of one prompt, and a prompt has one.
     """
+    config.check_samples(samples_per_prompt)
     discount = config.discount
     to_go = losses.rewards_to_go(rewards, discount=discount, where=where)
     totals = to_go[:, 0]
@@ -259,20 +274,20 @@ def advantages(
     elif method == "reward_to_go_baseline":
         phi = to_go - values
     else:
-        phi = _sequence_phi(totals, config)[:, None] * jnp.ones_like(rewards)
+        phi = _sequence_phi(totals, method, samples_per_prompt)[:, None] * jnp.ones_like(rewards)
     phi = jnp.where(where, phi, 0.0)
     returns = phi + values if method == "gae" and config.returns == "gae" else to_go
     return phi, jnp.where(where, returns, 0.0)
 
 
-def _sequence_phi(totals: jax.Array, config: AdvantageConfig) -> jax.Array:
+def _sequence_phi(totals: jax.Array, method: str, samples_per_prompt: int) -> jax.Array:
     """One weight per sequence `[B]`, from the total returns `[B]`."""
-    if config.method == "total_return":
+    if method == "total_return":
         return totals
-    if config.method == "batch_mean":
+    if method == "batch_mean":
         return totals - losses.batch_mean_baseline(totals)
-    groups = totals.reshape(-1, config.samples_per_prompt)
-    if config.method == "rloo":
+    groups = totals.reshape(-1, samples_per_prompt)
+    if method == "rloo":
         return (groups - losses.leave_one_out_baseline(groups)).reshape(-1)
     return losses.group_advantages(groups).reshape(-1)
 

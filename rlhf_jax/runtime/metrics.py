@@ -19,6 +19,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from rlhf_jax.runtime.errors import MissingPackageError
+
 METRICS_FILE = "metrics.jsonl"
 _logger = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ class MetricsWriter:
       config: the run's configuration, shown by W&B.
 
     Raises:
-      ImportError: a mirror was asked for and its package is missing.
+      MissingPackageError: a mirror was asked for and its package is missing.
       ValueError: the existing file holds a line that is not a metrics line.
     """
 
@@ -150,7 +152,7 @@ class _TensorBoard:
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
-            raise ImportError(
+            raise MissingPackageError(
                 "tensorboard=True needs tensorboardX: pip install tensorboardX"
             ) from error
         folder = workdir / "tensorboard"
@@ -173,7 +175,9 @@ class _Wandb:
         try:
             import wandb
         except ImportError as error:
-            raise ImportError("wandb=True needs wandb: pip install 'rlhf_jax[wandb]'") from error
+            raise MissingPackageError(
+                "wandb=True needs wandb: pip install 'rlhf_jax[wandb]'"
+            ) from error
         id_file = workdir / "wandb_id.txt"
         run_id = id_file.read_text().strip() if id_file.exists() else None
         self._run = wandb.init(

@@ -1,10 +1,8 @@
-"""What a run ran on: versions, devices and the git commit, written to `config.json`."""
+"""What a run ran on: versions, devices and the git commit; and how values are written as JSON."""
 
 from __future__ import annotations
 
 import datetime
-import json
-import os
 import platform
 import shlex
 import subprocess
@@ -51,16 +49,6 @@ def run_info(config: Mapping[str, Any]) -> dict[str, Any]:
         "git": git_state(Path(__file__).resolve()),
         "config": to_json(config),
     }
-
-
-def write_config(workdir: str | os.PathLike[str], info: Mapping[str, Any]) -> Path:
-    """Writes `info` (see `run_info`) to `workdir/config.json` and returns the path."""
-    path = Path(workdir) / "config.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(to_json(info), indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
-    return path
 
 
 def git_state(tracked_file: Path) -> dict[str, str | bool | None]:

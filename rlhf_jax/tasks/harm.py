@@ -23,7 +23,7 @@ class Harm(Task):
         """Yields prompts, or pairs whose chosen answer people found less harmful; see `Task.rows`.
 
         Raises:
-          ValueError: Documents are asked for: no model should be fine-tuned on these answers.
+          ValueError: documents are asked for: no model should be fine-tuned on these answers.
         """
         config = self.config
         if kind == "sft":

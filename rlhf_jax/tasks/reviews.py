@@ -66,7 +66,7 @@ class Reviews(Task):
         """Returns pairs of reviews in a chat and float32 `[n, 2]`, the ratings of both.
 
         Raises:
-          ValueError: There is no instruction, or the reviews are of several domains.
+          ValueError: there is no instruction, or the reviews are of several domains.
         """
         if not self._asked:
             return super().rated(tokenizer, split, max_length=max_length, count=count)

@@ -38,12 +38,12 @@ class TaskConfig:
     """Which task, and which of its rows.
 
     Attributes:
-      source: What the user types: "reviews", "hh:FOLDER", "jsonl:FILE", "stream:hh", ...
-      domains: Of reviews: which of them; empty is films and products.
-      limit: The most rows; 0 is all of them. Pairs have a count of their own.
-      instruction: Of reviews: what the system asks of the assistant; empty is plain text.
-      min_gap: The least difference of the ratings of a pair that is drawn.
-      seed: Of pairs and prompts that are drawn.
+      source: what the user types: "reviews", "hh:FOLDER", "jsonl:FILE", "stream:hh", ...
+      domains: of reviews: which of them; empty is films and products.
+      limit: the most rows; 0 is all of them. Pairs have a count of their own.
+      instruction: of reviews: what the system asks of the assistant; empty is plain text.
+      min_gap: the least difference of the ratings of a pair that is drawn.
+      seed: of pairs and prompts that are drawn.
     """
 
     source: str
@@ -62,14 +62,14 @@ class Task(abc.ABC):
     `open_stream` and `convert_stream`.
 
     Args:
-      config: Which rows.
+      config: which rows.
 
     Attributes:
-      judges: Names of the judges that may speak of the task; none if nothing but a reward model or
+      judges: names of the judges that may speak of the task; none if nothing but a reward model or
         a judge that the user names can.
-      can_stream: Whether `stream:` may be put before the source.
-      where: What follows the colon in the source: `FOLDER` of `hh:FOLDER`.
-      streamed: Whether training rows are read as the run trains.
+      can_stream: whether `stream:` may be put before the source.
+      where: what follows the colon in the source: `FOLDER` of `hh:FOLDER`.
+      streamed: whether training rows are read as the run trains.
     """
 
     judges: tuple[str, ...] = ()
@@ -90,11 +90,11 @@ class Task(abc.ABC):
         Args:
           kind: "sft", "preference" or "prompt".
           split: "train", "validation", "test" or "all".
-          drops: Counts what is left out.
-          count: How many are wanted, for tasks that draw; 0 is all of them.
+          drops: counts what is left out.
+          count: how many are wanted, for tasks that draw; 0 is all of them.
 
         Raises:
-          ValueError: The source has no rows of the kind, or a row is wrong.
+          ValueError: the source has no rows of the kind, or a row is wrong.
         """
 
     def fingerprint(self, split: str) -> list[Any] | None:
@@ -118,9 +118,9 @@ class Task(abc.ABC):
         """Returns what supervised fine-tuning learns from, with loss masks.
 
         Args:
-          tokenizer: With a chat template.
+          tokenizer: with a chat template.
           split: "train", "validation", "test" or "all"; only "train" is ever streamed.
-          max_length: The most tokens.
+          max_length: the most tokens.
         """
         return self._examples("sft", tokenizer, split, max_length, self.config.limit)
 
@@ -130,10 +130,10 @@ class Task(abc.ABC):
         """Returns pairs of responses, the better one first.
 
         Args:
-          tokenizer: With a chat template.
-          split: See `documents`.
-          max_length: The most tokens of a side.
-          count: The most pairs, where they are not streamed.
+          tokenizer: with a chat template.
+          split: see `documents`.
+          max_length: the most tokens of a side.
+          count: the most pairs, where they are not streamed.
         """
         return self._examples("preference", tokenizer, split, max_length, count)
 
@@ -143,7 +143,7 @@ class Task(abc.ABC):
         """Returns pairs, and how people rated both sides, `[n, 2]`.
 
         Raises:
-          ValueError: Nobody rated them.
+          ValueError: nobody rated them.
         """
         raise ValueError(
             f"loss.comparisons='batch' needs ratings: data.source={self.config.source!r} must be "
@@ -161,9 +161,9 @@ class Task(abc.ABC):
         """Returns what a policy is asked, open for the assistant's words.
 
         Args:
-          tokenizer: With a chat template.
-          split: See `documents`.
-          max_length: The most tokens.
+          tokenizer: with a chat template.
+          split: see `documents`.
+          max_length: the most tokens.
         """
         return self._examples("prompt", tokenizer, split, max_length, self.config.limit)
 
@@ -171,9 +171,9 @@ class Task(abc.ABC):
         """Returns training responses whose scores a reward model brings to mean 0 and std 1.
 
         Args:
-          tokenizer: With a chat template.
-          max_length: The most tokens.
-          count: The most responses.
+          tokenizer: with a chat template.
+          max_length: the most tokens.
+          count: the most responses.
         """
         return [
             pair.chosen for pair in self._load("preference", tokenizer, "train", max_length, count)
@@ -236,7 +236,7 @@ def make_task(config: TaskConfig) -> Task:
     """Returns the task that a source names.
 
     Raises:
-      ValueError: There is no such task, or it cannot be streamed.
+      ValueError: there is no such task, or it cannot be streamed.
     """
     name = config.source.removeprefix(STREAM).partition(":")[0]
     if name == "pyrit":

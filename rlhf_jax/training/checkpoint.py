@@ -17,8 +17,8 @@ class Checkpointer:
     """Keeps the newest states of a run in `folder`, each step whole or not at all.
 
     Args:
-      folder: Created when missing.
-      keep: How many steps stay on disk.
+      folder: created when missing.
+      keep: how many steps stay on disk.
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 1):
@@ -53,7 +53,7 @@ class Checkpointer:
         """Reads the newest step.
 
         Args:
-          like: A state with the shapes, types and shardings to restore to.
+          like: a state with the shapes, types and shardings to restore to.
 
         Returns:
           Step, state, position.
@@ -99,7 +99,7 @@ class Checkpointer:
 
 
 def _kind(leaf: Any) -> str:
-    """Type and shape: `float32[2, 3]`. Orbax would convert another type without a word."""
+    """Type and shape: `float32[2, 3]`. Orbax would convert another type silently."""
     return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 

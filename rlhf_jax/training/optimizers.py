@@ -11,16 +11,16 @@ class OptimizerConfig:
     """AdamW with warm-up, a schedule and global gradient clipping.
 
     Attributes:
-      learning_rate: Peak learning rate.
-      schedule: After warm-up: "constant", "linear" or "cosine" (down to `end_fraction` of the peak
+      learning_rate: peak learning rate.
+      schedule: after warm-up: "constant", "linear" or "cosine" (down to `end_fraction` of the peak
         at the last step), or "inverse_sqrt" (times sqrt(warmup / step), as in PPO-max's code).
-      warmup_fraction: Share of all steps in which the rate rises linearly from a tenth of the peak.
-      end_fraction: Final rate as a share of the peak.
-      b1: Decay of the first moment.
-      b2: Decay of the second moment.
-      eps: Epsilon, added outside the square root.
-      weight_decay: Decoupled weight decay.
-      max_grad_norm: Global norm to which gradients are clipped; 0 is off.
+      warmup_fraction: share of all steps in which the rate rises linearly from a tenth of the peak.
+      end_fraction: final rate as a share of the peak.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: epsilon, added outside the square root.
+      weight_decay: decoupled weight decay.
+      max_grad_norm: global norm to which gradients are clipped; 0 is off.
     """
 
     learning_rate: float

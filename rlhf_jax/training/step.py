@@ -22,9 +22,9 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       step: scalar int32, updates made so far.
-      model: The module in its compute type, or the adapters that train beside a frozen one.
+      model: the module in its compute type, or the adapters that train beside a frozen one.
       master: float32 copy that the optimizer updates; None when the model is float32 itself.
-      opt_state: State of the optax optimizer.
+      opt_state: state of the optax optimizer.
     """
 
     step: jax.Array
@@ -82,11 +82,11 @@ def make_train_step(
         sums with weights that were made from the whole batch (see `reductions`). A metric whose
         name ends in `_max` or `_min` is merged by that instead.
       optimizer: optax transformation.
-      sharding: Where the trees live.
-      microbatches: Gradient accumulation: the batch is split into so many parts.
-      prepare: Runs on the whole batch before it is split: the place for whatever is normalised
+      sharding: where the trees live.
+      microbatches: gradient accumulation: the number of parts that the batch is split into.
+      prepare: runs on the whole batch before it is split: the place for whatever is normalised
         over the batch.
-      trunk: Frozen weights beside which the state's adapters train: `loss_fn` is given the model
+      trunk: frozen weights beside which the state's adapters train: `loss_fn` is given the model
         that they make together (see `models.lora`). None when the state holds a whole model.
 
     Returns:
@@ -142,7 +142,7 @@ class OnTrunk:
         return self._compiled(*arguments, self._trunk)
 
     def lower(self, *arguments: Any) -> Any:
-        """As `jax.jit(...).lower`."""
+        """Like `jax.jit(...).lower`."""
         return self._compiled.lower(*arguments, self._trunk)
 
 
@@ -173,3 +173,16 @@ def _merge(name: str, stacked: jax.Array) -> jax.Array:
 
 def _constrain(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
+
+
+def divide(name: str, whole: int, part: int) -> int:
+    """How many parts make the whole, such as minibatches of a buffer.
+
+    Raises:
+      ValueError: there would be a remainder.
+    """
+    if part < 1 or whole < 1:
+        raise ValueError(f"{name}={whole} and what divides it ({part}) must be at least 1")
+    if whole % part:
+        raise ValueError(f"{name}={whole} must be divisible by {part}")
+    return whole // part

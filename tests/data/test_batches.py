@@ -1,105 +1,265 @@
-"""From examples to batches: what the functions hand on, and all rows once."""
-
 import itertools
+import json
+import time
 
 import numpy as np
 import pytest
 
+from rlhf_jax.data import batches
 from rlhf_jax.data.batches import (
-    each_repeated,
-    fixed_prompts,
-    once_packed,
-    once_pairs,
-    packed_batches,
-    pair_batches,
-    prompt_batches,
+    PackedBatches,
+    PairBatches,
+    PromptBatches,
+    Shape,
+    pad_pairs,
+    pad_prompts,
 )
-from rlhf_jax.data.examples import Examples, StreamedExamples
 from rlhf_jax.data.schemas import Encoded, EncodedPair
-from rlhf_jax.data.shapes import PackedBatches, PairBatches, PromptBatches
-from rlhf_jax.data.streaming import StreamedBatches
-
-RNG = np.random.default_rng(0)
-DOCUMENTS = [
-    Encoded(np.full(RNG.integers(2, 30), n, np.int32), RNG.random() < np.arange(1))
-    for n in range(40)
-]
-DOCUMENTS = [Encoded(d.tokens, np.arange(len(d.tokens)) > 0) for d in DOCUMENTS]
-PAIRS = [EncodedPair(a, b, 0.0) for a, b in zip(DOCUMENTS[::2], DOCUMENTS[1::2], strict=True)]
-PROMPTS = [d.tokens for d in DOCUMENTS]
-BALANCE = {"max_tokens": 640, "min_pairs": 2, "max_pairs": 8, "pad_id": 99, "multiple_of": 2}
 
 
-def streamed(rows):
-    return StreamedExamples(
-        lambda: [[{"n": n} for n in range(len(rows))]],
-        lambda block: [rows[row["n"]] for row in block],
-        lambda: Examples(rows),
-        name="numbers",
+def document(rng, number, length):
+    """Tokens are `number` throughout, so that it can be found again; the last is the stop token."""
+    tokens = np.full(length, number, dtype=np.int32)
+    return Encoded(tokens, rng.random(length) < 0.5)
+
+
+def documents(count=50, longest=30, seed=0):
+    rng = np.random.default_rng(seed)
+    return [document(rng, n, int(rng.integers(2, longest + 1))) for n in range(1, count + 1)]
+
+
+def pairs(count=50, longest=60, seed=0):
+    sides = documents(2 * count, longest, seed)
+    return [
+        EncodedPair(a, b, n / 10)
+        for n, (a, b) in enumerate(zip(sides[::2], sides[1::2], strict=True))
+    ]
+
+
+def prompts(count=50, longest=20):
+    return [d.tokens for d in documents(count, longest)]
+
+
+def make_packed(**kwargs):
+    options = {"batch_size": 4, "length": 64, "seed": 0} | kwargs
+    return PackedBatches(documents(), **options)
+
+
+def make_pairs(**kwargs):
+    options = {"max_tokens": 1280, "min_pairs": 4, "max_pairs": 16, "seed": 0} | kwargs
+    return PairBatches(pairs(), **options)
+
+
+def make_prompts(**kwargs):
+    return PromptBatches(prompts(), **{"batch_size": 8, "seed": 0} | kwargs)
+
+
+MAKERS = [make_packed, lambda **k: make_packed(packed=False, **k), make_pairs, make_prompts]
+
+
+def epoch(batches):
+    return list(itertools.islice(batches, batches.steps_per_epoch))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_seed_and_epoch_decide_the_batches(make):
+    one, again, other = make(), make(), make(seed=1)
+    first = epoch(one)
+    assert all(same(a, b) for a, b in zip(first, epoch(again), strict=True))
+    assert not all(same(a, b) for a, b in zip(first, epoch(other), strict=False))
+    assert one.epoch == 1
+    assert not all(same(a, b) for a, b in zip(first, epoch(one), strict=False))
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("steps", [0, 1, 7, 23])
+def test_restored_batches_go_on_the_same(make, steps):
+    running = make()
+    for _ in range(steps):
+        next(running)
+    saved = json.loads(json.dumps(running.state()))
+    expected = [next(running) for _ in range(9)]
+    resumed = make()
+    next(resumed)
+    resumed.restore(saved)
+    assert all(same(a, next(resumed)) for a in expected)
+    assert resumed.state() == running.state()
+
+
+def test_position_in_other_data_is_refused():
+    state = make_packed().state()
+    with pytest.raises(ValueError, match="saved position has seed=0, these batches seed=1"):
+        make_packed(seed=1).restore(state)
+    with pytest.raises(ValueError, match="saved position has size=50, these batches size=3"):
+        PackedBatches(documents(3), batch_size=4, length=64, seed=0).restore(state)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_every_batch_has_one_of_the_shapes(make):
+    batches = make()
+    seen = {batch["tokens"].shape for batch in itertools.islice(batches, 40)}
+    assert {(shape[0], shape[-1]) for shape in seen} <= {tuple(s) for s in batches.shapes}
+    assert len(seen) <= len(batches.shapes)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_epoch_of_documents_holds_each_once(packed):
+    batches = make_packed(packed=packed, pad_id=9999)
+    for _ in range(2):
+        found = []
+        for batch in epoch(batches):
+            real = batch["segments"] > 0
+            assert (batch["tokens"][~real] == 9999).all()
+            for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True):
+                assert packed or segments.max() <= 1
+                starts = np.flatnonzero(np.diff(segments, prepend=0) > 0)
+                found += tokens[starts].tolist()
+        assert sorted(found) == list(range(1, 51))
+
+
+def test_documents_are_packed_some_at_a_time(monkeypatch):
+    monkeypatch.setattr(batches, "_FITTED", 7)
+    seen = []
+    fit = batches.first_fit
+    monkeypatch.setattr(
+        batches, "first_fit", lambda sizes, room: seen.append(sizes) or fit(sizes, room)
     )
+    found = [int(t) for batch in epoch(make_packed()) for t in np.unique(batch["tokens"]) if t]
+    assert sorted(found) == list(range(1, 51))
+    assert max(map(len, seen)) == 7
 
 
-def same(some, others, count=5):
-    pairs = zip(itertools.islice(some, count), itertools.islice(others, count), strict=True)
-    return all(np.array_equal(a[name], b[name]) for a, b in pairs for name in a)
+def test_rows_are_spread_evenly_over_batches():
+    batches = PackedBatches(documents(33, 60), batch_size=32, length=60, seed=0, packed=False)
+    filled = [int((batch["segments"] > 0).any(axis=1).sum()) for batch in epoch(batches)]
+    assert sorted(filled) == [16, 17]
 
 
-def test_rows_in_a_list_or_in_examples_make_the_same_batches():
-    for rows in (DOCUMENTS, Examples(DOCUMENTS)):
-        made = packed_batches(rows, rows=4, length=64, seed=3, pad_id=99)
-        assert same(made, PackedBatches(DOCUMENTS, batch_size=4, length=64, seed=3, pad_id=99))
-        made = packed_batches(rows, rows=4, length=64, seed=3, pad_id=99, packed=False)
-        assert next(made)["segments"].max() == 1
-    for rows in (PAIRS, Examples(PAIRS)):
-        made = pair_batches(rows, seed=3, longest=64, **BALANCE)
-        assert same(made, PairBatches(PAIRS, seed=3, num_buckets=3, **BALANCE))
-        assert len(made.shapes) > 1
-        assert len(pair_batches(rows, seed=3, num_buckets=1, **BALANCE).shapes) == 1
-    for rows in (PROMPTS, Examples(PROMPTS)):
-        made = prompt_batches(rows, batch_size=4, buckets=[16, 32], seed=3, pad_id=99)
-        again = PromptBatches(PROMPTS, batch_size=4, buckets=(16, 32), seed=3, pad_id=99)
-        assert same(made, again)
+def test_once_goes_through_all_and_leaves_the_position():
+    batches = make_pairs()
+    next(batches)
+    before = batches.state()
+    margins = np.concatenate([batch["margin"][batch["valid"]] for batch in batches.once()])
+    assert batches.state() == before
+    assert sorted(margins.tolist()) == [float(np.float32(n / 10)) for n in range(50)]
 
 
-def test_streamed_pairs_take_a_quarter_a_half_and_the_whole_of_the_longest():
-    made = pair_batches(streamed(PAIRS), seed=0, longest=40, **BALANCE)
-    assert isinstance(made, StreamedBatches)
-    assert [shape.length for shape in made.shapes] == [10, 20, 40]
-    with pytest.raises(ValueError, match="give longest=max_length"):
-        pair_batches(streamed(PAIRS), seed=0, **BALANCE)
+def test_pairs_are_token_balanced_and_flagged():
+    batches = make_pairs(num_buckets=3)
+    assert 1 < len(batches.shapes) <= 3
+    rows = [shape.rows for shape in batches.shapes]
+    assert rows == sorted(rows, reverse=True)
+    assert rows[0] > rows[-1]
+    for shape in batches.shapes:
+        assert 2 * shape.rows * shape.length <= 1280
+        assert 4 <= shape.rows <= 16
+        # One more row would break a bound.
+        assert shape.rows == 16 or 2 * (shape.rows + 1) * shape.length > 1280
+    longest = batches.shapes[-1].length
+    for batch in epoch(batches):
+        assert batch["valid"].dtype == bool
+        assert batch["margin"].dtype == np.float32
+        assert batch["valid"].all() or batch["tokens"].shape[2] == longest
+        assert not batch["segments"][~batch["valid"]].any()
+        assert not batch["loss_mask"][~batch["valid"]].any()
+        assert (batch["segments"][batch["valid"]][:, :, 0] == 1).all()
 
 
-def test_all_documents_and_pairs_come_once():
-    expected = sorted(d.tokens.tolist() for d in DOCUMENTS)
-    for documents in (DOCUMENTS, Examples(DOCUMENTS), streamed(DOCUMENTS)):
-        batches = once_packed(documents, rows=4, length=64, pad_id=99)
-        found = [
-            tokens[segments == n].tolist()
-            for batch in batches
-            for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True)
-            for n in range(1, segments.max() + 1)
-        ]
-        assert sorted(found) == expected
-    for pairs in (PAIRS, Examples(PAIRS), streamed(PAIRS)):
-        batches = once_pairs(pairs, **BALANCE)
-        index = np.concatenate([batch["index"][batch["valid"]] for batch in batches])
-        assert sorted(index) == list(range(len(PAIRS)))
+def test_pairs_keep_sides_margin_and_mask_together():
+    made = pairs()
+    for batch in epoch(make_pairs()):
+        for row in np.flatnonzero(batch["valid"]):
+            pair = made[round(float(batch["margin"][row]) * 10)]
+            for side, expected in enumerate((pair.chosen, pair.rejected)):
+                length = len(expected.tokens)
+                assert batch["tokens"][row, side, :length].tolist() == expected.tokens.tolist()
+                assert batch["segments"][row, side].sum() == length
+                mask = batch["loss_mask"][row, side]
+                assert mask[1:length].tolist() == expected.loss_mask[1:].tolist()
 
 
-def test_fixed_prompts_are_whole_batches_in_their_order():
-    batches = fixed_prompts(Examples(PROMPTS), 16, 32, 99, "validation")
-    assert [batch["tokens"].shape for batch in batches] == [(16, 32)] * 2  # 8 of 40 are left out
-    tokens = np.concatenate([batch["tokens"] for batch in batches])
-    mask = np.concatenate([batch["mask"] for batch in batches])
-    for row, keep, prompt in zip(tokens, mask, PROMPTS[:32], strict=True):
-        assert row[keep].tolist() == prompt.tolist()
-        assert keep[-1] and (row[~keep] == 99).all()
-    with pytest.raises(ValueError, match=r"test has 40 prompts, fewer than one batch of 64: lower"):
-        fixed_prompts(PROMPTS, 64, 32, 99, "test")
+def test_rows_of_pairs_divide_among_devices_and_microbatches():
+    assert [shape.rows % 6 for shape in make_pairs(multiple_of=6, num_buckets=2).shapes] == [0, 0]
 
 
-def test_rows_are_repeated_side_by_side():
-    batch = {"tokens": np.array([[1, 2], [3, 4]]), "mask": np.array([[True, False], [True, True]])}
-    repeated = each_repeated(batch, 2)
-    assert repeated["tokens"].tolist() == [[1, 2], [1, 2], [3, 4], [3, 4]]
-    assert repeated["mask"][:, 1].tolist() == [False, False, True, True]
+def test_bounds_that_cannot_be_met_say_what_to_change():
+    with pytest.raises(ValueError, match=r"allow 1 pairs of 2 x 64 .* min_pairs=4.*>=512"):
+        make_pairs(max_tokens=200, buckets=(64,))
+    with pytest.raises(ValueError, match=r"min_pairs=4, max_pairs=2: need 1 <= min <= max"):
+        make_pairs(max_pairs=2)
+    with pytest.raises(ValueError, match=r"a multiple of 32\), but min_pairs=4"):
+        make_pairs(multiple_of=32)
+
+
+def test_description_counts_shapes_and_padding():
+    batches = make_pairs(buckets=(64,))
+    line = batches.describe()
+    assert line.startswith("1 shapes (pairs x tokens: 10x64), 5 batches an epoch, ")
+    used = sum(len(p.chosen.tokens) + len(p.rejected.tokens) for p in pairs())
+    assert line.endswith(f"{1 - used / (5 * 2 * 10 * 64):.0%} padding")
+
+
+def test_prompts_are_padded_on_the_left_and_come_each_once():
+    batches = make_prompts(buckets=(8, 24))
+    assert batches.shapes == (Shape(8, 8), Shape(8, 24))
+    found = []
+    for batch in epoch(batches):
+        assert batch["mask"].dtype == bool
+        assert batch["tokens"].dtype == np.int32
+        assert batch["mask"].any(axis=1).all()
+        assert batch["mask"][:, -1].all()
+        assert (np.diff(batch["mask"].astype(int), axis=1) >= 0).all()
+        assert (batch["tokens"][~batch["mask"]] == 0).all()
+        found += batch["tokens"][:, -1].tolist()
+    # 50 prompts in batches of 8: the last one is filled with six others, never twice in a batch.
+    assert set(found) == set(range(1, 51))
+    assert len(found) == 56
+    assert all(len(set(batch["tokens"][:, -1].tolist())) == 8 for batch in epoch(batches))
+
+
+def test_fewer_prompts_than_a_batch_are_repeated():
+    (batch,) = epoch(PromptBatches(prompts(3), batch_size=8, seed=0))
+    assert sorted(np.bincount(batch["tokens"][:, -1])[1:].tolist()) == [2, 3, 3]
+
+
+def test_padding_by_hand():
+    batch = pad_prompts([np.array([5, 6]), np.array([7])], 3, pad_id=9)
+    assert batch["tokens"].tolist() == [[9, 5, 6], [9, 9, 7]]
+    assert batch["mask"].astype(int).tolist() == [[0, 1, 1], [0, 0, 1]]
+    one = Encoded(np.array([1, 5, 2], np.int32), np.array([False, True, True]))
+    two = Encoded(np.array([1, 2], np.int32), np.array([False, True]))
+    batch = pad_pairs([EncodedPair(one, two, 1.5)], Shape(2, 4), pad_id=9)
+    assert batch["tokens"].tolist() == [[[1, 5, 2, 9], [1, 2, 9, 9]], [[9] * 4] * 2]
+    assert batch["segments"].tolist() == [[[1, 1, 1, 0], [1, 1, 0, 0]], [[0] * 4] * 2]
+    assert batch["loss_mask"].astype(int).tolist() == [[[0, 1, 1, 0], [0, 1, 0, 0]], [[0] * 4] * 2]
+    assert batch["margin"].tolist() == [1.5, 0.0]
+    assert batch["valid"].tolist() == [True, False]
+
+
+@pytest.mark.parametrize("make", [make_packed, make_prompts])
+def test_batch_size_must_be_positive(make):
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        make(batch_size=0)
+
+
+def test_no_examples():
+    with pytest.raises(ValueError, match="no examples to make batches of"):
+        PackedBatches([], batch_size=1, length=8, seed=0)
+
+
+def test_document_longer_than_a_row_is_an_error_at_once():
+    with pytest.raises(ValueError, match="does not fit into rows of length=8"):
+        make_packed(length=8)
+
+
+def test_packing_and_batching_400k_tokens_takes_below_two_seconds():
+    many = documents(12_000, 66)
+    assert sum(len(d.tokens) for d in many) > 400_000
+    start = time.process_time()
+    batches = PackedBatches(many, batch_size=32, length=128, seed=0)
+    assert len(epoch(batches)) > 90
+    assert time.process_time() - start < 2

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import prepare
+from rlhf_jax.data.batches import PackedBatches
 from rlhf_jax.data.convert import as_sft
-from rlhf_jax.data.shapes import PackedBatches
 from rlhf_jax.tasks import TaskConfig, make_task
 from tests import hh, tiny
 from tests.data import conftest as templates

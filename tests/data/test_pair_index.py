@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from rlhf_jax.data.batches import PairBatches
 from rlhf_jax.data.schemas import Encoded, EncodedPair
-from rlhf_jax.data.shapes import PairBatches
 
 
 def document(rng: np.random.Generator) -> Encoded:

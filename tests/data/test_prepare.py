@@ -8,8 +8,8 @@ import pytest
 
 from rlhf_jax.data import encode, prepare
 from rlhf_jax.data import store as token_store
+from rlhf_jax.data.batches import PackedBatches, PairBatches, PromptBatches
 from rlhf_jax.data.schemas import DropCounts, Encoded
-from rlhf_jax.data.shapes import PackedBatches, PairBatches, PromptBatches
 from rlhf_jax.tasks import TaskConfig, make_task
 from tests import hh
 from tests.data import conftest as templates

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import prepare
+from rlhf_jax.data.batches import PackedBatches, PairBatches, PromptBatches
 from rlhf_jax.data.schemas import DropCounts, Encoded
-from rlhf_jax.data.shapes import PackedBatches, PairBatches, PromptBatches
 from rlhf_jax.data.streaming import StreamedBatches, drawn
 from rlhf_jax.tasks import TaskConfig, make_task
 from tests import hh

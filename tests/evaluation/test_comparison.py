@@ -130,9 +130,27 @@ def test_bootstrap_in_chunks_keeps_count_and_width(monkeypatch):
 
     monkeypatch.setattr("rlhf_jax.evaluation.comparison._MAX_BOOTSTRAP_CELLS", 50 * 300)
     chunked = bootstrap_interval(x, mean, num_resamples=1001)
-    assert sizes[:-1] == [300, 300, 300, 101]
+    assert sizes == [0, 300, 300, 300, 101]  # the value itself, then the resamples
     # The stream of random numbers is the same, chunk by chunk.
     np.testing.assert_allclose(chunked, whole)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("x", [[0.1], [0.1] * 7, [0.0, 0.0], [math.inf] * 3])
+@pytest.mark.parametrize("statistic", [np.mean, np.median])
+def test_equal_values_are_certain(x, statistic):
+    value, low, high = bootstrap_interval(x, statistic)
+    assert value == low == high == pytest.approx(x[0])
+
+
+def test_a_judge_that_sees_no_difference_is_certain_of_ties():
+    rate = win_tie_lose([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    assert (rate.win_rate, rate.low, rate.high, rate.tie) == (0.5, 0.5, 0.5, 1.0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_nan_gives_nan_without_a_warning():
+    assert np.isnan(bootstrap_interval([1.0, math.nan])).all()
 
 
 def test_bootstrap_seed():

@@ -102,7 +102,7 @@ def test_more_runs_than_colours():
 def test_runs_share_axes_and_have_colours_and_a_legend():
     logs = {
         "PPO-max": [_log(9, "reward/mean")],
-        "vanilla": [_log(5, "reward/mean", "judge/win_rate", offset=10.0)],
+        "vanilla": [_log(5, "reward/mean", "win_rate/vader", offset=10.0)],
     }
     figure = draw_panels(logs, PPO_PANELS)
     reward, win_rate = figure.axes
@@ -118,7 +118,7 @@ def test_runs_share_axes_and_have_colours_and_a_legend():
 
 
 def test_level_of_chance_is_drawn():
-    figure = draw_panels({"": [_log(3, "reward/mean", "judge/win_rate")]}, PPO_PANELS)
+    figure = draw_panels({"": [_log(3, "reward/mean", "win_rate/vader")]}, PPO_PANELS)
     reward, win_rate = figure.axes
     assert len(reward.lines) == 1
     assert list(win_rate.lines[1].get_ydata()) == [0.5, 0.5]

@@ -47,7 +47,7 @@ def _tables(text):
             rows = []
     for table in tables:
         assert len({len(row) for row in table}) == 1
-        assert set(table.pop(1)) == {"---"}
+        assert all(re.fullmatch(r":?-+:?", cell) for cell in table.pop(1))
     return tables
 
 
@@ -138,6 +138,18 @@ def test_samples_cannot_break_the_table(tmp_path, text):
     assert len(table) == 3
     assert table[2] == ["plain", "text"]
     assert table[1][0] == table[1][1] == escape_markdown(text).strip()
+
+
+@pytest.mark.parametrize("text", ["001", "1e5", "0.10", "1,234", "nan", "True", "0x10", "-0"])
+def test_text_that_looks_like_a_number_is_not_read_as_one(tmp_path, text):
+    samples = [{"prompt": text, "SFT": "12.5"}, {"prompt": "2", "SFT": "3"}]
+    targets = [Target("KL", text, text, True)]
+    table, _, sampled = _tables(_report(tmp_path, samples=samples, targets=targets))
+    assert table[1] == ["KL", text, text, "reached"]
+    assert sampled[1] == [escape_markdown(text), "12.5"]
+    stream = io.StringIO()
+    print_summary({"SFT": {"judge": text, "reward": 0.5}}, stream=stream)
+    assert stream.getvalue().splitlines()[1].split() == ["judge", text]
 
 
 def test_escaped_text_by_hand():

@@ -37,7 +37,7 @@ def run(tmp_path, *arguments, **settings) -> subprocess.CompletedProcess:
 
 
 def test_a_killed_run_resumes_in_a_new_process_with_the_same_numbers(tmp_path):
-    config = "configs/sft.py:tiny,train.steps=60,train.eval_every=20"
+    config = "configs/sft.py:tiny,train.steps=60,eval.every=20"
     flags = lambda name: ("--config", config, f"--config.workdir={tmp_path / name}")  # noqa: E731
 
     whole = run(tmp_path, "sft", *flags("whole"))
@@ -66,11 +66,11 @@ def test_a_killed_run_resumes_in_a_new_process_with_the_same_numbers(tmp_path):
 def test_ctrl_c_outside_of_the_loop_is_one_line_and_programs_are_kept(tmp_path):
     program = (
         "import jax\n"
-        "from experiments import harness\n"
+        "from experiments import command\n"
         "def main(config):\n"
         "    print(jax.config.jax_compilation_cache_dir)\n"
         "    raise KeyboardInterrupt\n"
-        "harness.cli(main, default='configs/sft.py:tiny')"
+        "command.cli(main, default='configs/sft.py:tiny')"
     )
     result = subprocess.run(
         [sys.executable, "-c", program],
@@ -82,9 +82,9 @@ def test_ctrl_c_outside_of_the_loop_is_one_line_and_programs_are_kept(tmp_path):
     )
     assert result.returncode == 130
     assert result.stderr.strip() == (
-        "interrupted: the same command goes on from the last checkpoint"
+        "interrupted: the same command resumes from the last checkpoint"
     )
-    assert Path(result.stdout.strip()) == ROOT / "runs" / ".compilation_cache"
+    assert Path(result.stdout.splitlines()[-1]) == ROOT / "runs" / ".compilation_cache"
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,21 @@ import numpy as np
 import optax
 import pytest
 
+from configs import common
 from configs import dpo as configs
 from configs import ppo_max as ppo_configs
 from configs import reward_model as reward_configs
-from experiments import data, dpo, dpo_setup, harness
-from experiments.dpo_setup import DPOConfig
-from rlhf_jax.data.batches import PairBatches
+from experiments import command
+from experiments import dpo as experiment
+from rlhf_jax.data.batches import PairBatches, once_pairs
 from rlhf_jax.data.schemas import Encoded, EncodedPair
 from rlhf_jax.data.tokenizer import load_tokenizer
+from rlhf_jax.methods import dpo
+from rlhf_jax.methods.dpo import DPOConfig
 from rlhf_jax.models.files import hf_weights
 from rlhf_jax.runtime.metrics import read_metrics
 from rlhf_jax.runtime.sharding import Sharding, make_mesh
+from rlhf_jax.training.run import Run, Stopped
 from rlhf_jax.training.step import create_state, make_train_step
 from tests import tiny as models
 
@@ -33,18 +37,28 @@ def tiny(chain, workdir, *changes):
     """A tiny config on the session's SFT model; it finds neither PPO-max nor a reward model."""
     config = configs.get_config(",".join(["tiny", "sharding.devices=1", *changes]))
     config.workdir = str(workdir)
-    config.inputs.reference = str(chain.sft)
+    config.inputs.model = str(chain.sft)
     config.compare.update(
         ppo_max=str(workdir / "no_ppo_max"), reward_model=str(workdir / "no_reward_model")
     )
     return config
 
 
+def training_pairs(config, tokenizer):
+    """The pairs that a config trains on, and how they are batched."""
+    settings = command.open_config("dpo", config, experiment.Settings)
+    data = settings.data
+    pairs = settings.task().preferences(
+        tokenizer, "train", max_length=data.max_length, count=data.pairs
+    )
+    return pairs, settings.train.batching(1)
+
+
 @pytest.fixture(scope="module")
 def finished(chain, tmp_path_factory):
     """A finished tiny run."""
     workdir = tmp_path_factory.mktemp("dpo")
-    dpo.main(tiny(chain, workdir))
+    experiment.main(tiny(chain, workdir))
     return workdir
 
 
@@ -82,7 +96,7 @@ def fixed_batch(reference_seed: int = 1) -> dict:
         pairs, max_tokens=256, min_pairs=8, max_pairs=8, seed=0, buckets=(16,)
     ).once()
     reference = models.language_model(seed=reference_seed)
-    log_probs = dpo_setup.log_probs_of_pairs(reference, [batch], len(pairs), ONE_DEVICE)
+    log_probs = dpo.log_probs_of_pairs(reference, [batch], len(pairs), ONE_DEVICE)
     return batch | {"ref_log_probs": log_probs[batch["index"]]}
 
 
@@ -97,7 +111,7 @@ def stepper(sharding: Sharding, microbatches: int):
         optax.sgd(0.1),
         sharding,
         microbatches=microbatches,
-        prepare=dpo.weigh,
+        prepare=dpo.prepare,
     )
 
 
@@ -138,13 +152,13 @@ def test_loss_starts_at_log_2_and_falls(chain, finished):
         np.testing.assert_allclose(log[f"dpo/{side}_reward"][0], 0, atol=1e-4)
     held_out = np.isfinite(log["eval/loss/dpo"])
     assert held_out.tolist() == [False, False, True, False, False, True]
-    assert np.isfinite(log["judge/win_rate"]).tolist() == held_out.tolist()
+    assert np.isfinite(log["win_rate/vader"]).tolist() == held_out.tolist()
     # Minibatches of a tiny run are noise: the loss falls on all pairs that it was to train on.
     config, tokenizer = tiny(chain, finished), load_tokenizer(chain.sft)
-    pairs = data.preference_pairs(config, tokenizer, "train", config.data.pairs)
-    batches = data.all_pairs(pairs, tokenizer, config.train, 1)
+    pairs, batching = training_pairs(config, tokenizer)
+    batches = once_pairs(pairs, pad_id=tokenizer.pad_token_id, **batching)
     trained = hf_weights.load_model(finished / "model")
-    after = dpo_setup.log_probs_of_pairs(trained, batches, len(pairs), ONE_DEVICE)
+    after = dpo.log_probs_of_pairs(trained, batches, len(pairs), ONE_DEVICE)
     ratios = after - np.load(finished / "reference_train.npz")["log_probs"]
     margins = config.dpo.beta * (ratios[:, 0] - ratios[:, 1])
     assert np.log1p(np.exp(-margins)).mean() < np.log(2) - 1e-3
@@ -152,7 +166,7 @@ def test_loss_starts_at_log_2_and_falls(chain, finished):
 
 def test_cached_reference_is_the_sft_policy_of_each_pair(chain, finished):
     config, tokenizer = tiny(chain, finished), load_tokenizer(chain.sft)
-    pairs = data.preference_pairs(config, tokenizer, "train", config.data.pairs)
+    pairs, _ = training_pairs(config, tokenizer)
     cached = np.load(finished / "reference_train.npz")["log_probs"]
     assert cached.shape == (len(pairs), 2) and len(pairs) > 20
     model = hf_weights.load_model(chain.sft)
@@ -165,7 +179,7 @@ def test_same_numbers_after_a_stop_and_the_reference_is_read_back(
     chain, finished, tmp_path, monkeypatch, capsys
 ):
     calls = []
-    original = harness.Run.log
+    original = Run.log
 
     def stop_in_the_middle(self, step, metrics):
         original(self, step, metrics)
@@ -173,11 +187,11 @@ def test_same_numbers_after_a_stop_and_the_reference_is_read_back(
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(harness.Run, "log", stop_in_the_middle)
-    with pytest.raises(harness.Stopped, match="stopped at step 4 of 6"):
-        dpo.main(tiny(chain, tmp_path / "again"))
+    monkeypatch.setattr(Run, "log", stop_in_the_middle)
+    with pytest.raises(Stopped, match="stopped at step 4 of 6"):
+        experiment.main(tiny(chain, tmp_path / "again"))
     assert "reference_train.npz: " in capsys.readouterr().out
-    dpo.main(tiny(chain, tmp_path / "again"))
+    experiment.main(tiny(chain, tmp_path / "again"))
     assert "reference_train.npz: " not in capsys.readouterr().out
     assert calls == [0, 1, 2, 3, 4, 5]
     one, other = read_metrics(finished), read_metrics(tmp_path / "again")
@@ -190,14 +204,14 @@ def test_other_policies_answer_the_same_prompts_with_the_same_keys(chain, tmp_pa
     config = tiny(chain, tmp_path, "train.steps=1", "log.tensorboard=False")
     # The SFT policy in the place of PPO-max must repeat the SFT column.
     config.compare.update(ppo_max=str(chain.sft), reward_model=str(chain.reward_model))
-    dpo.main(config)
+    experiment.main(config)
     numbers = json.loads((tmp_path / "report.json").read_text())
     accuracy = "implicit-reward accuracy on held-out pairs"
     assert numbers["summary"]["PPO-max"].pop(accuracy) == 0.5
     assert numbers["summary"]["PPO-max"] == numbers["summary"]["SFT"]
     assert "reward (reward model)" in numbers["summary"]["SFT"]
-    assert numbers["win_rates"]["PPO-max against SFT"]["tie"] == 1
-    assert {"DPO against SFT", "DPO against PPO-max"} < set(numbers["win_rates"])
+    assert numbers["win_rates"]["PPO-max against SFT, vader"]["tie"] == 1
+    assert {"DPO against SFT, vader", "DPO against PPO-max, vader"} < set(numbers["win_rates"])
     assert "makes it" not in (tmp_path / "report.md").read_text()
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert 0 < summary["pair_accuracy"]["reward model"][0] < 1
@@ -205,7 +219,7 @@ def test_other_policies_answer_the_same_prompts_with_the_same_keys(chain, tmp_pa
 
 def test_finished_run_is_not_run_again(chain, finished, capsys):
     before = (finished / "metrics.jsonl").read_text()
-    dpo.main(tiny(chain, finished))
+    experiment.main(tiny(chain, finished))
     assert "has finished already" in capsys.readouterr().out
     assert (finished / "metrics.jsonl").read_text() == before
 
@@ -216,11 +230,11 @@ def test_finished_run_is_not_run_again(chain, finished, capsys):
 def test_log_probs_of_a_batch_are_sums_over_response_tokens():
     model, pairs = models.language_model(), fixed_pairs()
     batch = fixed_batch()
-    log_probs = jax.jit(dpo_setup.sequence_log_probs)(model, batch)
+    log_probs = jax.jit(dpo.sequence_log_probs)(model, batch)
     for row, index in enumerate(batch["index"][batch["valid"]]):
         wanted = [plain_log_prob(model, side, 16) for side in pairs[index][:2]]
         np.testing.assert_allclose(log_probs[row], wanted, rtol=2e-6)
-    metrics = loss_fn(model, dpo.weigh(batch))[1]
+    metrics = loss_fn(model, dpo.prepare(batch))[1]
     chosen = [plain_log_prob(model, pair.chosen, 16) for pair in pairs]
     np.testing.assert_allclose(metrics["dpo/chosen_log_prob"], np.mean(chosen), rtol=2e-6)
 
@@ -228,13 +242,13 @@ def test_log_probs_of_a_batch_are_sums_over_response_tokens():
 def test_pairs_come_back_in_their_order_over_several_batches():
     model, pairs = models.language_model(), fixed_pairs(23)
     batches = PairBatches(pairs, max_tokens=64, min_pairs=2, max_pairs=4, seed=0, num_buckets=1)
-    log_probs = dpo_setup.log_probs_of_pairs(model, batches.once(), 23, ONE_DEVICE)
+    log_probs = dpo.log_probs_of_pairs(model, batches.once(), 23, ONE_DEVICE)
     wanted = [[plain_log_prob(model, side, 16) for side in pair[:2]] for pair in pairs]
     np.testing.assert_allclose(log_probs, wanted, rtol=2e-6)
 
 
 def test_loss_at_the_reference_is_log_2():
-    loss, metrics = loss_fn(models.language_model(), dpo.weigh(fixed_batch(reference_seed=0)))
+    loss, metrics = loss_fn(models.language_model(), dpo.prepare(fixed_batch(reference_seed=0)))
     np.testing.assert_allclose(loss, np.log(2), atol=1e-6)
     np.testing.assert_allclose(metrics["dpo/gradient_coefficient"], 0.5, atol=1e-6)
 
@@ -262,7 +276,7 @@ def test_each_variant_has_its_loss(variant, loss):
 
 
 def test_sft_term_is_the_log_probability_of_chosen():
-    model, batch = models.language_model(), dpo.weigh(fixed_batch())
+    model, batch = models.language_model(), dpo.prepare(fixed_batch())
     config = DPOConfig(**configs.get_config("tiny,sft").dpo)
     plain, metrics = loss_fn(model, batch)
     loss, same = jax.jit(functools.partial(dpo.loss_fn, config=config))(model, batch)
@@ -284,7 +298,7 @@ def test_a_step_follows_the_gradient_of_the_paper():
     @jax.jit
     @jax.value_and_grad
     def log_ratio(model, row):
-        chosen, rejected = dpo_setup.sequence_log_probs(model, batch)[row]
+        chosen, rejected = dpo.sequence_log_probs(model, batch)[row]
         return chosen - rejected
 
     total = jax.tree.map(np.zeros_like, model)
@@ -322,7 +336,7 @@ def test_golden_first_step():
         for pair in fixed_pairs()
     ]  # fmt: skip
     np.testing.assert_allclose(metrics["loss/dpo"], np.mean(np.log1p(np.exp(-np.array(u)))), 1e-5)
-    after, _ = loss_fn(moved, dpo.weigh(batch))
+    after, _ = loss_fn(moved, dpo.prepare(batch))
     np.testing.assert_allclose(after, 0.640672, rtol=2e-5)
 
 
@@ -367,9 +381,7 @@ def test_reference_of_other_pairs_is_refused(tmp_path):
 
     def cached(pairs):
         batches = PairBatches(pairs, max_tokens=256, min_pairs=1, max_pairs=8, seed=0)
-        return dpo_setup.reference_log_probs(
-            model, path, pairs, batches.once(), sharding=ONE_DEVICE
-        )
+        return dpo.reference_log_probs(model, path, pairs, batches.once(), sharding=ONE_DEVICE)
 
     pairs = fixed_pairs()
     first = cached(pairs)
@@ -390,30 +402,28 @@ def test_reference_of_other_pairs_is_refused(tmp_path):
         ("eval.batch=1000", "fewer than one batch of 1000"),
     ],
 )
-def test_wrong_settings_are_told(chain, tmp_path, change, message):
+def test_wrong_settings_are_one_line(chain, tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as caught:
-        dpo.main(tiny(chain, tmp_path / "run", change))
+        experiment.main(tiny(chain, tmp_path / "run", change))
     assert "\n" not in str(caught.value)
 
 
 def test_missing_sft_names_the_command(tmp_path):
-    config = configs.get_config("paper,sharding.devices=1")
+    config = configs.get_config("paper_en,sharding.devices=1")
     config.workdir = str(tmp_path)
     with pytest.raises(
         FileNotFoundError, match=r"python -m experiments\.sft --config configs/sft\.py:paper_en"
     ):
-        dpo.main(config)
+        experiment.main(config)
 
 
-@pytest.mark.parametrize(
-    ("scale", "theirs"), [("tiny", "tiny"), ("quickstart", "quickstart"), ("paper", "paper_en")]
-)
-def test_pairs_and_prompts_are_those_of_the_other_stages(scale, theirs):
-    config = configs.get_config(f"{scale},seed=3")
-    pairs = reward_configs.get_config(f"{theirs},seed=3")
-    prompts = ppo_configs.get_config(f"{theirs},seed=3")
-    assert config.inputs.reference == prompts.inputs.reference
-    assert config.inputs.variant == prompts.inputs.variant == f"{theirs},seed=3"
+@pytest.mark.parametrize("scale", ["tiny", "quickstart", "paper_en"])
+def test_pairs_and_prompts_are_those_of_the_other_stages(scale):
+    config, pairs, prompts = (
+        common.resolve(stage.get_config(f"{scale},seed=3"))
+        for stage in (configs, reward_configs, ppo_configs)
+    )
+    assert config.inputs.model == prompts.inputs.reference
     assert config.compare.ppo_max == f"{prompts.workdir}/model"
     assert config.compare.reward_model == prompts.inputs.reward_model
     for key in ("source", "domains", "limit", "min_gap", "eval_pairs"):

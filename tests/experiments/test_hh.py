@@ -5,11 +5,20 @@ import itertools
 import numpy as np
 import pytest
 
-from configs import dpo, ppo_max, reward_model, sft
-from experiments import data, inspect_data
+from configs import common, dpo, ppo_max, reward_model, sft
+from experiments import inspect_data
+from experiments.settings import DataConfig
 from rlhf_jax.data import prepare
+from rlhf_jax.data.batches import (
+    fixed_prompts,
+    once_packed,
+    packed_batches,
+    pair_batches,
+    prompt_batches,
+)
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.settings import typed
 from tests import hh
 
 STAGES = {"sft": sft, "reward_model": reward_model, "ppo_max": ppo_max, "dpo": dpo}
@@ -29,10 +38,14 @@ def configs(request, folder):
     return made
 
 
+def task_of(config):
+    return typed(DataConfig, common.resolve(config).data.to_dict()).task(config.seed)
+
+
 @pytest.fixture
 def tokenizer(configs):
     """The tokenizer of a model from scratch, trained on the folder's texts."""
-    texts = data.tokenizer_texts(configs["sft"])
+    texts = task_of(configs["sft"]).texts()
     assert all(set(text.strip("?").split(" ")[:-1]) <= {*hh.WORDS, ""} for text in texts)
     return train_bpe(texts, 300)
 
@@ -47,9 +60,9 @@ def read(tokenizer, batch):
 
 
 def test_fine_tuning_packs_conversations_and_trains_every_answer(configs, tokenizer, capsys):
-    config = configs["sft"]
-    batches = data.sft_batches(config, tokenizer, rows=8, length=96, max_length=96)
-    batch = next(batches)
+    task, pad_id = task_of(configs["sft"]), tokenizer.pad_token_id
+    documents = task.documents(tokenizer, "train", max_length=96)
+    batch = next(packed_batches(documents, rows=8, length=96, seed=0, pad_id=pad_id))
     texts = read(tokenizer, batch)
     assert len(texts) > 8
     assert all(text.endswith("chosen<eos>") for text in texts)
@@ -57,14 +70,17 @@ def test_fine_tuning_packs_conversations_and_trains_every_answer(configs, tokeni
         stops = tokens == tokenizer.eos_token_id
         assert mask[stops].all()
         assert not mask[segments == 0].any()
-    held_out = data.sft_documents(config, tokenizer, "validation")
-    assert data.evaluation_batches(held_out, tokenizer, config.train)
+    held_out = task.documents(tokenizer, "validation", max_length=96)
+    assert once_packed(held_out, rows=8, length=96, pad_id=pad_id)
     assert "kept 120 of 120" in capsys.readouterr().out
 
 
 def test_pairs_share_their_prompt(configs, tokenizer):
-    config = configs["reward_model"]
-    batch = next(data.training_pairs(config, tokenizer, 1))
+    task = task_of(configs["reward_model"])
+    pairs = task.preferences(tokenizer, "train", max_length=96, count=200)
+    batching = {"max_tokens": 2048, "min_pairs": 8, "max_pairs": 16, "multiple_of": 1}
+    pad_id = tokenizer.pad_token_id
+    batch = next(pair_batches(pairs, seed=0, pad_id=pad_id, longest=96, **batching))
     assert batch["valid"].any()
     for row in np.flatnonzero(batch["valid"]):
         tokens, mask = batch["tokens"][row], batch["loss_mask"][row]
@@ -73,40 +89,43 @@ def test_pairs_share_their_prompt(configs, tokenizer):
         answers = [tokenizer.decode(tokens[side, mask[side]]) for side in range(2)]
         assert answers[0].endswith("chosen<eos>")
         assert answers[1].endswith("rejected<eos>")
-    assert len(data.preference_pairs(config, tokenizer, "test", 40)) > 5
-    assert len(data.reference_documents(config, tokenizer)) == 20
+    assert len(task.preferences(tokenizer, "test", max_length=96, count=40)) > 5
+    assert len(task.references(tokenizer, max_length=96, count=20)) == 20
 
 
 def test_prompts_end_with_the_last_question(configs, tokenizer):
-    config = configs["ppo_max"]
-    batch = next(data.prompt_batches(config, tokenizer, "train"))
+    task, pad_id = task_of(configs["ppo_max"]), tokenizer.pad_token_id
+    prompts = task.prompts(tokenizer, "train", max_length=48)
+    batch = next(prompt_batches(prompts, batch_size=16, buckets=(16, 48), seed=0, pad_id=pad_id))
     assert batch["tokens"].shape[0] == 16
     for tokens, mask in zip(batch["tokens"], batch["mask"], strict=True):
         assert tokenizer.decode(tokens[mask]).endswith("?\n")
-    ptx = next(data.ptx_batches(config, tokenizer))
+    documents = task.documents(tokenizer, "train", max_length=32)
+    ptx = next(packed_batches(documents, rows=8, length=32, seed=0, pad_id=pad_id, packed=False))
     assert ptx["tokens"].shape == (8, 32)
     assert ptx["segments"].max() == 1
 
 
 def test_held_out_prompts_are_not_trained_on(configs, tokenizer):
-    config = configs["ppo_max"]
-
-    def texts(split):
-        return {ids.tobytes() for ids in data.prompts(config, tokenizer, split)}
-
-    splits = [texts(split) for split in ("train", "validation", "test")]
+    task = task_of(configs["ppo_max"])
+    splits = []
+    for split in ("train", "validation", "test"):
+        prompts = task.prompts(tokenizer, split, max_length=48).loaded()
+        splits.append({ids.tobytes() for ids in prompts})
     assert all(splits)
     assert not any(a & b for a, b in itertools.combinations(splits, 2))
 
 
 def test_dpo_reads_pairs_and_prompts(configs, tokenizer):
-    config = configs["dpo"]
-    pairs = data.preference_pairs(config, tokenizer, "train", config.data.pairs)
-    batch = next(data.pair_batches(pairs, tokenizer, config.train, 0, 1))
+    task, pad_id = task_of(configs["dpo"]), tokenizer.pad_token_id
+    pairs = task.preferences(tokenizer, "train", max_length=96, count=200).loaded()
+    batching = {"max_tokens": 2048, "min_pairs": 8, "max_pairs": 16, "multiple_of": 1}
+    batch = next(pair_batches(pairs, seed=0, pad_id=pad_id, **batching))
     for index, tokens in zip(batch["index"], batch["tokens"], strict=True):
         chosen = pairs[int(index)].chosen.tokens
         np.testing.assert_array_equal(tokens[0, : len(chosen)], chosen)
-    assert len(data.fixed_prompts(config, tokenizer, "validation", config.eval.batch)) > 0
+    prompts = task.prompts(tokenizer, "validation", max_length=48)
+    assert len(fixed_prompts(prompts, 16, 48, pad_id, "validation")) > 0
 
 
 def test_other_processes_open_what_process_0_has_encoded(configs, tokenizer, monkeypatch, tmp_path):
@@ -114,10 +133,10 @@ def test_other_processes_open_what_process_0_has_encoded(configs, tokenizer, mon
     monkeypatch.setattr(prepare, "IN_MEMORY", 50)
     events = []
     monkeypatch.setattr(distributed, "barrier", events.append)
-    first = data.sft_documents(configs["sft"], tokenizer, "train")
+    first = task_of(configs["sft"]).documents(tokenizer, "train", max_length=96).loaded()
     monkeypatch.setattr(distributed, "is_main", lambda: False)
     monkeypatch.setattr(prepare, "encoded_rows", lambda *_, **__: events.append("encoded"))
-    second = data.sft_documents(configs["sft"], tokenizer, "train")
+    second = task_of(configs["sft"]).documents(tokenizer, "train", max_length=96).loaded()
     assert len(first) == len(second) == 120
     assert events == ["sft rows are encoded"] * 2
     assert second.rows.counts == first.rows.counts

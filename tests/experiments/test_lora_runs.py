@@ -7,24 +7,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from configs import dpo as dpo_configs
 from configs import ppo_max as ppo_configs
 from configs import reward_model as reward_configs
 from configs import sft as sft_configs
-from experiments import (
-    dpo,
-    harness,
-    ppo_max,
-    ppo_setup,
-    preflight_setup,
-    reward_model,
-    sft,
-    stages,
-)
+from experiments import command, dpo, ppo_max, preflight, reward_model, sft
 from rlhf_jax.models.files import hf_weights
+from rlhf_jax.preflight.topologies import parse_topology
 from rlhf_jax.runtime.metrics import read_metrics
+from rlhf_jax.training.run import Run, Stopped
 from tests import tiny as models
 
 CHANGES = ("tiny", "sharding.devices=1", "lora.rank=4", "log.tensorboard=False")
@@ -45,7 +37,7 @@ def ppo_config(chain, reward_folder, workdir, *changes):
     config = ppo_configs.get_config(",".join([*CHANGES, *changes]))
     config.workdir = str(workdir)
     config.inputs.update(
-        policy=str(chain.sft), reference=str(chain.sft), reward_model=str(reward_folder)
+        model=str(chain.sft), reference=str(chain.sft), reward_model=str(reward_folder)
     )
     return config
 
@@ -60,10 +52,11 @@ def finished(chain, reward_folder, tmp_path_factory) -> Path:
 
 def load_all(config):
     """The four models of PPO, as `main` loads them."""
-    sharding = stages.make_sharding(config)
-    policy, reference = ppo_setup.load_policies(config, sharding)
-    reward = ppo_setup.load_reward_model(config, policy, sharding)
-    critic = ppo_setup.create_critic(config, policy.trunk, reward, sharding)
+    settings = command.open_config("ppo_max", config, ppo_max.Settings)
+    sharding = settings.sharding.make()
+    policy, reference = ppo_max.load_policies(settings, sharding)
+    reward = ppo_max.load_reward_model(settings, policy, sharding)
+    critic = ppo_max.load_critic(settings, policy.trunk, reward, sharding)
     return policy, reference, reward, critic
 
 
@@ -94,7 +87,7 @@ def test_four_models_stand_on_one_trunk(chain, reward_folder, tmp_path):
 
 
 def test_a_reward_model_of_its_own_keeps_its_weights(chain, tmp_path):
-    """Trained in every weight: the critic's adapters stand beside the reward model's trunk."""
+    """Trained in every weight: the critic's adapters use the reward model's trunk."""
     policy, reference, reward, critic = load_all(ppo_config(chain, chain.reward_model, tmp_path))
     assert reference is policy.trunk
     assert critic.trunk is reward.trunk
@@ -105,9 +98,9 @@ def test_a_reward_model_of_its_own_keeps_its_weights(chain, tmp_path):
 def test_adapters_beside_other_weights_are_not_taken_for_ours(
     chain, reward_folder, finished, tmp_path
 ):
-    """The trained policy is another trunk than the one the reward model was trained beside."""
+    """The trained policy is not the trunk that the reward model was trained on."""
     config = ppo_config(chain, reward_folder, tmp_path)
-    config.inputs.policy = str(finished / "model")
+    config.inputs.model = str(finished / "model")
     policy, reference, reward, _ = load_all(config)
     assert reference is not policy.trunk
     assert models.largest_difference(reference, policy.trunk) > 0
@@ -143,7 +136,7 @@ def test_ppo_saves_a_merged_model_and_its_adapters(chain, finished):
 
 
 def test_same_numbers_also_after_a_stop(chain, reward_folder, finished, tmp_path, monkeypatch):
-    original = harness.Run.log
+    original = Run.log
     stopped = []
 
     def stop_in_the_middle(self, step, metrics):
@@ -152,8 +145,8 @@ def test_same_numbers_also_after_a_stop(chain, reward_folder, finished, tmp_path
             stopped.append(step)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(harness.Run, "log", stop_in_the_middle)
-    with pytest.raises(harness.Stopped, match="stopped at step 2 of 4"):
+    monkeypatch.setattr(Run, "log", stop_in_the_middle)
+    with pytest.raises(Stopped, match="stopped at step 2 of 4"):
         ppo_max.main(ppo_config(chain, reward_folder, tmp_path))
     ppo_max.main(ppo_config(chain, reward_folder, tmp_path))
     one, other = read_metrics(finished), read_metrics(tmp_path)
@@ -176,12 +169,11 @@ def test_ppo_runs_on_several_devices(chain, reward_folder, finished, tmp_path, m
 def test_sft_and_dpo_train_adapters(chain, tmp_path):
     config = sft_configs.get_config(",".join(CHANGES))
     config.workdir, config.inputs.model = str(tmp_path / "sft"), str(chain.sft)
-    config.model = ConfigDict({"dtype": "float32"})
     sft.main(config)
     before = read_metrics(tmp_path / "sft")["loss/lm"]
     assert before[-1] != before[0]
     config = dpo_configs.get_config(",".join(CHANGES))
-    config.workdir, config.inputs.reference = str(tmp_path / "dpo"), str(chain.sft)
+    config.workdir, config.inputs.model = str(tmp_path / "dpo"), str(chain.sft)
     config.compare.update(ppo_max=str(tmp_path / "no"), reward_model=str(tmp_path / "no"))
     dpo.main(config)
     log = read_metrics(tmp_path / "dpo")
@@ -196,11 +188,11 @@ def test_sft_and_dpo_train_adapters(chain, tmp_path):
 @pytest.mark.parametrize(
     ("main", "configs", "changes", "message"),
     [
-        (sft.main, sft_configs, (), "trains beside a model that is there: set inputs.model"),
+        (sft.main, sft_configs, (), "needs a model to adapt: set inputs.model"),
         (ppo_max.main, ppo_configs, ("trpo", "train.minibatch=16"), "set lora.rank=0"),
     ],
 )
-def test_what_adapters_cannot_do_is_told(tmp_path, main, configs, changes, message):
+def test_what_adapters_cannot_do_is_one_line(tmp_path, main, configs, changes, message):
     config = configs.get_config(",".join([*CHANGES, *changes]))
     config.workdir = str(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
@@ -210,5 +202,6 @@ def test_what_adapters_cannot_do_is_told(tmp_path, main, configs, changes, messa
 
 def test_the_preflight_does_not_count_adapters_as_weights():
     config = ppo_configs.get_config(",".join(CHANGES))
+    settings = command.open_config("ppo_max", config, ppo_max.Settings)
     with pytest.raises(ValueError, match=r"pass --config.lora.rank=0 for an upper bound"):
-        preflight_setup.Run(config, models.model_config(), stages.make_sharding(config))
+        preflight.make_run(settings, parse_topology("host:8"))

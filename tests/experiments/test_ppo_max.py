@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from configs import ppo_max as configs
-from experiments import harness, ppo_max, ppo_setup
+from experiments import ppo_max
+from rlhf_jax.methods import ppo_max as method
+from rlhf_jax.methods.ppo_max import PPOMax
 from rlhf_jax.models.files import hf_weights
-from rlhf_jax.runtime.metrics import read_metrics
+from rlhf_jax.runtime.metrics import NonFiniteError, read_metrics
+from rlhf_jax.training.run import Run, Stopped
 
 
 def tiny(chain, workdir, *changes):
@@ -20,7 +23,7 @@ def tiny(chain, workdir, *changes):
     config = configs.get_config(",".join(["tiny", "sharding.devices=1", *changes]))
     config.workdir = str(workdir)
     config.inputs.update(
-        policy=str(chain.sft), reference=str(chain.sft), reward_model=str(chain.reward_model)
+        model=str(chain.sft), reference=str(chain.sft), reward_model=str(chain.reward_model)
     )
     return config
 
@@ -69,7 +72,7 @@ def test_same_numbers_also_after_a_stop(chain, finished, tmp_path, monkeypatch):
 
     gc.collect()
     before, calls = copies(), []
-    original = harness.Run.log
+    original = Run.log
 
     def stop_in_the_middle(self, step, metrics):
         original(self, step, metrics)
@@ -78,8 +81,8 @@ def test_same_numbers_also_after_a_stop(chain, finished, tmp_path, monkeypatch):
         if step == 1 and len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(harness.Run, "log", stop_in_the_middle)
-    with pytest.raises(harness.Stopped, match="stopped at step 2 of 4"):
+    monkeypatch.setattr(Run, "log", stop_in_the_middle)
+    with pytest.raises(Stopped, match="stopped at step 2 of 4"):
         ppo_max.main(tiny(chain, tmp_path / "again"))
     ppo_max.main(tiny(chain, tmp_path / "again"))
     assert calls == [0, 1, 2, 3]
@@ -119,7 +122,7 @@ def test_missing_inputs_name_the_command(tmp_path):
     ("change", "message"),
     [
         ("train.minibatch=6", "must be divisible by 6"),
-        ("train.microbatch=3", "must be divisible by 3"),
+        ("train.microbatches=3", "must be divisible by 3"),
         ("advantage.method=rloo", "samples_per_prompt=1 must be at least 2"),
         ("advantage.method=nothing", "advantage.method='nothing' is unknown"),
         ("train.critic_init=none", "needs a critic"),
@@ -131,7 +134,7 @@ def test_missing_inputs_name_the_command(tmp_path):
         ("eval.every=0", "eval.every=0 must be at least 1"),
     ],
 )
-def test_wrong_settings_are_told(chain, tmp_path, change, message):
+def test_wrong_settings_are_one_line(chain, tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         ppo_max.main(tiny(chain, tmp_path / "run", change))
     assert "\n" not in str(caught.value)
@@ -156,21 +159,23 @@ def test_variants_run(chain, tmp_path, changes):
         ratios = np.stack([log[f"policy/ratio_{end}_first"] for end in ("min", "max")])
         assert np.nanmax(np.abs(ratios - 1)) < 1e-5
     report = (tmp_path / "report.md").read_text()
-    assert ("deck's Figure 4" in report) == (config.kl.coef == 0)
-    assert json.loads((tmp_path / "summary.json").read_text())["win_rate"]["num_prompts"] == 16
+    assert ("paper's Figure 4" in report) == (config.kl.coef == 0)
+    assert (
+        json.loads((tmp_path / "summary.json").read_text())["win_rates"]["vader"]["num_prompts"]
+        == 16
+    )
 
 
-def test_samples_of_a_prompt_stand_side_by_side(chain, tmp_path, monkeypatch):
+def test_samples_of_a_prompt_are_adjacent(chain, tmp_path, monkeypatch):
     seen = []
-    original = ppo_max.update
+    original = PPOMax.score
 
-    def watched(state, experience, *arguments):
-        rollout = experience.rollout
+    def watched(self, state, rollout):
         rows = np.where(rollout.mask, rollout.tokens, -1)
         seen.append((rows[:, : rollout.prompt_length], rows[:, rollout.prompt_length :]))
-        return original(state, experience, *arguments)
+        return original(self, state, rollout)
 
-    monkeypatch.setattr(ppo_max, "update", watched)
+    monkeypatch.setattr(PPOMax, "score", watched)
     changes = ("rloo", "train.prompts_per_iteration=4", "train.samples_per_prompt=4")
     ppo_max.main(tiny(chain, tmp_path, *changes, "train.iterations=1", "log.tensorboard=False"))
     ((prompts, responses),) = seen
@@ -196,10 +201,10 @@ def test_programs_are_as_many_as_buckets_and_no_iteration_repeats_a_key(
 ):
     """Training and evaluation, policy and reference, share one sampler for each bucket."""
     compiled, keys = {}, set()
-    make_generate, make_updates = ppo_max.make_generate, ppo_setup.make_updates
+    make_generate, make_updates = method.make_generate, method.make_updates
 
-    def watched_generate(*arguments):
-        compiled["generate"] = make_generate(*arguments)
+    def watched_generate(*arguments, **settings):
+        compiled["generate"] = make_generate(*arguments, **settings)
 
         def sample(model, tokens, mask, key):
             keys.add(tuple(jax.random.key_data(key).tolist()))
@@ -212,8 +217,8 @@ def test_programs_are_as_many_as_buckets_and_no_iteration_repeats_a_key(
         compiled["policy step"], compiled["critic step"] = made
         return made
 
-    monkeypatch.setattr(ppo_max, "make_generate", watched_generate)
-    monkeypatch.setattr(ppo_setup, "make_updates", watched_updates)
+    monkeypatch.setattr(method, "make_generate", watched_generate)
+    monkeypatch.setattr(method, "make_updates", watched_updates)
     config = tiny(chain, tmp_path, "data.prompt_buckets=(12,16)", "log.tensorboard=False")
     ppo_max.main(config)
     assert {name: function._cache_size() for name, function in compiled.items()} == {
@@ -228,19 +233,17 @@ def test_programs_are_as_many_as_buckets_and_no_iteration_repeats_a_key(
 def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     chain, tmp_path, monkeypatch
 ):
-    original = ppo_max.update
+    original = PPOMax.minibatches
 
-    def poisoned(state, experience, config, iteration, *rest):
+    def poisoned(self, experience, iteration):
         if iteration == 2:
             experience = experience.replace(advantages=experience.advantages * np.nan)
-        return original(state, experience, config, iteration, *rest)
+        return original(self, experience, iteration)
 
     config = tiny(chain, tmp_path, "checkpoint.every=1", "no_critic_pretrain")
     with monkeypatch.context() as patch:
-        patch.setattr(ppo_max, "update", poisoned)
-        with pytest.raises(
-            harness.NonFiniteError, match=r"loss/policy = nan.* at step 2"
-        ) as caught:
+        patch.setattr(PPOMax, "minibatches", poisoned)
+        with pytest.raises(NonFiniteError, match=r"loss/policy = nan.* at step 2") as caught:
             ppo_max.main(config)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "summary.json").exists()

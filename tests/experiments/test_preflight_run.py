@@ -11,35 +11,48 @@ import numpy as np
 import pytest
 
 from configs import ppo_max as configs
-from experiments import preflight
+from experiments import command, preflight
+from experiments.ppo_max import Settings
 from rlhf_jax.models.presets import preset
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.preflight import verdict
+from rlhf_jax.preflight.ppo_run import PPORun
 from rlhf_jax.preflight.topologies import CHIPS
 from rlhf_jax.runtime.sharding import Sharding, make_mesh
 
 
+def settings_of(argument: str) -> Settings:
+    return command.open_config("ppo_max", configs.get_config(argument), Settings)
+
+
+def run_of(settings: Settings, how: Sharding) -> PPORun:
+    """The run as shapes, on devices that are here."""
+    return PPORun(
+        settings.method(),
+        preflight.model_sizes(settings),
+        how,
+        prompt_length=settings.data.longest_prompt,
+        ptx_length=settings.data.ptx_length,
+    )
+
+
 def test_llama_7b_without_files_or_network():
     """The paper's model, from its config alone: 6.74 billion parameters."""
-    config = configs.get_config("paper_en")
-    sizes = preflight.model_sizes(config)
+    settings = settings_of("paper_en")
+    sizes = preflight.model_sizes(settings)
     assert (sizes.dtype, sizes.remat, sizes.attention) == ("bfloat16", "full", "cudnn")
     model = jax.eval_shape(lambda: Transformer(sizes, jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(model)) == 6_738_415_616
     assert preset("LLAMA-7B") == preset("huggyllama/llama-7b")
     with pytest.raises(ValueError, match="the sizes of nowhere are not known here: pass --model"):
-        preflight.model_sizes(config, "nowhere")
+        preflight.model_sizes(settings, "nowhere")
 
 
 def test_what_the_paper_run_holds_by_hand():
     """bfloat16 weights on every device; an eighth of master, moments and frozen models."""
-    config = configs.get_config("paper_en")
-    config.model.attention = "xla"  # cudnn wants its wheel
-    how = Sharding(make_mesh(8), config.sharding.mode)
-    held = {
-        item.name: item.per_device
-        for item in preflight.Run(config, preflight.model_sizes(config), how).holdings()
-    }
+    settings = settings_of("paper_en,model.attention=xla")  # cudnn needs its wheel
+    how = Sharding(make_mesh(8), settings.sharding.mode)
+    held = {item.name: item.per_device for item in run_of(settings, how).holdings()}
     del held["experience buffer"]
     count, head = 6_738_415_616, 4096 + 1  # the head of a scalar model is float32, its bias whole
     assert held == {
@@ -105,47 +118,43 @@ def test_frozen_models_are_gathered_in_the_layer_loop(tiny_report):
 
 
 def test_what_does_not_fit_ends_with_status_one(monkeypatch, tmp_path, capsys):
-    """A device of three MiB beside the reserve; the remedies are compiled and told."""
+    """A device of three MiB beside the reserve; the remedies are compiled and reported."""
     monkeypatch.chdir(tmp_path)
     small = dataclasses.replace(CHIPS["host"], memory=verdict.RESERVE + 3 * 2**20)
     monkeypatch.setitem(CHIPS, "host", small)
     config = configs.get_config("tiny,train.prompts_per_iteration=64,train.minibatch=64")
-    config.train.microbatch = 64
     config.sampling.max_new_tokens = 64
     only = functools.partial(only_programs, ("policy step",))
-    monkeypatch.setattr(preflight.Run, "programs", only(preflight.Run.programs))
+    monkeypatch.setattr(PPORun, "programs", only(PPORun.programs))
     with pytest.raises(SystemExit) as status:
         preflight.main(config, "host:8", out="out.json")
     assert status.value.code == 1
     text = capsys.readouterr().out
     assert "DOES NOT FIT: peak" in text and "MiB more than the" in text
     assert "with --config.model.remat=full: " in text
-    assert "--config.model.remat=full --config.train.microbatch=32" in text
+    assert "--config.model.remat=full --config.train.microbatches=2" in text
     assert not json.loads(Path("out.json").read_text())["fits"]
 
 
 def only_programs(names, programs):
-    """`Run.programs` without the others."""
+    """`PPORun.programs` without the others."""
     return lambda run: (p for p in programs(run) if p.name in names)
 
 
 def test_batches_that_do_not_divide_name_the_flag():
     """32 rows on 64 devices: the error of the run itself."""
-    config = configs.get_config("paper_en")
-    mesh = make_mesh(8)
-    with pytest.raises(ValueError, match=r"train.microbatch \(over devices\)=4 must be divisible"):
-        config.train.microbatch = 4
-        preflight.Run(config, preflight.model_sizes(config), Sharding(mesh, "zero2"))
-    preflight.scale_batch(config, 2)
-    assert (config.train.microbatch, config.train.prompts_per_iteration) == (8, 256)
+    settings = settings_of("paper_en,train.microbatches=8")
+    with pytest.raises(ValueError, match=r"rows of a microbatch \(over devices\)=4 must be div"):
+        run_of(settings, Sharding(make_mesh(8), "zero2"))
+    train = preflight.scale_batch(settings, 2).train
+    assert (train.microbatch, train.prompts_per_iteration) == (8, 256)
 
 
 def test_bytes_fall_as_devices_are_added():
     """Flat for what every device holds whole, falling for what is spread: 2 against 8 devices."""
-    config = configs.get_config("tiny")
-    sizes = preflight.model_sizes(config)
+    settings = settings_of("tiny")
     held = [
-        {h.name: h.per_device for h in preflight.Run(config, sizes, how).holdings()}
+        {h.name: h.per_device for h in run_of(settings, how).holdings()}
         for how in (Sharding(make_mesh(n), "zero2") for n in (2, 8))
     ]
     assert held[0]["policy/parameters"] == held[1]["policy/parameters"]

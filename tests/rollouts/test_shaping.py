@@ -21,7 +21,7 @@ KL_COEF, DISCOUNT = 0.3, 0.9
 
 
 def make(fill: float = 0.0) -> tuple[Rollout, Evaluation]:
-    """Four responses of 4, 1, 3 and 4 tokens, the first one cut; `fill` stands on padding."""
+    """Four responses of 4, 1, 3 and 4 tokens, the first one cut; `fill` is on padding."""
 
     def fields(x):
         return jnp.asarray(np.where(WHERE, x, np.float32(fill)))
@@ -62,7 +62,7 @@ def test_a_fractional_score_lands_on_the_last_real_token():
     assert np.array_equal(rewards, wanted)
 
 
-def test_kl_penalty_stands_on_every_token():
+def test_kl_penalty_is_on_every_token():
     tiny.close(shape(RewardConfig("none"))[0], place(SCORES), 1e-6)
 
 
@@ -92,7 +92,7 @@ def transformed(name: str, history: list[np.ndarray]) -> np.ndarray:
     if name == "scale":
         return scores / seen.std()
     if name == "scale_discounted":
-        # Rewards stand at the end, so the rolling sum is 0 before it and the score there.
+        # Rewards are at the end, so the rolling sum is 0 before it and the score there.
         rolling = [
             s
             for batch in history
@@ -157,7 +157,7 @@ def to_go(row: int, t: int) -> float:
 
 
 def wanted_phi(method: str, row: int, t: int) -> float:
-    """Φ_t as the deck defines it, by sums."""
+    """Φ_t as the slides define it, by sums."""
     rest = range(t, LENGTHS[row])
     total = to_go(row, 0)
     pair = [to_go(row - row % 2 + i, 0) for i in range(2)]
@@ -175,7 +175,7 @@ def wanted_phi(method: str, row: int, t: int) -> float:
 
 
 def config_of(method: str, **changes) -> AdvantageConfig:
-    settings = {"discount": DISCOUNT, "lambda_": 0.8, "k": 2, "samples_per_prompt": 2}
+    settings = {"discount": DISCOUNT, "lambda_": 0.8, "k": 2}
     return AdvantageConfig(method, **(settings | changes))
 
 
@@ -256,7 +256,7 @@ def test_shaped_rewards_and_advantages_are_constants():
     [
         (lambda: RewardConfig("norm"), "reward.transform='norm' is unknown; use one of"),
         (lambda: AdvantageConfig("a2c"), "advantage.method='a2c' is unknown; use one of"),
-        (lambda: AdvantageConfig("rloo"), "samples_per_prompt=1 must be at least 2"),
+        (lambda: AdvantageConfig("rloo").check_samples(1), "samples_per_prompt=1 must be at"),
         (lambda: AdvantageConfig(returns="td"), "advantage.returns='td' must be"),
     ],
 )

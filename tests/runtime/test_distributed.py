@@ -128,7 +128,7 @@ def test_the_tiny_chain_gives_the_numbers_of_one_process(alone, tmp_path):
     assert (ppo / "report.md").exists() and (ppo / "model" / "model.safetensors").exists()
 
 
-LONG = ("train.steps=80", "train.eval_every=80", "checkpoint.every=20")
+LONG = ("train.steps=80", "eval.every=80", "checkpoint.every=20")
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def documents(count: int) -> list[Encoded]:
 
 
 def packed(items):
-    """Twenty documents, one a row."""
+    """Twenty documents, one per row."""
     return PackedBatches(items, batch_size=8, length=6, seed=1, packed=False)
 
 

@@ -1,4 +1,4 @@
-"""config.json: versions, devices and git commit of a run."""
+"""What config.json holds: versions, devices and git commit of a run."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.runtime.run_info import git_state, run_info, to_json, write_config
+from rlhf_jax.runtime.run_info import git_state, run_info, to_json
 
 
 def _git(folder, *arguments):
@@ -32,7 +32,7 @@ def repository(tmp_path):
     return folder
 
 
-def test_run_info_tells_what_it_ran_on(tmp_path):
+def test_run_info_says_what_it_ran_on():
     info = run_info({"seed": 3})
     assert info["versions"]["jax"] == jax.__version__
     assert info["versions"]["numpy"] == np.__version__
@@ -40,10 +40,7 @@ def test_run_info_tells_what_it_ran_on(tmp_path):
     assert info["devices"]["count"] == jax.device_count()
     assert info["devices"]["platform"] == "cpu"
     assert info["config"] == {"seed": 3}
-    path = write_config(tmp_path / "new", info)
-    assert path == tmp_path / "new" / "config.json"
-    assert json.loads(path.read_text()) == info
-    assert list(path.parent.iterdir()) == [path]
+    assert json.loads(json.dumps(info, allow_nan=False)) == info
 
 
 def test_missing_package_has_no_version(monkeypatch):

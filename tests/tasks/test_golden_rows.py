@@ -1,6 +1,6 @@
 """Tasks give the rows, tokens, masks and counts that are written in golden_rows.json.
 
-A change that is meant to move them says so in its commit and writes the file anew:
+A change that is meant to move them says so in its commit and rewrites the file:
 
   python -m tests.tasks.test_golden_rows
 """

@@ -1,6 +1,5 @@
 """What all tasks share: names, streams, stores, and a task of one's own out of the docs."""
 
-import ast
 import re
 from pathlib import Path
 
@@ -186,21 +185,6 @@ def test_the_task_of_the_docs(capsys, monkeypatch):
     assert len(task.prompts(tokenizer, "validation", max_length=64)) == 105
     assert len(task.references(tokenizer, max_length=64, count=5)) == 5
     assert "SFT documents (train): kept 711 of 711\n" in capsys.readouterr().out
-
-
-def imported(folder):
-    """The rooms of the library that the modules of a room import."""
-    rooms = set()
-    for path in (ROOT / "rlhf_jax" / folder).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rlhf_jax."):
-                rooms.add(node.module.split(".")[1])
-    return rooms
-
-
-def test_imports_point_down():
-    assert imported("data") <= {"data", "runtime"}
-    assert imported("tasks") <= {"tasks", "data", "models", "runtime", "losses"}
 
 
 def test_nothing_but_tasks_asks_for_the_source():

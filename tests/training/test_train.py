@@ -163,7 +163,7 @@ def test_the_state_is_donated_and_the_model_it_came_from_is_not():
     after, _ = step(state, batch)
     donated = [leaf.is_deleted() for leaf in jax.tree.leaves((state.model, state.opt_state))]
     assert all(donated)
-    # The caller may go on with its model: it is the reference of PPO, and must not train along.
+    # The caller may go on with its model: it is PPO's reference, which must not train.
     assert not model["w"].is_deleted() and float(model["w"]) == 1.0
     assert float(after.model["w"]) != 1.0
 

@@ -22,8 +22,10 @@ from typing import NamedTuple
 
 import platformdirs
 
+from rlhf_jax.runtime.errors import UserError
 
-class AssetError(RuntimeError):
+
+class AssetError(UserError):
     """An archive cannot be had or is not the one expected; the message is one line."""
 
 

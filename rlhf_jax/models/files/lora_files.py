@@ -1,8 +1,8 @@
 """Adapters as files of the PEFT library, which other tools open beside the model they are for.
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`; A is `[r, in]` and B is
-`[out, r]` on file. What PEFT has no word for stands in the metadata of the safetensors: the bias of
-a scalar head, and the fingerprint of the weights that the adapters were trained beside.
+`[out, r]` on file. What PEFT has no name for is kept in the metadata of the safetensors: the bias
+of a scalar head, and the fingerprint of the weights that the adapters were trained beside.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def save_adapters(trained: Any, folder: str | Path, *, base: str, fingerprint: s
 
     Args:
       trained: `Adapters`, or a `ScalarModel` that has them in place of its trunk.
-      folder: Where to; its two files are replaced.
-      base: Folder or hub name of the frozen model.
-      fingerprint: Of the frozen model, see `fingerprint`.
+      folder: where to write; its two files are replaced.
+      base: folder or hub name of the frozen model.
+      fingerprint: that of the frozen model, see `fingerprint`.
     """
     scalar = isinstance(trained, ScalarModel)
     adapters = trained.trunk if scalar else trained
@@ -57,7 +57,7 @@ def save_adapters(trained: Any, folder: str | Path, *, base: str, fingerprint: s
     scratch = folder / f".{WEIGHTS}.partial"
     save_file(tensors, scratch, metadata=metadata)
     os.replace(scratch, folder / WEIGHTS)
-    (folder / WEIGHTS).chmod(0o644)  # safetensors leaves it to the owner alone
+    (folder / WEIGHTS).chmod(0o644)  # safetensors lets only the owner read it
     rank = adapters.rank
     config = {
         "peft_type": "LORA",
@@ -78,8 +78,8 @@ def load_adapters(folder: str | Path, trunk: Transformer) -> Any:
     """Reads what `save_adapters` wrote.
 
     Args:
-      folder: The folder.
-      trunk: The model that they are for.
+      folder: the folder.
+      trunk: the model that they are for.
 
     Returns:
       `Adapters`, or a `ScalarModel` that has them in place of its trunk; arrays on the host.
@@ -118,7 +118,7 @@ def load_adapters(folder: str | Path, trunk: Transformer) -> Any:
     if not scalar:
         return adapters
     model = ScalarModel(trunk)
-    model.trunk = adapters  # type: ignore[assignment]  # adapters stand for their trunk
+    model.trunk = adapters  # type: ignore[assignment]  # adapters in place of their trunk
     model.kernel = nnx.Param(tensors[_HEAD][0])
     model.bias = nnx.Param(jnp.float32(metadata.get("score_bias", 0.0)))
     return model

@@ -1,22 +1,21 @@
-"""Sampling from a policy on held-out prompts, and what is measured there: shared by PPO and DPO."""
+"""Policies answer a fixed list of prompts; what they wrote is measured and judged."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from rlhf_jax.data.templates import stop_tokens
 from rlhf_jax.evaluation import statistics
+from rlhf_jax.evaluation.comparison import WinRate, win_tie_lose
 from rlhf_jax.evaluation.judges import Judge
-from rlhf_jax.rollouts import experience, rollout
-from rlhf_jax.rollouts.rollout import Rollout, SamplingConfig
+from rlhf_jax.rollouts import experience
+from rlhf_jax.rollouts.rollout import Rollout
 from rlhf_jax.runtime import distributed
 from rlhf_jax.runtime.host_memory import release_freed_memory
 from rlhf_jax.runtime.sharding import Sharding
@@ -28,35 +27,24 @@ class Responses(NamedTuple):
     Attributes:
       prompts: N texts.
       responses: N texts, without the prompt.
-      judged: `[N]` scores of the judge for prompt and response together.
-      statistics: Means over all responses, by metric name.
+      judged: name of a judge -> `[N]` scores of prompt and response together.
+      statistics: means over all responses, by metric name.
     """
 
     prompts: list[str]
     responses: list[str]
-    judged: np.ndarray
+    judged: dict[str, np.ndarray]
     statistics: dict[str, float]
 
 
-def make_generate(
-    tokenizer: Any, config: ConfigDict, sharding: Sharding | None = None
-) -> Callable[..., Rollout]:
-    """`rollout.generate` jitted for a tokenizer and `config.sampling`: one program per shape."""
-    return jit_generate(config, tuple(stop_tokens(tokenizer)), tokenizer.pad_token_id, sharding)
-
-
-def jit_generate(
-    config: ConfigDict, eos_ids: tuple[int, ...], pad_id: int, sharding: Sharding | None
-) -> Callable[..., Rollout]:
-    """The same from the ids of the tokens that end and pad a response."""
-    sampling = SamplingConfig(**config.sampling)
-    generate = functools.partial(rollout.generate, config=sampling, eos_ids=eos_ids, pad_id=pad_id)
-    return jax.jit(generate if sharding is None else sharding.bind(generate))
+def win_rates(one: Responses, other: Responses) -> dict[str, WinRate]:
+    """How often `one` beats `other` on the same prompts, by judge; the first judge leads."""
+    return {name: win_tie_lose(one.judged[name], other.judged[name]) for name in one.judged}
 
 
 @flax.struct.dataclass
 class NoRewardModel:
-    """Stands where there is no reward model: every response scores 0."""
+    """In place of a missing reward model: every response scores 0."""
 
     def scores(self, tokens: jax.Array, segments: jax.Array) -> jax.Array:
         """`[B]` zeros for sequences `[B, T]`."""
@@ -68,15 +56,15 @@ class Respondent:
     """Lets policies answer a fixed list of prompts.
 
     Args:
-      generate: From `make_generate`.
-      batches: Prompt batches `{"tokens", "mask"}`, all of one shape.
-      tokenizer: Turns tokens into text.
-      judge: Scores texts.
-      reference: Frozen model for the KL.
-      reward_model: None where there is none.
-      sharding: Where batches go.
-      temperature: Of the policy.
-      show: What of a prompt is shown and judged, for prompts that hold more than their text.
+      generate: from `rollout.make_generate`.
+      batches: prompt batches `{"tokens", "mask"}`, all of one shape.
+      tokenizer: turns tokens into text.
+      judges: judges of texts by name; empty where none fits the task.
+      reference: frozen model for the KL.
+      reward_model: scores the responses; None where there is none.
+      sharding: where batches go.
+      temperature: that of the policy.
+      show: takes from a prompt the part that is shown and judged.
     """
 
     def __init__(
@@ -85,7 +73,7 @@ class Respondent:
         *,
         batches: Sequence[dict],
         tokenizer: Any,
-        judge: Judge,
+        judges: Mapping[str, Judge],
         reference: Any,
         reward_model: Any,
         sharding: Sharding,
@@ -93,7 +81,7 @@ class Respondent:
         show: Callable[[str], str] = lambda prompt: prompt,
     ):
         self._generate, self._batches, self._show = generate, batches, show
-        self._tokenizer, self._judge = tokenizer, judge
+        self._tokenizer, self._judges = tokenizer, judges
         self._reference = reference
         self._scored = reward_model is not None
         self._reward_model = reward_model if self._scored else NoRewardModel()
@@ -123,15 +111,40 @@ class Respondent:
         responses = [text[len(prompt) :] for text, prompt in zip(full, prompts, strict=True)]
         shown = [self._show(prompt) for prompt in prompts]
         read = [words + response for words, response in zip(shown, responses, strict=True)]
-        judged = self._judge(read)
-        statistics = rollout_statistics(sampled, evaluated) | {"judge/mean": float(judged.mean())}
+        judged = {name: judge(read) for name, judge in self._judges.items()}
+        numbers = rollout_statistics(sampled, evaluated)
+        numbers |= {f"judge/{name}": float(scores.mean()) for name, scores in judged.items()}
         if not self._scored:
-            statistics.pop("reward/mean")
-        return Responses(shown, responses, judged, statistics)
+            numbers.pop("reward/mean")
+        return Responses(shown, responses, judged, numbers)
 
-    def _decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+    def _decode(self, tokens: Any, mask: Any) -> list[str]:
         rows = [row[keep] for row, keep in zip(tokens, mask, strict=True)]
         return self._tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+class AgainstBaseline:
+    """Measures a policy against a baseline on prompts that it does not train on.
+
+    Args:
+      respond: answers these prompts.
+      baseline: its model answers once, here.
+      key: random key; every policy draws with the same.
+      count: prompts.
+    """
+
+    def __init__(self, respond: Respondent, baseline: Any, key: jax.Array, count: int):
+        self._respond, self._key, self._count = respond, key, count
+        self._before = respond(baseline, key, count)
+
+    def __call__(self, policy: Any) -> dict[str, float]:
+        """Statistics under `eval/`, the judges' means, and win rates against the baseline."""
+        answers = self._respond(policy, self._key, self._count)
+        metrics = {f"eval/{name}": value for name, value in answers.statistics.items()}
+        for name, wins in win_rates(answers, self._before).items():
+            metrics[f"judge/{name}"] = answers.statistics[f"judge/{name}"]
+            metrics[f"win_rate/{name}"] = wins.win_rate
+        return metrics
 
 
 def rollout_statistics(sampled: Rollout, evaluated: experience.Evaluation) -> dict[str, float]:

@@ -1,0 +1,243 @@
+"""Direct preference optimisation: no reward model and no sampling, the policy is its own reward.
+
+Training starts at the reference, whose log-probabilities of every pair are computed once and kept.
+Chosen and rejected go through the policy in one forward pass.
+
+Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from rlhf_jax import losses
+from rlhf_jax.data.schemas import EncodedPair
+from rlhf_jax.methods.pairwise import PairTrainConfig, pair_weights
+from rlhf_jax.methods.reductions import weighted_sum
+from rlhf_jax.models.heads import next_token_log_probs
+from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.runtime.sharding import Sharding
+from rlhf_jax.training.step import make_train_step
+
+OBJECTIVES: dict[str, Callable[..., jax.Array]] = {
+    "dpo": losses.dpo_loss,
+    "ipo": losses.ipo_loss,
+    "hinge": losses.dpo_hinge_loss,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOConfig:
+    """The loss.
+
+    Attributes:
+      objective: one of `OBJECTIVES`.
+      beta: β, the strength of the pull to the reference.
+      label_smoothing: assumed share of flipped labels, below ½; for "dpo" only.
+      sft_coef: weight of -log π(y⁺|x), which keeps up the likelihood of chosen responses: the
+        slides' L_total has this term and DPO's as its auxiliary one.
+    """
+
+    objective: str = "dpo"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    sft_coef: float = 0.0
+
+    def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"dpo.objective={self.objective!r} is unknown; use one of {sorted(OBJECTIVES)}"
+            )
+        if not self.beta > 0:
+            raise ValueError(f"dpo.beta={self.beta} must be positive")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(
+                f"dpo.label_smoothing={self.label_smoothing} must be at least 0 and below 0.5"
+            )
+        if self.label_smoothing and self.objective != "dpo":
+            raise ValueError(
+                f"dpo.label_smoothing={self.label_smoothing} is for dpo.objective='dpo', not "
+                f"{self.objective!r}: set it to 0"
+            )
+
+    def loss(self, *log_probs: jax.Array) -> jax.Array:
+        """`[B]`, from `[B]` each: chosen, rejected under the policy, then under the reference."""
+        if self.objective == "dpo":
+            return losses.dpo_loss(*log_probs, beta=self.beta, label_smoothing=self.label_smoothing)
+        return OBJECTIVES[self.objective](*log_probs, beta=self.beta)
+
+
+class PairSet(NamedTuple):
+    """Pairs of one split.
+
+    Attributes:
+      pairs: N pairs.
+      batches: all of them once.
+    """
+
+    pairs: Sequence[EncodedPair]
+    batches: list[dict]
+
+
+def loss_fn(
+    model: Transformer, batch: dict[str, jax.Array], *, config: DPOConfig
+) -> tuple[jax.Array, dict]:
+    """L = -log σ(β log(π(y⁺)/π_ref(y⁺)) - β log(π(y⁻)/π_ref(y⁻))), or what `config` names.
+
+    Args:
+      model: the policy π.
+      batch: tokens, segments and loss mask `[B, 2, T]`, chosen first, `ref_log_probs [B, 2]`, and
+        weights from `prepare`.
+      config: the loss.
+    """
+    log_probs = sequence_log_probs(model, batch)
+    metrics = pair_metrics(log_probs, batch["ref_log_probs"], batch["pair_weights"], config=config)
+    if not config.sft_coef:
+        return metrics["loss/dpo"], metrics
+    return metrics["loss/dpo"] - config.sft_coef * metrics["dpo/chosen_log_prob"], metrics
+
+
+def pair_metrics(
+    log_probs: jax.Array, ref_log_probs: jax.Array, weights: jax.Array, *, config: DPOConfig
+) -> dict[str, jax.Array]:
+    """Weighted sums over pairs: the loss, whichever it is, and what the policy thinks of them.
+
+    Args:
+      log_probs: `[B, 2]`, under the policy, chosen first; differentiated.
+      ref_log_probs: `[B, 2]`, under the reference.
+      weights: `[B]`, the weight of each pair.
+      config: the loss.
+    """
+    four = (*log_probs.T, *ref_log_probs.T)
+    rewards = losses.implicit_rewards(log_probs, ref_log_probs, beta=config.beta)
+    chosen, rejected = rewards.T
+    numbers = {
+        "loss/dpo": config.loss(*four),
+        "dpo/accuracy": losses.preference_accuracy(chosen, rejected),
+        "dpo/margin": chosen - rejected,
+        "dpo/chosen_log_prob": log_probs[:, 0],
+        "dpo/rejected_log_prob": log_probs[:, 1],
+        "dpo/chosen_reward": chosen,
+        "dpo/rejected_reward": rejected,
+        "dpo/gradient_coefficient": losses.dpo_gradient_coefficient(*four, beta=config.beta),
+    }
+    return {name: weighted_sum(number, weights) for name, number in numbers.items()}
+
+
+_pair_metrics = jax.jit(pair_metrics, static_argnames="config")
+
+
+def prepare(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Adds each pair's weight in the mean over the whole batch."""
+    return {**batch, "pair_weights": pair_weights(batch["valid"])}
+
+
+def make_step(
+    config: DPOConfig,
+    train: PairTrainConfig,
+    optimizer: optax.GradientTransformation,
+    sharding: Sharding,
+    *,
+    trunk: Any = None,
+) -> Callable[..., Any]:
+    """`step(state, batch) -> (state, metrics)`, see `training.step.make_train_step`."""
+    return make_train_step(
+        functools.partial(loss_fn, config=config),
+        optimizer,
+        sharding,
+        microbatches=train.microbatches,
+        prepare=prepare,
+        trunk=trunk,
+    )
+
+
+def evaluate(
+    model: Transformer,
+    held_out: PairSet,
+    ref_log_probs: np.ndarray,
+    config: DPOConfig,
+    sharding: Sharding,
+) -> dict[str, jax.Array]:
+    """`pair_metrics` of held-out pairs under names that begin with `eval/`."""
+    count = len(held_out.pairs)
+    log_probs = log_probs_of_pairs(model, held_out.batches, count, sharding)
+    weights = np.full(count, 1 / count, np.float32)
+    metrics = _pair_metrics(log_probs, ref_log_probs, weights, config=config)
+    return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+def sequence_log_probs(model: Transformer, batch: dict[str, jax.Array]) -> jax.Array:
+    """log π(y|x) of chosen and rejected, `[B, 2]` float32, both sides in one forward pass."""
+    pairs, _, width = batch["tokens"].shape
+    tokens, segments, trained = (
+        batch[name].reshape(-1, width) for name in ("tokens", "segments", "loss_mask")
+    )
+    log_probs, _ = next_token_log_probs(model, tokens, segments)
+    return losses.sequence_log_prob(log_probs, where=trained[:, 1:]).reshape(pairs, 2)
+
+
+_sequence_log_probs = jax.jit(sequence_log_probs)
+
+
+def log_probs_of_pairs(
+    model: Transformer, batches: Iterable[dict], count: int, sharding: Sharding
+) -> np.ndarray:
+    """log π of both sides of all pairs, `[N, 2]` float32, in the order of the list of pairs.
+
+    Args:
+      model: the language model.
+      batches: every pair once, with its `index`.
+      count: N.
+      sharding: where batches go.
+    """
+    log_probs = np.full((count, 2), np.nan, np.float32)
+    for batch in batches:
+        placed = sharding.put_batch({k: batch[k] for k in ("tokens", "segments", "loss_mask")})
+        values = np.asarray(_sequence_log_probs(model, placed))
+        log_probs[batch["index"][batch["valid"]]] = values[batch["valid"]]
+    return log_probs
+
+
+def reference_log_probs(
+    reference: Transformer,
+    path: Path,
+    pairs: Sequence[EncodedPair],
+    batches: Iterable[dict],
+    *,
+    sharding: Sharding,
+) -> np.ndarray:
+    """`log_probs_of_pairs` of the reference, computed once: a resumed run reads `path`.
+
+    Raises:
+      ValueError: the file holds numbers of other pairs.
+    """
+    hashed = hashlib.sha256()
+    for pair in pairs:
+        hashed.update(pair.chosen.tokens.tobytes() + b"|" + pair.rejected.tokens.tobytes() + b"|")
+    digest = hashed.hexdigest()
+    if path.exists():
+        saved = np.load(path)
+        if str(saved["digest"]) != digest:
+            raise ValueError(
+                f"{path} holds log-probabilities of other pairs: the data has changed since the "
+                "run began; choose another --config.workdir or remove the folder"
+            )
+        return saved["log_probs"]
+    start = time.time()
+    log_probs = log_probs_of_pairs(reference, batches, len(pairs), sharding)
+    scratch = path.with_suffix(".tmp.npz")
+    np.savez(scratch, log_probs=log_probs, digest=digest)
+    os.replace(scratch, path)
+    print(f"{path.name}: {len(pairs):,} pairs in {time.time() - start:.1f} s", flush=True)
+    return log_probs

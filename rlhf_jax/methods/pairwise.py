@@ -1,0 +1,49 @@
+"""What reward models and DPO share: batches of pairs, and the mean over the pairs of a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class PairTrainConfig:
+    """Token-balanced batches, all global: a step takes as many pairs as fit.
+
+    Attributes:
+      steps: updates.
+      max_tokens: the most tokens of a batch, padding included.
+      min_pairs: the fewest pairs of a batch.
+      max_pairs: the most pairs of a batch.
+      microbatches: parts of a batch whose gradients are computed one after the other.
+    """
+
+    steps: int
+    max_tokens: int
+    min_pairs: int
+    max_pairs: int
+    microbatches: int = 1
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(
+                    f"train.{field.name}={getattr(self, field.name)} must be at least 1"
+                )
+
+    def batching(self, devices: int) -> dict[str, Any]:
+        """The keywords of `data.batches.PairBatches` that these settings decide."""
+        return {
+            "max_tokens": self.max_tokens,
+            "min_pairs": self.min_pairs,
+            "max_pairs": self.max_pairs,
+            "multiple_of": devices * self.microbatches,
+        }
+
+
+def pair_weights(valid: jax.Array) -> jax.Array:
+    """Each pair's weight `[B]` in the mean over the pairs of a whole batch; filler weighs 0."""
+    return valid / jnp.maximum(valid.sum(), 1)

@@ -1,0 +1,191 @@
+"""Reward modelling: Bradley-Terry on comparisons plus an LM loss on the chosen, one trunk.
+
+Source: Zheng et al. 2023 (arXiv 2307.04964), section 3 and equation 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rlhf_jax.evaluation.comparison import pair_accuracy
+from rlhf_jax.losses import bradley_terry_loss, masked_mean, preference_accuracy
+from rlhf_jax.methods.pairwise import PairTrainConfig, pair_weights
+from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
+from rlhf_jax.models.heads import ScalarModel, hidden_at, last_real_index, log_probs_of
+from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.sharding import Sharding
+from rlhf_jax.training.step import make_train_step
+
+COMPARISONS = ("pairs", "batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModelConfig:
+    """What a reward model minimises.
+
+    Attributes:
+      lm_coef: β_rm, weight of the language-model loss on the chosen response; 0 is off.
+      comparisons: "pairs" compares the two texts of each pair; "batch" compares every two texts of
+        a batch whose ratings differ by at least `min_gap`.
+      min_gap: the least difference between two ratings; for "batch" only.
+    """
+
+    lm_coef: float = 0.0
+    comparisons: str = "pairs"
+    min_gap: float = 0.0
+
+    def __post_init__(self):
+        if self.comparisons not in COMPARISONS:
+            raise ValueError(f"loss.comparisons={self.comparisons!r} must be 'pairs' or 'batch'")
+
+    def check_batches(self, train: PairTrainConfig) -> None:
+        """Checks that a loss which compares all texts of a batch gets them at once.
+
+        Raises:
+          ValueError: there are several microbatches.
+        """
+        if self.comparisons == "batch" and train.microbatches != 1:
+            raise ValueError(
+                f"loss.comparisons='batch' compares all texts of a batch at once: "
+                f"train.microbatches={train.microbatches} must be 1"
+            )
+
+
+def all_comparisons(
+    scores: jax.Array, ratings: jax.Array, valid: jax.Array, *, min_gap: float
+) -> jax.Array:
+    """Mean Bradley-Terry loss over every two texts of a batch whose ratings differ enough.
+
+    A forward pass over 2B texts then gives up to B (2B - 1) comparisons in place of B.
+
+    Args:
+      scores: `[B, 2]`.
+      ratings: `[B, 2]`, of the same texts.
+      valid: `[B]` bool, False on filler.
+      min_gap: the least difference between two ratings.
+    """
+    scores, ratings, real = scores.reshape(-1), ratings.reshape(-1), jnp.repeat(valid, 2)
+    # Mean ratings are fractions: 1e-5 forgives rounding, so that 1.9 and 0.9 are 1 apart.
+    apart = ratings[:, None] - ratings[None, :] >= min_gap - 1e-5
+    chosen, rejected = jnp.broadcast_arrays(scores[:, None], scores[None, :])
+    return masked_mean(
+        bradley_terry_loss(chosen, rejected), where=apart & real[:, None] & real[None, :]
+    )
+
+
+def loss_fn(
+    model: ScalarModel, batch: dict[str, jax.Array], *, config: RewardModelConfig
+) -> tuple[jax.Array, dict]:
+    """L = -log σ(r(x, y_w) - r(x, y_l)) - β log p_LM(y_w | x) (equation 2, sign corrected).
+
+    Args:
+      model: trunk with a scalar head and an LM head.
+      batch: tokens and segments `[B, 2, T]`, chosen first, and weights from `prepare`; with
+        `ratings` `[B, 2]` all texts of the batch are compared, not only those of a pair.
+      config: the loss.
+    """
+    pairs, _, width = batch["tokens"].shape
+    tokens, segments = (batch[k].reshape(-1, width) for k in ("tokens", "segments"))
+    hidden = model.trunk(tokens, segments)
+    scores = model.read(hidden_at(hidden, last_real_index(segments > 0))).reshape(pairs, 2)
+    chosen, rejected = scores[:, 0], scores[:, 1]
+    if config.comparisons == "batch":
+        ranking = all_comparisons(scores, batch["ratings"], batch["valid"], min_gap=config.min_gap)
+    else:
+        ranking = weighted_sum(bradley_terry_loss(chosen, rejected), batch["pair_weights"])
+    metrics = {
+        "loss/bradley_terry": ranking,
+        "reward/accuracy": weighted_sum(
+            preference_accuracy(chosen, rejected), batch["pair_weights"]
+        ),
+        "reward/margin": weighted_sum(chosen - rejected, batch["pair_weights"]),
+    }
+    if not config.lm_coef:
+        return ranking, metrics
+    chosen_hidden = hidden.reshape(pairs, 2, width, -1)[:, 0, :-1]
+    log_probs, _ = log_probs_of(model.trunk, chosen_hidden, batch["tokens"][:, 0, 1:])
+    metrics["loss/lm"] = -weighted_sum(log_probs, batch["lm_weights"])
+    return ranking + config.lm_coef * metrics["loss/lm"], metrics
+
+
+def prepare(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Adds the weights of each pair and of each chosen token in the means over the whole batch."""
+    trained = batch["loss_mask"][:, 0, 1:] & batch["valid"][:, None]
+    return {
+        **batch,
+        "pair_weights": pair_weights(batch["valid"]),
+        "lm_weights": reduction_weights("token_mean", trained),
+    }
+
+
+def make_step(
+    config: RewardModelConfig,
+    train: PairTrainConfig,
+    optimizer: optax.GradientTransformation,
+    sharding: Sharding,
+    *,
+    trunk: Any = None,
+) -> Callable[..., Any]:
+    """`step(state, batch) -> (state, metrics)`, see `training.step.make_train_step`."""
+    config.check_batches(train)
+    return make_train_step(
+        functools.partial(loss_fn, config=config),
+        optimizer,
+        sharding,
+        microbatches=train.microbatches,
+        prepare=prepare,
+        trunk=trunk,
+    )
+
+
+@jax.jit
+def score(model: ScalarModel, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    """Scores `[B]` of sequences `[B, T]`."""
+    return model.scores(tokens, segments)
+
+
+def score_side(
+    model: ScalarModel, batches: Sequence[dict], side: int, sharding: Sharding
+) -> np.ndarray:
+    """Scores `[N]` of all chosen (side 0) or all rejected responses (side 1)."""
+    scores = []
+    for batch in batches:
+        placed = sharding.put_whole({k: batch[k][:, side] for k in ("tokens", "segments")})
+        values = score(model, placed["tokens"], placed["segments"])
+        scores.append(distributed.fetch(values)[batch["valid"]])
+    return np.concatenate(scores)
+
+
+def score_pairs(
+    model: ScalarModel, batches: Sequence[dict], sharding: Sharding
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores `[N]` of all chosen and of all rejected responses."""
+    chosen, rejected = (score_side(model, batches, side, sharding) for side in (0, 1))
+    return chosen, rejected
+
+
+def evaluate(model: ScalarModel, batches: Sequence[dict], sharding: Sharding) -> float:
+    """Share of pairs that the model orders as people do, ties one half."""
+    return pair_accuracy(*score_pairs(model, batches, sharding))
+
+
+def normalization(scores: np.ndarray) -> Callable[[Any], Any]:
+    """Returns the map that gives these scores mean 0 and std 1: for arrays, or a `ScalarModel`.
+
+    Args:
+      scores: `[N]`, those of reference responses.
+    """
+    mean, std = scores.mean(), scores.std()
+
+    def normalized(one: Any) -> Any:
+        return (one - mean) / std if isinstance(one, np.ndarray) else one.normalized(mean, std)
+
+    return normalized

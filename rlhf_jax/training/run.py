@@ -1,0 +1,273 @@
+"""One run in one folder: its settings, its log, its checkpoints, stop and resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.host_memory import release_freed_memory
+from rlhf_jax.runtime.metrics import MetricsWriter, check_finite
+from rlhf_jax.runtime.progress import Progress, progress
+from rlhf_jax.runtime.run_info import run_info
+from rlhf_jax.training.checkpoint import Checkpointer, GracefulStop
+
+# Settings that may change when a run is resumed: they do not change the numbers.
+FREE = ("log.", "checkpoint.", "sharding.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Where metrics go besides metrics.jsonl.
+
+    Attributes:
+      tensorboard: event files in the run folder.
+      wandb: weights & Biases; needs its package and an account.
+      wandb_project: project there.
+    """
+
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str = "rlhf_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When states are saved.
+
+    Attributes:
+      every: steps between two checkpoints; 0 saves at the end and at a stop only.
+      keep: how many stay on disk.
+    """
+
+    every: int = 100
+    keep: int = 1
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+class Run:
+    """One run in one folder: resumes where it stopped, logs, saves.
+
+        with Run("runs/sft", total=steps, desc="SFT", show=("loss/lm",)) as run:
+            state = run.restore(state, batches)
+            for step in run.steps():
+                state, metrics = train_step(state, next(batches))
+                run.log(step, metrics)
+                run.checkpoint(step, state, batches)
+
+    Args:
+      workdir: the run folder; created where missing.
+      total: number of steps.
+      desc: title of the progress bar.
+      show: metrics that the progress bar shows.
+      settings: every setting of the run, as a nested mapping: written to config.json, and compared
+        with that file when a run is resumed.
+      log: where metrics go besides metrics.jsonl.
+      checkpoint: when states are saved.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        total: int,
+        desc: str = "",
+        show: tuple[str, ...] = (),
+        settings: Mapping[str, Any] | None = None,
+        log: LogConfig = LogConfig(),  # frozen
+        checkpoint: CheckpointConfig = CheckpointConfig(),  # frozen
+    ):
+        self.workdir = Path(workdir)
+        self.total = total
+        self.started_at = time.time()
+        self.first_step_seconds: float | None = None
+        self._settings = json.loads(json.dumps(settings or {}, default=str))
+        self._log, self._checkpoint = log, checkpoint
+        self._desc, self._show = desc, show
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._shown: dict[str, float] = {}
+        self._next = 0
+
+    def __enter__(self) -> Run:
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        check_settings(self.workdir / "config.json", self._settings)
+        self._checkpointer = Checkpointer(self.workdir / "checkpoints", keep=self._checkpoint.keep)
+        self._stop = GracefulStop()
+        self._stop.__enter__()
+        self._writer: MetricsWriter | None = None
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stop.__exit__(*error)
+        self._checkpointer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def restore(self, state: Any, *cursors: Any) -> Any:
+        """The newest saved state, with the cursors (objects with `restore`) moved there.
+
+        Where there is one, the arrays of `state` are freed first: a device has no room for both.
+        """
+        if self._checkpointer.latest_step() is not None:
+            like = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+            )
+            jax.tree.map(lambda x: x.delete(), state)
+            saved, state, position = self._checkpointer.restore(like)
+            self._next = saved
+            for cursor, where in zip(cursors, position["cursors"], strict=True):
+                cursor.restore(where)
+            print(f"{self._desc}: resuming at step {self._next} of {self.total}")
+        return state
+
+    def steps(self) -> Iterator[int]:
+        """Step numbers that are left; raises `Stopped` after a signal, once the state is saved."""
+        with self._open_logs() as self._bar:
+            begun = time.time()
+            for step in range(self._next, self.total):
+                yield step
+                if self.first_step_seconds is None:
+                    self.flush()  # waits for the step, so compilation is in the time
+                    self.first_step_seconds = time.time() - begun
+                self._bar.set_postfix(self._shown)
+                self._bar.update(1)
+                release_freed_memory()
+            self.flush()
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something that is done every so many steps, and after the last, is due."""
+        return (step + 1) % every == 0 or step + 1 == self.total
+
+    def _open_logs(self) -> Progress:
+        """Opens the metrics of process 0, and its progress bar."""
+        if not distributed.is_main():
+            return Progress(self.total, self._desc, self._next, stream=io.StringIO())
+        self._writer = MetricsWriter(
+            self.workdir,
+            resume_step=self._next,
+            tensorboard=self._log.tensorboard,
+            wandb=self._log.wandb,
+            wandb_project=self._log.wandb_project,
+            config=self._settings,
+        )
+        return progress(self.total, self._desc, initial=self._next)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes a step's metrics, which are fetched while the next step computes.
+
+        Raises:
+          NonFiniteError: the previous step's metrics were not finite.
+        """
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Writes what `log` holds back."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        fetched = {name: float(value) for name, value in metrics.items()}
+        if self._writer is not None:
+            self._writer.write(step, fetched)
+        check_finite(fetched, step)
+        self._shown |= {n.split("/")[-1]: fetched[n] for n in self._show if n in fetched}
+
+    def checkpoint(self, step: int, state: Any, *cursors: Any) -> None:
+        """Saves every `checkpoint.every` steps, at the end, and when a signal asks to stop.
+
+        Raises:
+          Stopped: after saving, when a signal came.
+        """
+        done = step + 1
+        every = self._checkpoint.every
+        due = done == self.total or (every and done % every == 0)
+        # A signal may reach one process alone, and all must save the same step.
+        stop = distributed.any_process(self._stop.requested)
+        if not due and not stop:
+            return
+        self.flush()
+        position = {"cursors": [cursor.state() for cursor in cursors]}
+        self._checkpointer.save(done, state, position)
+        if stop and done < self.total:
+            raise Stopped(f"stopped at step {done} of {self.total}; the same command resumes")
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since the run was opened."""
+        return time.time() - self.started_at
+
+    def command(self) -> str:
+        """The command line of this run."""
+        return json.loads((self.workdir / "config.json").read_text())["command"]
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Writes `summary.json`, which marks the run as done; then all processes go on."""
+        usage = {
+            "seconds": round(self.seconds, 1),
+            "first_step_seconds": round(self.first_step_seconds or 0.0, 1),
+            "peak_memory_gib": round(peak_memory_gib(), 2),
+        }
+        if distributed.is_main():
+            text = json.dumps({**usage, **summary}, indent=2)
+            (self.workdir / "summary.json").write_text(text + "\n")
+        distributed.barrier("the run is finished")
+
+
+def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Writes config.json, or compares with it: a folder holds one run of one config.
+
+    Process 0 writes, once all processes have looked.
+
+    Raises:
+      ValueError: the folder holds a run with other settings.
+    """
+    there = path.exists()
+    distributed.barrier("the run folder has been looked at")
+    if there:
+        before, now = (_flat(c) for c in (json.loads(path.read_text())["config"], settings))
+        changed = sorted(
+            k for k in before | now if before.get(k) != now.get(k) and not k.startswith(FREE)
+        )
+        if changed:
+            key = changed[0]
+            raise ValueError(
+                f"{path.parent} holds a run with other settings ({key} was {before.get(key)!r}, "
+                f"now {now.get(key)!r}; {len(changed)} differ): choose another --config.workdir or "
+                "remove the folder"
+            )
+        return
+    if distributed.is_main():
+        path.write_text(json.dumps(run_info(settings), indent=2, default=str) + "\n")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def peak_memory_gib() -> float:
+    """The largest resident set of this process so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def read_summary(workdir: str | Path) -> dict[str, Any] | None:
+    """What a finished run wrote, None when it has not finished."""
+    path = Path(workdir) / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
