@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from configs import common
 from experiments import command, reporting, stages
 from experiments.settings import EvalConfig, Shared, judge_names
-from rlhf_jax.data.batches import fixed_prompts, once_pairs, pair_batches
+from rlhf_jax.data.batches import PairBatches, fixed_prompts, once_pairs
 from rlhf_jax.data.templates import stop_tokens
 from rlhf_jax.evaluation.comparison import Interval, bootstrap_interval, paired_outcomes
 from rlhf_jax.evaluation.judges import Judge, judge_pairs, make_judges
@@ -198,8 +198,12 @@ def main(config: ConfigDict) -> None:
     pairs = task.preferences(
         tokenizer, "train", max_length=data.max_length, count=data.pairs
     ).loaded()
-    batches = pair_batches(
-        pairs, seed=settings.seed, pad_id=tokenizer.pad_token_id, **train.batching(devices)
+    batches = PairBatches(
+        pairs,
+        seed=settings.seed,
+        pad_id=tokenizer.pad_token_id,
+        num_buckets=3,
+        **train.batching(devices),
     )
     validation, test = (
         pair_set(settings, task, tokenizer, split, count, devices)

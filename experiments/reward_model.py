@@ -9,6 +9,7 @@ metrics.jsonl, config.json and summary.json to the run folder.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from ml_collections import ConfigDict
 from configs import common
 from experiments import command, reporting, stages
 from experiments.settings import EvalConfig, Shared, judge_names
-from rlhf_jax.data.batches import once_pairs, pair_batches
-from rlhf_jax.data.endless import Batches
+from rlhf_jax.data.batches import PairBatches, once_pairs, pair_batches
 from rlhf_jax.data.schemas import EncodedPair
+from rlhf_jax.data.streaming import StreamedBatches
 from rlhf_jax.evaluation import plots
 from rlhf_jax.evaluation.comparison import bootstrap_interval, pair_accuracy, paired_outcomes
 from rlhf_jax.evaluation.judges import judge_pairs, make_judges
@@ -71,14 +72,15 @@ class Settings(Shared):
 
 def training_batches(
     settings: Settings, task: Task, tokenizer: Any, devices: int
-) -> tuple[Batches, np.ndarray | None]:
+) -> tuple[PairBatches | StreamedBatches, np.ndarray | None]:
     """Endless pairs, and ratings `[n, 2]` where all texts of a batch are to be compared.
 
     Raises:
       ValueError: the task has no ratings by which to compare all texts.
     """
     data, ratings = settings.data, None
-    asked = {"max_length": data.max_length, "count": data.pairs}
+    asked: dict[str, int] = {"max_length": data.max_length, "count": data.pairs}
+    pairs: Sequence[EncodedPair]
     if settings.loss.comparisons == "batch":
         pairs, ratings = task.rated(tokenizer, "train", **asked)
     else:

@@ -20,7 +20,7 @@ class ModelOptions:
     remat: str = "none"
     attention: str = "xla"
 
-    def keywords(self) -> dict[str, str]:
+    def keywords(self) -> dict[str, Any]:
         """Keywords for the loaders of models."""
         return dataclasses.asdict(self)
 

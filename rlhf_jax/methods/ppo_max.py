@@ -312,7 +312,7 @@ class PPOMax:
 
     def update(
         self, state: PPOState, minibatch: Experience, ptx: Iterator[dict], iteration: int
-    ) -> tuple[PPOState, dict[str, jax.Array]]:
+    ) -> tuple[PPOState, dict[str, Any]]:
         """Lines 5 and 6: a step of the critic and, once it is pre-trained, of the policy.
 
         Args:
@@ -324,7 +324,7 @@ class PPOMax:
         Returns:
           The new state, and metrics of both steps.
         """
-        metrics: dict[str, jax.Array] = {}
+        metrics: dict[str, Any] = {}
         if state.critic is not None:
             critic, of_critic = self._critic_step(state.critic, (minibatch, None))
             state = state.replace(critic=critic)
