@@ -35,7 +35,7 @@ from experiments.settings import (
     judge_names,
 )
 from rlhf_jax.data.batches import PairBatches, fixed_prompts, once_pairs
-from rlhf_jax.data.chat import stop_tokens
+from rlhf_jax.data.templates import stop_tokens
 from rlhf_jax.evaluation.comparison import Interval, bootstrap_interval, paired_outcomes
 from rlhf_jax.evaluation.judges import Judge, judge_pairs, make_judges
 from rlhf_jax.evaluation.panels import DPO_PANELS, PPO_PANELS

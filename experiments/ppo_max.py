@@ -17,7 +17,7 @@ from configs import common
 from experiments import command, reporting, stages
 from experiments.settings import AnswersConfig, PromptData, Shared, check_label, judge_names
 from rlhf_jax.data.batches import fixed_prompts, packed_batches, prompt_batches
-from rlhf_jax.data.chat import stop_tokens
+from rlhf_jax.data.templates import stop_tokens
 from rlhf_jax.evaluation.judges import make_judges
 from rlhf_jax.methods.ppo import PPOConfig
 from rlhf_jax.methods.ppo_max import (

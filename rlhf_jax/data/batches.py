@@ -1,4 +1,6 @@
-"""Batches of few static shapes for fine-tuning, for pairs and for prompts.
+"""Examples to batches of few static shapes, for fine-tuning, for pairs and for prompts.
+
+The functions at the end take `Examples`: endless batches to train on, or all of them once.
 
 Every batch size is global: it counts rows over all devices and all accumulated microbatches.
 """
@@ -37,12 +39,12 @@ class PackedBatches(Batches):
     hold them, evenly, and what is left of a batch is rows of padding.
 
     Args:
-        encoded: the documents.
-        batch_size: rows B, global.
-        length: tokens T of a row.
-        seed: of the shuffling.
-        pad_id: written into padding.
-        packed: several documents a row, by first fit in a new order each epoch.
+      encoded: the documents.
+      batch_size: rows B, global.
+      length: tokens T of a row.
+      seed: of the shuffling.
+      pad_id: written into padding.
+      packed: several documents a row, by first fit in a new order each epoch.
     """
 
     def __init__(
@@ -98,18 +100,18 @@ class PairBatches(Batches):
     bucket hold filler, whose rows are flagged invalid.
 
     Args:
-        pairs: the pairs.
-        max_tokens: the most tokens of a batch, padding included: 2 * B * T.
-        min_pairs: the fewest rows B.
-        max_pairs: the most rows B.
-        seed: of the shuffling.
-        pad_id: written into padding.
-        num_buckets: the most shapes; the lengths waste the fewest tokens on these pairs.
-        multiple_of: B is a multiple of it (devices times microbatches).
-        buckets: the lengths T, in place of num_buckets.
+      pairs: the pairs.
+      max_tokens: the most tokens of a batch, padding included: 2 * B * T.
+      min_pairs: the fewest rows B.
+      max_pairs: the most rows B.
+      seed: of the shuffling.
+      pad_id: written into padding.
+      num_buckets: the most shapes; the lengths waste the fewest tokens on these pairs.
+      multiple_of: B is a multiple of it (devices times microbatches).
+      buckets: the lengths T, in place of num_buckets.
 
     Raises:
-        ValueError: min_pairs of the longest bucket exceed max_tokens, or the three disagree.
+      ValueError: min_pairs of the longest bucket exceed max_tokens, or the three disagree.
     """
 
     def __init__(
@@ -173,13 +175,13 @@ class PromptBatches(Batches):
     last batch of an epoch is filled with other prompts of the epoch.
 
     Args:
-        prompts: int32 [T] each.
-        batch_size: prompts B of a batch, global.
-        seed: of the shuffling.
-        pad_id: written into padding.
-        buckets: the lengths P; by default at most `num_buckets` that waste the fewest tokens.
-        num_buckets: see buckets.
-        multiple: the lengths are multiples of it.
+      prompts: int32 [T] each.
+      batch_size: prompts B of a batch, global.
+      seed: of the shuffling.
+      pad_id: written into padding.
+      buckets: the lengths P; by default at most `num_buckets` that waste the fewest tokens.
+      num_buckets: see buckets.
+      multiple: the lengths are multiples of it.
     """
 
     def __init__(
@@ -297,19 +299,19 @@ def pair_batches(
     """Returns endless token-balanced batches of pairs; see `PairBatches`.
 
     Args:
-      examples: The pairs.
-      max_tokens: The most tokens of a batch.
-      min_pairs: The fewest pairs of a batch.
-      max_pairs: The most pairs of a batch.
-      seed: Of the shuffling.
-      pad_id: Written into padding.
-      multiple_of: Batches hold a multiple of so many pairs.
-      num_buckets: The most lengths, chosen for these pairs; not for streamed ones.
-      longest: The most tokens of a side. Of streamed pairs the lengths that fit best cannot be
-        known: they take a quarter, a half and the whole of it.
+      examples: the pairs.
+      max_tokens: the most tokens of a batch.
+      min_pairs: the fewest pairs of a batch.
+      max_pairs: the most pairs of a batch.
+      seed: of the shuffling.
+      pad_id: written into padding.
+      multiple_of: batches hold a multiple of so many pairs.
+      num_buckets: the most lengths, chosen for these pairs; not for streamed ones.
+      longest: the most tokens of a side. Of streamed pairs the lengths that fit best cannot be
+      known: they take a quarter, a half and the whole of it.
 
     Raises:
-      ValueError: Pairs are streamed and `longest` is missing; or see `PairBatches`.
+      ValueError: pairs are streamed and `longest` is missing; or see `PairBatches`.
     """
     settings: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -390,14 +392,14 @@ def fixed_prompts(
     """Returns all prompts in whole batches of one length, always the same.
 
     Args:
-      prompts: Of a split that is not trained on.
-      batch_size: Prompts of a batch; what does not fill the last one is left out.
-      length: To which they are padded on the left.
-      pad_id: Written into padding.
-      split: Its name, for the error.
+      prompts: of a split that is not trained on.
+      batch_size: prompts of a batch; what does not fill the last one is left out.
+      length: to which they are padded on the left.
+      pad_id: written into padding.
+      split: its name, for the error.
 
     Raises:
-      ValueError: There are fewer prompts than one batch has.
+      ValueError: there are fewer prompts than one batch has.
     """
     whole = len(prompts) - len(prompts) % batch_size
     if not whole:
@@ -415,8 +417,8 @@ def each_repeated(batch: Arrays, times: int) -> Arrays:
     """Repeats every row `times` times in a row: samples of one prompt stand side by side.
 
     Args:
-      batch: Arrays `[B, ...]`.
-      times: Samples per prompt.
+      batch: arrays `[B, ...]`.
+      times: samples per prompt.
 
     Returns:
       Arrays `[B * times, ...]`.

@@ -23,10 +23,10 @@ def render(encoded: Encoded | EncodedPair | EncodedPrompt, tokenizer: Any, *, co
     """Returns the text of an example with its loss mask.
 
     Args:
-        encoded: a document, a pair (two parts, the better first) or a prompt (nothing trained).
-        tokenizer: that encoded it.
-        color: trained tokens in green, the others in grey, special tokens inverted; without
-            colour, trained stretches stand between [[ and ]].
+      encoded: a document, a pair (two parts, the better first) or a prompt (nothing trained).
+      tokenizer: that encoded it.
+      color: trained tokens in green, the others in grey, special tokens inverted; without
+        colour, trained stretches stand between [[ and ]].
     """
     if isinstance(encoded, EncodedPair):
         chosen, rejected = (

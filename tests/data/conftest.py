@@ -6,6 +6,7 @@ import json
 import tarfile
 
 import pytest
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data.tokenizer import train_bpe
@@ -126,3 +127,23 @@ def stretches(encoded, tokenizer, trained=True):
             found.append(tokenizer.decode(current))
             current = []
     return [*found, tokenizer.decode(current)] if current else found
+
+
+def sentencepiece_like(scheme="always"):
+    """A tokenizer that puts a space before every text."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    if scheme == "llama":
+        bpe.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        bpe.pre_tokenizer = pre_tokenizers.Split(Regex("▁*[^▁]+"), "isolated")
+    else:
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    special = ["<unk>", "<s>", "</s>"]
+    bpe.train_from_iterator(
+        [*TEXTS, "line\nbreak"],
+        trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )

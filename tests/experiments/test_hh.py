@@ -8,7 +8,7 @@ import pytest
 
 from configs import dpo, ppo_max, reward_model, sft
 from experiments import command, inspect_data
-from rlhf_jax.data import chat, prepare
+from rlhf_jax.data import prepare
 from rlhf_jax.data.batches import (
     fixed_prompts,
     once_packed,
@@ -134,10 +134,10 @@ def test_other_processes_open_what_process_0_has_encoded(configs, tokenizer, mon
     monkeypatch.setattr(prepare, "IN_MEMORY", 50)
     events = []
     monkeypatch.setattr(distributed, "barrier", events.append)
-    first = task_of(configs["sft"]).documents(tokenizer, "train", max_length=96)
+    first = task_of(configs["sft"]).documents(tokenizer, "train", max_length=96).loaded()
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    monkeypatch.setattr(chat, "encoded_rows", lambda *_, **__: events.append("encoded"))
-    second = task_of(configs["sft"]).documents(tokenizer, "train", max_length=96)
+    monkeypatch.setattr(prepare, "encoded_rows", lambda *_, **__: events.append("encoded"))
+    second = task_of(configs["sft"]).documents(tokenizer, "train", max_length=96).loaded()
     assert len(first) == len(second) == 120
     assert events == ["sft rows are encoded"] * 2
     assert second.rows.counts == first.rows.counts

@@ -168,4 +168,4 @@ if __name__ == "__main__":
         for case_name, parts in GOLDEN.items():
             made = Case(case_name, Path(place))
             written[case_name] = {part: made.numbers(part) for part in parts}
-    golden.FILE.write_text(json.dumps(written, indent=0) + "\n")
+    golden.write(written)
