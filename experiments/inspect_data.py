@@ -22,7 +22,7 @@ from configs import common
 from experiments import command
 from experiments.settings import DataConfig
 from rlhf_jax.data.inspect import legend, lengths_line, render, use_color
-from rlhf_jax.data.schemas import EncodedPair
+from rlhf_jax.data.store import lengths_of
 from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
 from rlhf_jax.runtime.settings import typed
 from rlhf_jax.tasks import Task
@@ -65,13 +65,6 @@ def examples_of(task: Task, data: DataConfig, tokenizer: Any, split: str) -> Seq
     return task.documents(tokenizer, split, max_length=data.max_length).loaded()
 
 
-def length_of(example: Any) -> int:
-    """Tokens of a document or prompt; of a pair, those of the longer side."""
-    if isinstance(example, EncodedPair):
-        return max(len(example.chosen.tokens), len(example.rejected.tokens))
-    return len(example.tokens) if hasattr(example, "tokens") else len(example)
-
-
 def main(config: ConfigDict, count: int, split: str) -> None:
     """Prints `count` examples of a split."""
     config = common.resolve(config)
@@ -79,7 +72,7 @@ def main(config: ConfigDict, count: int, split: str) -> None:
     origin = Origin(config.inputs.model, common.stage_argument("sft", config))
     tokenizer = tokenizer_of(origin)
     examples = examples_of(data.task(config.seed), data, tokenizer, split)
-    print(lengths_line([length_of(example) for example in examples]))
+    print(lengths_line(lengths_of(examples)))
     color = use_color(sys.stdout)
     print(f"\n{legend(color=color)}")
     for number, example in enumerate(examples[:count]):
