@@ -22,7 +22,7 @@ from configs import common
 from experiments import command
 from experiments.settings import PairData, PromptData
 from rlhf_jax.data.inspect import legend, lengths_line, render, use_color
-from rlhf_jax.data.schemas import EncodedPair
+from rlhf_jax.data.store import lengths_of
 from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
 from rlhf_jax.tasks import Task
 
@@ -69,20 +69,13 @@ def examples_of(task: Task, data: Any, tokenizer: Any, split: str) -> Sequence[A
     return task.documents(tokenizer, split, max_length=data.max_length).loaded()
 
 
-def length_of(example: Any) -> int:
-    """Tokens of a document or prompt; of a pair, those of the longer side."""
-    if isinstance(example, EncodedPair):
-        return max(len(example.chosen.tokens), len(example.rejected.tokens))
-    return len(example.tokens) if hasattr(example, "tokens") else len(example)
-
-
 def main(config: ConfigDict, count: int, split: str) -> None:
     """Prints `count` examples of a split."""
     settings = command.open_config(config.experiment, config, settings_of(config.experiment))
     origin = Origin(settings.inputs.model, common.stage_argument("sft", settings))
     tokenizer = tokenizer_of(origin)
     examples = examples_of(settings.task(), settings.data, tokenizer, split)
-    print(lengths_line([length_of(example) for example in examples]))
+    print(lengths_line(lengths_of(examples)))
     color = use_color(sys.stdout)
     print(f"\n{legend(color=color)}")
     for number, example in enumerate(examples[:count]):

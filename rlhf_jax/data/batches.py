@@ -347,9 +347,9 @@ def _batches(examples: Sequence[Any], make: Any, seed: int, settings: dict[str, 
     return known.batches(make, seed=seed, **settings)
 
 
-def _rows_of(examples: Sequence[Any]) -> Sequence[Any]:
-    """What is below `Examples`: a store knows its lengths without reading a row."""
-    return examples.loaded().rows if isinstance(examples, Examples) else examples
+def _loaded(examples: Sequence[Any]) -> Sequence[Any]:
+    """Examples with a length."""
+    return examples.loaded() if isinstance(examples, Examples) else examples
 
 
 def once_packed(
@@ -357,7 +357,7 @@ def once_packed(
 ) -> list[Arrays]:
     """Returns all documents once, packed like training batches, for evaluation."""
     batches = PackedBatches(
-        _rows_of(documents), batch_size=rows, length=length, seed=0, pad_id=pad_id
+        _loaded(documents), batch_size=rows, length=length, seed=0, pad_id=pad_id
     )
     return list(batches.once())
 
@@ -374,7 +374,7 @@ def once_pairs(
 ) -> list[Arrays]:
     """Returns all pairs once, for evaluation; for the settings see `pair_batches`."""
     batches = PairBatches(
-        _rows_of(pairs),
+        _loaded(pairs),
         max_tokens=max_tokens,
         min_pairs=min_pairs,
         max_pairs=max_pairs,

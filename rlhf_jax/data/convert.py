@@ -203,7 +203,7 @@ def as_sft(row: Row, drops: DropCounts | None = None) -> Row | None:
 
 
 def as_prompt(row: Row, drops: DropCounts | None = None) -> Row | None:
-    """Brings a row to {"prompt"}: what stands before the last answer of the assistant."""
+    """Brings a row to {"prompt"}: what comes before the last answer of the assistant."""
     if "prompt" in row and "chosen" not in row:
         require(row, ("prompt",), "a prompt row")
         return {"prompt": row["prompt"]}

@@ -242,7 +242,7 @@ def _tokenizer_text(tokenizer: Any) -> str:
 
 @functools.cache
 def _code() -> str:
-    """Hash of the modules beside this one: rows encoded by other code are not taken for these."""
+    """Hash of the modules of this folder: rows encoded by other code are not taken for these."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

@@ -150,8 +150,9 @@ def exists(folder: Path) -> bool:
 def lengths_of(items: Sequence[Any]) -> np.ndarray:
     """Returns the tokens of each document, pair (its longer side) or prompt, int64 [n].
 
-    A store knows them without reading its rows.
+    A store knows them without reading its rows, also where it is below `examples.Examples`.
     """
+    items = getattr(items, "rows", items)
     if isinstance(items, TokenStore):
         return items.lengths
     return np.array([_length(item) for item in items], dtype=np.int64)
@@ -159,6 +160,7 @@ def lengths_of(items: Sequence[Any]) -> np.ndarray:
 
 def total_tokens(items: Sequence[Any]) -> int:
     """Returns the tokens of all documents or pairs (both sides), without padding."""
+    items = getattr(items, "rows", items)
     if isinstance(items, TokenStore):
         return items.total
     sides = ((i.chosen, i.rejected) if isinstance(i, EncodedPair) else (i,) for i in items)

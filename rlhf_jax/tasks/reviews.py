@@ -152,8 +152,8 @@ class Reviews(Task):
     def _asked(self) -> list[Message]:
         """The messages before a review; none without an instruction.
 
-        The instruction is the system's message, so that the template's own, if it has one, does not
-        stand there: a forward pass over it would cost as much as one over the review.
+        The instruction is the system's message, so that the template's own, if it has one, is
+        left out: a forward pass over it would cost as much as one over the review.
         """
         instruction = self.config.instruction
         return [{"role": "system", "content": instruction}] if instruction else []

@@ -32,7 +32,7 @@ CHATML = (
 )
 # The same without the switch: the assistant's header is written only with its words.
 CHATML_NO_SWITCH = CHATML[: CHATML.index("{% if")]
-# Contents trimmed, two line breaks behind the header, BOS in front.
+# Contents trimmed, two line breaks after the header, BOS in front.
 HEADERS = (
     "{{ bos_token }}{% for m in messages %}{{ '<|head|>' + m['role'] + '<|/head|>\n\n' + "
     "m['content'] | trim + '<|eot|>' }}{% endfor %}"
@@ -81,6 +81,20 @@ def with_template(plain):
         return copy
 
     return make
+
+
+@pytest.fixture
+def folding(plain):
+    """A tokenizer that folds case: texts that differ only in it have the same tokens."""
+    backend = type(plain.backend_tokenizer).from_str(plain.backend_tokenizer.to_str())
+    backend.normalizer = normalizers.Lowercase()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        chat_template=plain.chat_template,
+    )
 
 
 @pytest.fixture

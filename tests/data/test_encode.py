@@ -101,7 +101,7 @@ def test_bos_that_marks_turns_does_not_start_plain_text(with_template):
     assert tokenizer.decode(encode_prompt("the sea", Chat(tokenizer), 50)) == "the sea"
 
 
-def test_long_text_prompt_loses_its_beginning_behind_bos(plain):
+def test_long_text_prompt_loses_its_beginning_after_bos(plain):
     drops = DropCounts()
     whole = encode_text("a b c d e f", " g", Chat(plain), 50)
     cut = encode_text("a b c d e f", " g", Chat(plain), len(whole.tokens) - 2, drops)
@@ -165,6 +165,18 @@ def test_pairs_that_teach_nothing_are_dropped_and_counted(plain):
     }
 
 
+@pytest.mark.parametrize("prompt", ["the sea", TALK[:4]])
+def test_pairs_that_differ_as_texts_but_not_as_tokens_are_dropped(folding, prompt):
+    drops = DropCounts()
+    row = {"prompt": prompt, "chosen": "It is wide", "rejected": "it is WIDE"}
+    assert encode_pair(row, Chat(folding), 99, drops) is None
+    assert drops == {"identical tokens": 1}
+    # Of a pair that is dropped nothing is counted as truncated.
+    whole = encode_pair(row | {"rejected": "it is cold"}, Chat(folding), 99)
+    assert encode_pair(row, Chat(folding), len(whole.chosen.tokens) - 1, drops) is None
+    assert drops == {"identical tokens": 2}
+
+
 @pytest.mark.parametrize("margin", [float("nan"), float("inf")])
 def test_margin_that_is_not_finite_names_the_row(plain, margin):
     rows = [
@@ -223,6 +235,21 @@ def test_stop_token_outside_the_mask_is_an_error():
     # The end of one document and the start of the next are no stretch.
     with pytest.raises(ValueError, match=r"document 0: .* position 1 end"):
         prepare.check_masks([document([1, 5], [0, 1]), document([2, 2], [1, 1])], [2])
+
+
+@pytest.mark.parametrize("style", ["CHATML", "HEADERS"])
+def test_an_opening_begins_the_turn_and_is_never_cut(with_template, style):
+    tokenizer = with_template(getattr(templates, style))
+    whole = encode_prompt(TALK[:4], Chat(tokenizer), 500)
+    opened = encode_prompt(TALK[:4], Chat(tokenizer), 500, opening="they are")
+    assert opened[: len(whole)].tolist() == whole.tolist()
+    assert tokenizer.decode(opened[len(whole) :]) == "they are"
+    drops = DropCounts()
+    cut = encode_prompt(TALK[:4], Chat(tokenizer), len(opened) - 1, drops, opening="they are")
+    assert drops == {"kept": 1, "truncated": 1}
+    assert len(cut) < len(opened) and tokenizer.decode(cut).endswith("they are")
+    assert encode_prompt(TALK[:1], Chat(tokenizer), 12, drops, opening="a b c " * 9) is None
+    assert drops["prompt longer than max_length"] == 1
 
 
 def test_prompts_with_and_without_messages(plain):

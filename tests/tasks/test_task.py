@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import prepare
-from rlhf_jax.data.batches import packed_batches
+from rlhf_jax.data.batches import PackedBatches, packed_batches
 from rlhf_jax.data.store import TokenStore
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.runtime import distributed
@@ -126,9 +126,19 @@ def test_many_rows_go_to_a_store_that_the_next_task_opens(folder, plain, monkeyp
     assert out.count("SFT documents (train): kept 80 of 80") == 2
 
 
-def test_whatever_of_a_task_decides_the_rows_makes_another_store(
-    folder, plain, monkeypatch, tmp_path
-):
+def test_batches_plan_by_the_lengths_of_a_store_and_read_no_row(folder, plain, monkeypatch):
+    monkeypatch.setattr(prepare, "IN_MEMORY", 50)
+    examples = documents(folder, plain)
+    read = []
+    get = TokenStore.__getitem__
+    monkeypatch.setattr(TokenStore, "__getitem__", lambda self, i: read.append(i) or get(self, i))
+    batches = PackedBatches(examples, batch_size=2, length=64, seed=0)
+    assert batches.steps_per_epoch > 1 and read == []
+    next(batches)
+    assert 0 < len(read) < 20
+
+
+def test_whatever_decides_the_rows_makes_another_store(folder, plain, monkeypatch, tmp_path):
     monkeypatch.setattr(prepare, "IN_MEMORY", 5)
 
     def stores():

@@ -7,7 +7,7 @@ people from -4 (extremely negative) to 4 (extremely positive): the ground truth 
 scores, and of comparisons once two texts are put side by side; it is not the HH-RLHF data set.
 
 A text goes to train, validation or test by a hash of its letters and digits, so that no text is in
-two splits, whatever else is loaded beside it.
+two splits, whatever else is loaded.
 """
 
 from __future__ import annotations
