@@ -67,6 +67,11 @@ class PPOConfig:
             advantage_clip="[0, inf)",
             reduction=REDUCTIONS,
         )
+        if self.objective == "trpo" and (self.ptx_coef or self.entropy_coef):
+            raise ValueError(
+                "ppo.objective='trpo' has no place for a ptx loss or an entropy bonus: "
+                f"ppo.ptx_coef={self.ptx_coef} and ppo.entropy_coef={self.entropy_coef} must be 0"
+            )
 
 
 @flax.struct.dataclass

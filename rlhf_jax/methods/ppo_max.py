@@ -405,19 +405,26 @@ class PPOMax:
         return state
 
     def settings_now(self, state: PPOState) -> dict[str, jax.Array]:
-        """What is scheduled or adapts: the learning rate and η."""
-        return {
-            "optim/learning_rate": self._schedule(state.policy.step),
-            "policy/kl_coef": state.kl_coef,
-        }
+        """What is scheduled or adapts: the learning rate, but for TRPO, and η."""
+        now = {"policy/kl_coef": state.kl_coef}
+        if self._schedule is not None:
+            now["optim/learning_rate"] = self._schedule(state.policy.step)
+        return now
 
 
 def make_optimizers(
     config: PPOMaxConfig,
-) -> tuple[tuple[optax.GradientTransformation, optax.GradientTransformation], optax.Schedule]:
-    """The optimizers of policy and critic, and the policy's learning rate by update."""
-    policy_optimizer, schedule = make_optimizer(config.optimizer, config.updates)
+) -> tuple[
+    tuple[optax.GradientTransformation, optax.GradientTransformation], optax.Schedule | None
+]:
+    """The optimizers of policy and critic, and the policy's learning rate by update.
+
+    TRPO has no rate, and an optimizer that holds no state: the trust region makes its steps.
+    """
     critic_optimizer, _ = make_optimizer(config.critic_optimizer, config.updates)
+    if config.ppo.objective == "trpo":
+        return (optax.identity(), critic_optimizer), None
+    policy_optimizer, schedule = make_optimizer(config.optimizer, config.updates)
     return (policy_optimizer, critic_optimizer), schedule
 
 
@@ -476,7 +483,13 @@ def make_updates(
     microbatches = config.train.microbatches
     temperature = config.sampling.policy_temperature
     if config.ppo.objective == "trpo":
-        policy_step = make_trust_region_step(config.ppo, config.trpo, temperature=temperature)
+        policy_step = make_trust_region_step(
+            config.ppo,
+            config.trpo,
+            sharding,
+            temperature=temperature,
+            microbatches=microbatches,
+        )
     else:
         policy_step = make_train_step(
             functools.partial(ppo.policy_loss, config=config.ppo, temperature=temperature),
