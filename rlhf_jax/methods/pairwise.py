@@ -42,7 +42,8 @@ class PairTrainConfig:
             "max_tokens": self.max_tokens,
             "min_pairs": self.min_pairs,
             "max_pairs": self.max_pairs,
-            "multiple_of": devices * self.microbatches,
+            "multiple_of": devices,
+            "parts": self.microbatches,
         }
 
 
