@@ -18,14 +18,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from configs import common
-from experiments import command, reporting, stages
+from experiments import command, folders, reporting, stages
 from experiments.settings import (
     AnswersConfig,
     PairData,
@@ -164,7 +163,7 @@ def policies_to_compare(
 ) -> tuple[dict[str, Transformer], tuple[str, ...]]:
     """SFT, DPO and PPO-max where it has been trained; notes for the report say what is missing."""
     policies, folder = {"SFT": reference, settings.label: policy}, settings.compare.ppo_max
-    if (Path(folder) / "config.json").exists():
+    if folders.is_whole(folder):
         loaded = stages.load_policy(folder, settings.model, sharding, frozen=True)
         return policies | {"PPO-max": loaded}, ()
     return policies, (f"PPO-max is not in this report: {folder} is missing; `{made_by}` makes it.",)
@@ -206,7 +205,7 @@ def main(config: ConfigDict) -> None:
     """Trains, compares with SFT and PPO-max and reports; resumes where an earlier run stopped."""
     distributed.require_one("DPO")
     settings = command.open_config("dpo", config, Settings)
-    if stages.is_finished(settings, "DPO"):
+    if not folders.claim(settings, "DPO"):
         return
     train, data, sharding = settings.train, settings.data, settings.sharding.make()
     task, devices = settings.task(), sharding.mesh.size
@@ -240,7 +239,7 @@ def main(config: ConfigDict) -> None:
         for split, count in (("validation", data.validation_pairs), ("test", data.eval_pairs))
     )
     scorer = None
-    if (Path(settings.compare.reward_model) / "config.json").exists():
+    if folders.is_whole(settings.compare.reward_model):
         scorer = stages.load_scalar(
             settings.compare.reward_model, settings.model, sharding, frozen=True
         )

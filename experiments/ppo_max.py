@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import common
-from experiments import command, reporting, stages
+from experiments import command, folders, reporting, stages
 from experiments.settings import AnswersConfig, PromptData, Shared, check_label, judge_names
 from rlhf_jax.data.batches import fixed_prompts, packed_batches, prompt_batches
 from rlhf_jax.data.templates import stop_tokens
@@ -203,7 +203,7 @@ def derived_numbers(settings: Settings, prompts: Any, sharding: Sharding) -> dic
 def main(config: ConfigDict) -> None:
     """Trains, compares with SFT and reports; resumes where an earlier run stopped."""
     settings = command.open_config("ppo_max", config, Settings)
-    if stages.is_finished(settings, "PPO"):
+    if not folders.claim(settings, "PPO"):
         return
     method_config, sharding, task = settings.method(), settings.sharding.make(), settings.task()
     method_config.check_devices(sharding.data)

@@ -18,7 +18,8 @@ from rlhf_jax.evaluation.judges import Judge
 from rlhf_jax.evaluation.report import Target
 from rlhf_jax.rollouts.respond import Responses, win_rates
 from rlhf_jax.runtime import distributed, metrics
-from rlhf_jax.training.run import Run, read_summary
+from rlhf_jax.training.record import read_summary
+from rlhf_jax.training.run import Run
 
 # Rows of the table: metric -> how it reads.
 ROWS = {

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import common
-from experiments import command, reporting, stages
+from experiments import command, folders, reporting, stages
 from experiments.settings import EvalConfig, PairData, Shared, judge_names
 from rlhf_jax.data.batches import PairBatches, once_pairs, pair_batches
 from rlhf_jax.data.schemas import EncodedPair
@@ -130,7 +130,7 @@ def draw_figures(workdir: Path, chosen: np.ndarray, rejected: np.ndarray) -> Non
 def main(config: ConfigDict) -> None:
     """Trains, normalises, evaluates and saves; resumes where an earlier run stopped."""
     settings = command.open_config("reward_model", config, Settings)
-    if stages.is_finished(settings, "reward model"):
+    if not folders.claim(settings, "reward model"):
         return
     train, sharding, task = settings.train, settings.sharding.make(), settings.task()
     method, judges = settings.method(), make_judges(judge_names(settings.judges, task))

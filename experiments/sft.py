@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments import command, reporting, stages
+from experiments import command, folders, reporting, stages
 from experiments.settings import DataConfig, EvalConfig, Shared
 from rlhf_jax.data.batches import once_packed, packed_batches
 from rlhf_jax.data.examples import Examples
@@ -122,7 +122,7 @@ def documents_line(documents: Examples, batches: Any) -> str:
 def main(config: ConfigDict) -> None:
     """Trains, evaluates and saves; resumes where an earlier run of the same config stopped."""
     settings = command.open_config("sft", config, Settings)
-    if stages.is_finished(settings, "SFT"):
+    if not folders.claim(settings, "SFT"):
         return
     train, sharding, task = settings.train, settings.sharding.make(), settings.task()
 

@@ -11,14 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import stages
+from experiments import folders
 from rlhf_jax.evaluation.report import seeds_table, write_report
 from rlhf_jax.models import lora
 from rlhf_jax.models.files import hf_weights, lora_files
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.runtime.files import read_json, write_whole
 from rlhf_jax.runtime.metrics import MetricsWriter
-from rlhf_jax.training.run import Run, read_summary
+from rlhf_jax.training.record import read_summary
+from rlhf_jax.training.run import Run
 from tests import tiny
 
 LIBRARY = Path(__file__).parents[2] / "rlhf_jax"
@@ -86,7 +87,7 @@ def test_a_full_disk_names_the_file_and_leaves_it_as_it_was(tmp_path, name):
     if name != "config.json":
         write(tmp_path, "before")
     before = sorted((path.name, path.read_bytes()) for path in tmp_path.glob("*.*"))
-    with full_disk(16), pytest.raises(OSError) as error:
+    with full_disk(200), pytest.raises(OSError) as error:
         write(tmp_path, "after" * 100)
     # Of a report the first of its two files is in the way.
     named = "report.md" if name == "report.json" else name
@@ -185,7 +186,7 @@ def test_a_torn_file_of_a_run_is_one_line_with_its_path(tmp_path, text):
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "summary.json").write_text(text)
     with pytest.raises(ValueError, match="remove it, and the command that made the run") as error:
-        stages.is_whole(str(tmp_path / "model"))
+        folders.is_whole(str(tmp_path / "model"))
     assert str(error.value).startswith(f"{tmp_path / 'summary.json'} ")
 
     (tmp_path / "report.json").write_text(text)
