@@ -200,7 +200,9 @@ def normalize_rewards(rewards: jax.Array, moments: RunningMoments, *, clip: Scal
     return jax.lax.stop_gradient(jnp.clip(normal, -clip, clip).astype(rewards.dtype))
 
 
-def normalize_advantages(advantages: jax.Array, *, where: jax.Array, clip: Scalar) -> jax.Array:
+def normalize_advantages(
+    advantages: jax.Array, *, where: jax.Array, clip: Scalar | None = None
+) -> jax.Array:
     """Advantage normalisation and clipping, over the real tokens of the minibatch.
 
         Ã = clip((A − Ā) / σ(A), −δ, δ)
@@ -212,7 +214,7 @@ def normalize_advantages(advantages: jax.Array, *, where: jax.Array, clip: Scala
     Args:
       advantages: A, [..., T] float.
       where: True on real tokens, same shape, bool.
-      clip: δ; `float("inf")` for none.
+      clip: δ; None for none.
 
     Returns:
       same shape, unreduced, 0 where masked, constant.
@@ -225,8 +227,11 @@ def normalize_advantages(advantages: jax.Array, *, where: jax.Array, clip: Scala
     [-0.5  0.5  0. ]
     """
     check.same_shape(check.floats(advantages=advantages), check.masks(where=where))
+    normal = jax.lax.stop_gradient(masked_whiten(advantages, where=where))
+    if clip is None:
+        return normal
     check.scalars(clip=clip)
-    return jax.lax.stop_gradient(jnp.clip(masked_whiten(advantages, where=where), -clip, clip))
+    return jnp.clip(normal, -clip, clip)
 
 
 def _check_kl_reward(

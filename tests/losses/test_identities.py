@@ -200,8 +200,9 @@ def test_fully_normalised_rewards_and_advantages_are_whitened():
     moments = losses.update_moments(losses.RunningMoments.zeros(), REWARDS)
     white = losses.masked_whiten(REWARDS, where=everything)
     close(losses.normalize_rewards(REWARDS, moments, clip=float("inf")), white)
+    close(losses.normalize_advantages(REWARDS, where=everything), white, 0)
     found = losses.normalize_advantages(REWARDS, where=everything, clip=float("inf"))
-    close(found, white)
+    close(found, white, 0)
 
 
 def test_reward_model_loss_terms_are_both_negative_log_likelihoods():
