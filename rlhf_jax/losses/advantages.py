@@ -3,7 +3,8 @@
 One index everywhere: r_t is the reward for token t, V_t = V(s_t) the value before it. `where`
 marks the real tokens of each row, which stand together; before and after may be padding of any
 value, NaN included. After the last real token the value is 0, or `bootstrap` if the response was
-cut off. (Several separate runs of real tokens in a row are several episodes.)
+cut off. Several separate runs of real tokens in a row are several episodes: all but the last of
+them have ended.
 
 Everything here is a constant of the losses, so no gradient flows through it.
 """
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
 from rlhf_jax.losses._numbers import select, widen
+from rlhf_jax.losses.masking import last_token_mask
 
 Scalar = float | jax.Array
 
@@ -35,7 +37,7 @@ def rewards_to_go(
       rewards: r, [..., T] float.
       discount: γ.
       where: True on real tokens, [..., T] bool.
-      bootstrap: value after the last real token, [...] float; None is 0.
+      bootstrap: value after the last real token of the row, [...] float; None is 0.
 
     Returns:
       [..., T], unreduced, 0 where masked, constant.
@@ -71,7 +73,7 @@ def total_return(
       rewards: r, [..., T] float.
       discount: γ.
       where: True on real tokens, [..., T] bool.
-      bootstrap: value after the last real token, [...] float; None is 0.
+      bootstrap: value after the last real token of the row, [...] float; None is 0.
 
     Returns:
       [...], one number a sequence, unreduced, constant.
@@ -111,7 +113,7 @@ def td_errors(
       values: V, [..., T] float.
       discount: γ.
       where: True on real tokens, [..., T] bool.
-      bootstrap: value after the last real token, [...] float; None is 0.
+      bootstrap: value after the last real token of the row, [...] float; None is 0.
 
     Returns:
       [..., T], unreduced, 0 where masked, constant.
@@ -151,7 +153,7 @@ def k_step_advantages(
       discount: γ.
       k: number of steps, at least 1, static under `jit`; a response that ends earlier ends the sum.
       where: True on real tokens, [..., T] bool.
-      bootstrap: value after the last real token, [...] float; None is 0.
+      bootstrap: value after the last real token of the row, [...] float; None is 0.
 
     Returns:
       [..., T], unreduced, 0 where masked, constant.
@@ -193,7 +195,7 @@ def k_step_returns(
       discount: γ.
       k: number of steps, at least 1, static under `jit`; a response that ends earlier ends the sum.
       where: True on real tokens, [..., T] bool.
-      bootstrap: value after the last real token, [...] float; None is 0.
+      bootstrap: value after the last real token of the row, [...] float; None is 0.
 
     Returns:
       [..., T], unreduced, 0 where masked, constant.
@@ -240,8 +242,8 @@ def gae(
       discount: γ.
       lambda_: λ, 0 (low variance) to 1 (no bias).
       where: True on real tokens, [..., T] bool.
-      bootstrap: value after the last real token, [...] float, for responses that were cut off;
-        None is 0.
+      bootstrap: value after the last real token of the row, [...] float, for responses that were
+        cut off; None is 0.
 
     Returns:
       [..., T], unreduced, 0 where masked, constant.
@@ -300,12 +302,12 @@ def _shift_left(x: jax.Array) -> jax.Array:
 
 
 def _values_ahead(values: jax.Array, where: jax.Array, bootstrap: jax.Array | None) -> jax.Array:
-    """V_{t+1}, and the bootstrap (or 0) where the next token is not real."""
+    """V_{t+1}; 0 where the next token is not real, or the bootstrap after the last one."""
+    ahead = select(_shift_left(where), _shift_left(values))
     if bootstrap is None:
-        after_end = jnp.zeros_like(values)
-    else:
-        after_end = jnp.broadcast_to(bootstrap[..., None].astype(values.dtype), values.shape)
-    return jnp.where(_shift_left(where), _shift_left(values), after_end)
+        return ahead
+    bootstrap = select(jnp.any(where, axis=-1), bootstrap).astype(values.dtype)
+    return jnp.where(last_token_mask(where), bootstrap[..., None], ahead)
 
 
 def _discounted_sums(x: jax.Array, decay: Scalar, where: jax.Array) -> jax.Array:
