@@ -17,3 +17,21 @@ def select(where: jax.Array, x: jax.Array, fill: float | jax.Array = 0.0) -> jax
     """
     x = x if isinstance(x, jax.Array) else jnp.asarray(x)
     return jax.lax.select(jnp.asarray(where), x, jnp.full_like(x, fill))
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """In float32 at least, to be summed: bfloat16 cannot count past 256.
+
+    Args:
+      x: float.
+    """
+    return x.astype(wide(x.dtype))
+
+
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """float32, or float64 of itself; strict promotion has no opinion on this.
+
+    Args:
+      dtype: of floats.
+    """
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

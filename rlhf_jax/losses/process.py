@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
-from rlhf_jax.losses._numbers import select
+from rlhf_jax.losses._numbers import select, widen
 
 NEGATIVE, NEUTRAL, POSITIVE = 0, 1, 2
 
@@ -40,9 +40,10 @@ def step_label_loss(logits: jax.Array, labels: jax.Array, *, where: jax.Array) -
     check.floats(logits=logits)
     check.fits("where", (*where.shape, *logits.shape[-1:]), {"logits": logits})
     every_class = jnp.broadcast_to(where[..., None], logits.shape)
-    log_p = jax.nn.log_softmax(select(every_class, logits), axis=-1)
+    log_p = jax.nn.log_softmax(widen(select(every_class, logits)), axis=-1)
     labels = select(where, labels, 0)[..., None]  # another label may be no class, and give NaN
-    return select(where, -jnp.take_along_axis(log_p, labels, axis=-1)[..., 0])
+    losses = -jnp.take_along_axis(log_p, labels, axis=-1)[..., 0]
+    return select(where, losses).astype(logits.dtype)
 
 
 def outcome_loss(logits: jax.Array, correct: jax.Array, *, where: jax.Array) -> jax.Array:
@@ -130,8 +131,9 @@ def step_scores(logits: jax.Array, *, neutral: str) -> jax.Array:
     check.require(
         neutral in ("positive", "negative"), f"neutral={neutral!r} must be positive or negative"
     )
-    p = jax.nn.softmax(logits, axis=-1)
-    return p[..., POSITIVE] + (p[..., NEUTRAL] if neutral == "positive" else 0)
+    p = jax.nn.softmax(widen(logits), axis=-1)
+    right = p[..., POSITIVE] + (p[..., NEUTRAL] if neutral == "positive" else 0)
+    return right.astype(logits.dtype)
 
 
 def aggregate_step_scores(probs: jax.Array, *, method: str, where: jax.Array) -> jax.Array:
