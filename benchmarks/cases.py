@@ -1,9 +1,9 @@
-"""What is compared: models, shapes, and the ratio that is asked for. Data only."""
+"""What is compared: models, shapes, and the ratio aimed at. Data only."""
 
 import dataclasses
 
 # Sizes as `rlhf_jax.models.config.ModelConfig` has them. `small` has 4.46 million parameters;
-# `smollm2` is the architecture of SmolLM2-135M. Both get random weights: speed is that of any.
+# `smollm2` is the architecture of SmolLM2-135M. Both get random weights: these do not change speed.
 MODELS = {
     "small": {
         "vocab_size": 1024,
@@ -37,12 +37,12 @@ class Case:
     """One comparison.
 
     Attributes:
-      name: As it stands in results.
-      title: As it stands in the table.
-      spec: What every worker does: the case, the model's name, batch, lengths.
-      peers: Environments of the peers and the ratio of times (theirs to ours) asked for; None is
+      name: its name in the results.
+      title: its title in the table.
+      spec: what every worker does: the case, the model's name, batch, lengths.
+      peers: environments of the peers and the ratio of times (theirs to ours) asked for; None is
         no ratio to reach.
-      tokens: What one run makes or trains on, for tokens per second.
+      tokens: what one run makes or trains on, for tokens per second.
     """
 
     name: str

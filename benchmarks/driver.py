@@ -57,9 +57,9 @@ class Worker:
 
     Args:
       library: "ours" or the name of an environment.
-      spec: The case's, with the folder of the model in place of its name.
+      spec: the case's, with the folder of the model in place of its name.
       cores: CPU cores that it may use.
-      log: Where its standard error goes.
+      log: where its standard error goes.
     """
 
     def __init__(self, library: str, spec: dict, cores: int, log: Path):
@@ -85,7 +85,7 @@ class Worker:
         return self._read()["seconds"]
 
     def end(self) -> dict:
-        """Stops the process; returns its last words."""
+        """Stops the process; returns its last message."""
         self._write("end")
         last = self._read()
         self._process.wait(30)
@@ -123,15 +123,15 @@ def measure(
     """Runs all libraries on a case, alternately.
 
     Args:
-      case: The case.
+      case: the case.
       libraries: "ours" and names of environments.
       cores: CPU cores for each; they never run at the same time.
-      warmup: Runs after the first (which compiles) that are not counted.
-      repeats: Runs that are.
-      say: Told of each result.
+      warmup: runs after the first (which compiles) that are not counted.
+      repeats: runs that are.
+      say: called with a line about each result.
 
     Returns:
-      What stands in the results file: for each library the first run, all counted runs, their
+      The contents of the results file: for each library the first run, all counted runs, their
       median and extremes in seconds, peak memory in bytes, versions.
     """
     spec = case.spec | {"model": str(model_folder(case.spec["model"]))}

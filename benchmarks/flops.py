@@ -8,8 +8,8 @@ def useful_flops(spec: dict, model: dict) -> float:
     logits count where a token is predicted.
 
     Args:
-      spec: Case, batch and lengths.
-      model: Sizes, see `cases.MODELS`.
+      spec: case, batch and lengths.
+      model: sizes, see `cases.MODELS`.
     """
     batch = spec["batch"]
     if spec["case"] == "sft":
@@ -39,5 +39,5 @@ def forward(model: dict, batch: int, length: int) -> float:
 
 
 def head(model: dict, tokens: int) -> float:
-    """Logits of so many positions."""
+    """Logits of this many positions."""
     return 2 * tokens * model["hidden_size"] * model["vocab_size"]

@@ -50,7 +50,7 @@ def median_ms(calls: dict[str, Callable[[], jax.Array]], repeats: int) -> dict[s
 
 
 def main() -> None:
-    """Prints one line a measurement: milliseconds, and the ratio to the floor."""
+    """Prints one line per measurement: milliseconds, and the ratio to the floor."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--length", type=int, default=1024)

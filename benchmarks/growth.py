@@ -65,7 +65,7 @@ def plot(points: list[dict], file: Path) -> None:
 
 
 def main() -> None:
-    """Measures unless told only to plot."""
+    """Measures, unless asked only to plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--cores", type=int, default=2)

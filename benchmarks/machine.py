@@ -20,7 +20,7 @@ def describe(cores: int) -> dict:
 
 
 def cpu_name() -> str:
-    """As the processor calls itself."""
+    """The name that the processor gives itself."""
     file = Path("/proc/cpuinfo")
     if file.exists():
         for line in file.read_text().splitlines():

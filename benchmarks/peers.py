@@ -23,12 +23,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def cores_name(cores: int) -> str:
-    """The folder of results on so many cores."""
+    """The folder of results on this many cores."""
     return "1-core" if cores == 1 else f"{cores}-cores"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures, writes one JSON file a case, prints the table."""
+    """Measures, writes one JSON file per case, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES])
     parser.add_argument("--only", nargs="+", help="libraries: ours, torch, tunix")

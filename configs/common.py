@@ -15,14 +15,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-# The folder that SmolLM2-135M-Instruct is converted to, and what it is asked for.
+# The folder that SmolLM2-135M-Instruct is converted to, and what it is asked.
 SMOLLM2 = "runs/pretrained/smollm2/model"
 INSTRUCTION = "Review a movie in a few words."
 
-# What may change without changing the numbers of a run; it does not name a folder.
+# Keys that do not change the numbers of a run, and so do not name its folder.
 FREE = ("log.", "checkpoint.", "sharding.", "workdir", "label", "inputs.build")
 
-# Keys and scales as they were called in version 0.1.
+# Keys and scales of version 0.1 -> their names now.
 RENAMED = {
     "train.eval_every": "eval.every",
     "train.microbatch": "train.microbatches (parts of a minibatch)",
@@ -51,10 +51,10 @@ def build(
     """Builds a config from its argument.
 
     Args:
-      experiment: Name of the experiment; names the run folder.
-      arg: What follows the colon; empty means `quickstart`.
-      scales: Functions that return a whole config.
-      variants: Functions that change one.
+      experiment: name of the experiment; names the run folder.
+      arg: what follows the colon; empty means `quickstart`.
+      scales: functions that return a whole config.
+      variants: functions that change one.
 
     Raises:
       ValueError: unknown scale, variant or key, or two scales.
@@ -77,7 +77,8 @@ def build(
 
     config = scales[scale]()
     config.experiment, config.scale, config.variants = experiment, scale, tuple(changes)
-    config.label = ", ".join(changes) or config.label
+    if "label" in config:
+        config.label = ", ".join(changes) or config.label
     for name in changes:
         variants[name](config)
     for assignment in assignments:
@@ -88,11 +89,11 @@ def build(
 def resolve(config: ConfigDict) -> ConfigDict:
     """A copy in which what was left empty is derived from the other keys.
 
-    The run folder is named by the scale, the variants and every setting that differs from theirs,
-    whether it was assigned or set by a flag: another config goes to another folder.
+    The run folder is named after the scale, the variants and every setting that differs from
+    theirs, whether it was assigned or set by a flag: another config goes to another folder.
 
     Args:
-      config: From a `get_config`, perhaps changed since.
+      config: the result of a `get_config`, perhaps changed since.
     """
     module = importlib.import_module(f"configs.{config.experiment}")
     config = config.copy_and_resolve_references()
@@ -131,12 +132,12 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def stage_argument(stage: str, config: Any, *variants: str) -> str:
-    """The argument of the config file of a stage before: same scale, seed and data.
+    """The argument of an earlier stage's config file: same scale, seed and data.
 
     Args:
-      stage: Name of the experiment.
-      config: Of the run that needs it, or its typed settings.
-      *variants: Of that stage.
+      stage: name of the experiment.
+      config: the config of the run that needs the stage, or its typed settings.
+      *variants: variants of that stage.
     """
     module = importlib.import_module(f"configs.{stage}")
     # Variants of the data, such as harm, are those of every stage.
@@ -150,10 +151,10 @@ def stage_argument(stage: str, config: Any, *variants: str) -> str:
 
 
 def scale_of_stage(stage: str, scale: str) -> str:
-    """The scale of the config of a stage before that goes with a scale of this one."""
+    """The scale of an earlier stage's config that goes with a scale of this one."""
     if scale in importlib.import_module(f"configs.{stage}").SCALES:
         return scale
-    # The released scripts have no stage of their own before PPO: the paper's stands in.
+    # The released scripts have no stages of their own before PPO: the paper's are used.
     return scale.replace("moss_", "paper_")
 
 
@@ -192,7 +193,7 @@ def assign(config: ConfigDict, assignment: str) -> None:
 
 
 def _renamed(name: str) -> str:
-    """What a key or scale of version 0.1 is called now, for an error."""
+    """The present name of a key or scale of version 0.1, for an error."""
     return f" (now {RENAMED[name]})" if name in RENAMED else ""
 
 
@@ -200,11 +201,10 @@ def shared() -> ConfigDict:
     """Keys that every experiment has."""
     config = ConfigDict()
     config.seed = 0  # of weights, data order, sampling
-    config.workdir = ""  # the run folder; empty is named by what differs from the scale
+    config.workdir = ""  # the run folder; empty names it after what differs from the scale
     config.experiment = ""  # set by the config file
     config.scale = ""  # set from the argument
     config.variants = ()  # set from the argument
-    config.label = ""  # how reports and plots call the result; the variants, if there are any
     config.sharding = ConfigDict()
     config.sharding.devices = 0  # 0 is all of them
     config.sharding.mode = "zero2"  # what is spread over devices, see runtime/sharding.py
@@ -214,7 +214,7 @@ def shared() -> ConfigDict:
     config.model.remat = "none"  # what the backward pass recomputes: "none", "dots", "full"
     config.model.attention = "xla"  # or "cudnn" on NVIDIA GPUs in bfloat16
     config.lora = ConfigDict()
-    config.lora.rank = 0  # 0 trains every weight; adapters want ten times the learning rate
+    config.lora.rank = 0  # 0 trains every weight; adapters need ten times the learning rate
     config.lora.alpha = 16.0  # adapters are scaled by alpha / rank
     config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")  # matrices of each layer
     config.log = ConfigDict()
@@ -231,9 +231,9 @@ def task(source: str = "reviews") -> ConfigDict:
     """Keys of the data that every experiment has; see rlhf_jax/tasks."""
     data = ConfigDict()
     data.source = source  # reviews, hh, hh:FOLDER, jsonl:FILE, stream:hh, harm, ...
-    data.domains = ("movie", "amazon")  # of reviews
+    data.domains = ("movie", "amazon")  # for reviews: which are read
     data.limit = 0  # the most rows of a split; 0 is all
-    data.instruction = ""  # of reviews: what a chat model is asked for; empty is plain text
+    data.instruction = ""  # for reviews: what a chat model is asked; empty is plain text
     return data
 
 
@@ -242,13 +242,24 @@ def optimizer(learning_rate: float, schedule: str, warmup_fraction: float, b2: f
     keys = ConfigDict()
     keys.learning_rate = learning_rate  # at its peak
     keys.schedule = schedule  # after warm-up: "constant", "linear", "cosine", "inverse_sqrt"
-    keys.warmup_fraction = warmup_fraction  # share of the updates, from a tenth of the peak
-    keys.end_fraction = 0.1  # last rate as a share of the peak, of "linear" and "cosine"
+    keys.warmup_fraction = warmup_fraction  # share of updates that rise, from a tenth of the peak
+    keys.end_fraction = 0.1  # last rate as a share of the peak, for "linear" and "cosine"
     keys.b1 = 0.9  # decay of the first moment
     keys.b2 = b2  # decay of the second moment
     keys.eps = 1e-8  # added outside the square root
     keys.weight_decay = 0.0  # of matrices only
     keys.max_grad_norm = 1.0  # gradients are clipped to it; 0 is off
+    return keys
+
+
+def eval_sampling() -> ConfigDict:
+    """How responses are drawn for measurements; here all as in `sampling`."""
+    keys = ConfigDict()
+    keys.max_new_tokens = 0  # 0 is as in sampling
+    keys.temperature = -1.0  # below 0 is as in sampling
+    keys.top_p = 0.0  # 0 is as in sampling
+    keys.top_k = -1  # below 0 is as in sampling
+    keys.repetition_penalty = 0.0  # 0 is as in sampling
     return keys
 
 

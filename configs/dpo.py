@@ -7,19 +7,19 @@ Scales:
   tiny        seconds on two CPU cores; for tests
   smollm2     SmolLM2-135M-Instruct, adapters of rank 8, movie reviews in its chat template
   quickstart  from the quickstart's SFT policy, pairs of reviews ranked by their human ratings; win
-              rate against SFT by the judge .66 (seed 0), KL 11 nats a response; 2.5 minutes on two
-              CPU cores (AMD EPYC, shared), 1.9 GiB
+              rate against SFT by the judge .66 (seed 0), KL 11 nats per response; 2.5 minutes on
+              two CPU cores (AMD EPYC, shared), 1.9 GiB
   paper_en    LLaMA-7B on HH-RLHF: beta 0.1, batch 64, learning rate 1e-6, 150 steps of warm-up, one
               epoch (Rafailov et al. 2023, appendix B). Their RMSprop is AdamW with b1 = 0 and no
-              weight decay here: the same update but for the bias correction of early steps
+              weight decay here: the same update except for the bias correction of early steps
 Variants:
   ipo                     squared distance of the margin from 1 / (2 beta) (Azar et al. 2023)
-  hinge                   pairs that are right by 1 are left alone (Liu et al. 2023)
-  label_smoothing         one label in ten is thought to be flipped (Mitchell 2023)
+  hinge                   pairs that are right by a margin of 1 are left alone (Liu et al. 2023)
+  label_smoothing         one label in ten is assumed to be flipped (Mitchell 2023)
   beta_0.05, beta_0.5     a weaker and a stronger pull to the reference
   sft                     with -0.01 log pi(chosen), the other term of the slides' L_total
 
-Pairs are the reward model's and prompts are PPO-max's: both are read from their configs, so that
+Pairs are those of the reward model and prompts those of PPO-max, read from their configs, so that
 the methods can be compared.
 """
 
@@ -32,7 +32,7 @@ def _task(scale: str) -> ConfigDict:
     """Pairs of the reward model, prompts and sampling of PPO-max, at one of their scales."""
     pairs, prompts = reward_model.get_config(scale), ppo_max.get_config(scale)
     config = common.shared()
-    config.label = "DPO"
+    config.label = "DPO"  # how the report calls the result; the variants, if there are any
     config.inputs = ConfigDict()
     # Folder of the SFT policy: training starts there, and it is the reference. Empty is the SFT
     # model of the same scale.
@@ -44,7 +44,6 @@ def _task(scale: str) -> ConfigDict:
     config.model, config.lora = pairs.model, pairs.lora
     config.data = pairs.data
     del config.data.reference_texts
-    config.data.validation_pairs = pairs.data.eval_pairs  # for the curves; eval_pairs report
     config.data.prompt_buckets = prompts.data.prompt_buckets  # lengths of padded prompts
     config.sampling = prompts.sampling
     config.eval = prompts.eval
@@ -61,7 +60,7 @@ def _quickstart() -> ConfigDict:
     config.dpo = ConfigDict()
     config.dpo.objective = "dpo"  # or "ipo", "hinge"
     config.dpo.beta = 0.1  # strength of the pull to the reference
-    config.dpo.label_smoothing = 0.0  # share of labels thought to be flipped, of "dpo"
+    config.dpo.label_smoothing = 0.0  # assumed share of flipped labels, for "dpo"
     config.dpo.sft_coef = 0.0  # weight of -log pi(chosen)
     config.train = ConfigDict()
     config.train.steps = 150  # updates

@@ -6,12 +6,12 @@
 Scales (model, data and batch sizes):
   tiny        seconds on two CPU cores; for tests
   quickstart  the review task; runs SFT and reward model where missing; win rate against SFT by
-              the judge .78 to .88 over seeds 0, 1, 2, KL 5.9 to 7.9 nats a response; 2 minutes on
+              the judge .78 to .88 over seeds 0, 1, 2, KL 5.9 to 7.9 nats per response; 2 minutes on
               two CPU cores (AMD EPYC), 7 with the stages before, 1.8 GiB
-  smollm2     SmolLM2-135M-Instruct as it is for SFT model, adapters of rank 8, movie reviews in its
-              chat template, without ptx; win rate against it by the judge .65 to .71 (seeds 0, 1
-              and 2), KL 3.3 to 3.9 nats a response; 10 minutes on two CPU cores (AMD EPYC), 14
-              with the reward model before, 8.2 GiB
+  smollm2     SmolLM2-135M-Instruct, unchanged, for SFT model; adapters of rank 8, movie reviews in
+              its chat template, without ptx; win rate against it by the judge .65 to .71 (seeds 0,
+              1 and 2), KL 3.3 to 3.9 nats per response; 10 minutes on two CPU cores (AMD EPYC), 14
+              with the reward model, 8.2 GiB
   paper_en, paper_zh  7B models, HH-RLHF, 8 x A100-80G, the paper's numbers
   moss_en, moss_zh    the released scripts' numbers
 
@@ -27,11 +27,12 @@ Variants (what an ablation changes; PPO-max is the default):
                      PPO-max without one of its parts
   kl_0.05, kl_0.1, kl_0.2 (Figure 15); entropy_clip (16); no_clip, clip_0.5 (17);
   grad_clip_0, grad_clip_0.5 (18); lambda_0, lambda_1 (19)
+  steps_0.8 (the length of Figure 7), steps_10 (of Figure 9)
   penalty, penalty_adaptive  PPO-penalty; adaptive_kl  adaptive token-level KL coefficient; trpo
   harm               harmful prompts and a reward model of people's harm scores, opt-in:
                      `smollm2,harm`
   reinforce, total_return, reward_to_go, reward_to_go_baseline, td, rloo, grpo
-                     the choices of Φ_t of the policy-gradient slide
+                     the choices of Φ_t on the slide "Policy Gradient Methods"
 """
 
 from ml_collections import ConfigDict
@@ -41,9 +42,9 @@ from configs import common
 
 def _quickstart() -> ConfigDict:
     config = common.shared()
-    config.label = "PPO-max"
+    config.label = "PPO-max"  # how the report calls the result; the variants, if there are any
     config.inputs = ConfigDict()
-    config.inputs.model = ""  # folder of the policy's start; empty is the SFT model of the scale
+    config.inputs.model = ""  # folder the policy starts from; empty is the SFT model of the scale
     config.inputs.policy_variant = ""  # variant of configs/sft.py that the policy starts from
     config.inputs.reference = ""  # folder of the frozen reference; empty is that SFT model
     config.inputs.reward_model = ""  # folder; empty is the reward model of the same scale
@@ -57,7 +58,7 @@ def _quickstart() -> ConfigDict:
     config.train.iterations = 100  # buffers of experience
     config.train.prompts_per_iteration = 64
     config.train.samples_per_prompt = 1
-    config.train.minibatch = 32  # responses of an update
+    config.train.minibatch = 32  # responses in an update
     config.train.microbatches = 1  # parts of a minibatch, one after the other
     config.train.epochs = 1  # how often an iteration goes over its buffer
     config.train.critic_pretrain_iterations = 10  # at the start, the critic alone
@@ -72,22 +73,22 @@ def _quickstart() -> ConfigDict:
     # "none", "scale", "scale_discounted" or "normalize", by running moments.
     config.reward.transform = "normalize"
     config.reward.clip = 0.8  # scores are clipped to +-clip after the transform; 0 is off
-    config.reward.missing_eos_penalty = 1.0  # what a response costs that was cut
+    config.reward.missing_eos_penalty = 1.0  # what a cut response costs
     config.kl = ConfigDict()
     config.kl.coef = 0.05  # eta of the token-level KL penalty; 0 is off
-    config.kl.target = 0.0  # above 0 adapts eta to this KL a response (Ziegler et al. 2019)
+    config.kl.target = 0.0  # above 0 adapts eta to this KL per response (Ziegler et al. 2019)
     config.kl.horizon = 10_000  # responses over which eta adapts
     config.advantage = ConfigDict()
     # Phi_t: "gae", "total_return", "reward_to_go", "reward_to_go_baseline", "td", "k_step",
     # "batch_mean", "rloo", "grpo".
     config.advantage.method = "gae"
     config.advantage.discount = 1.0  # gamma
-    config.advantage.lambda_ = 0.9  # of "gae"
-    config.advantage.k = 1  # of "k_step"
+    config.advantage.lambda_ = 0.9  # for "gae"
+    config.advantage.k = 1  # for "k_step"
     config.advantage.returns = "gae"  # the critic's target with "gae"; or "monte_carlo"
     config.ppo = ConfigDict()
     config.ppo.objective = "clip"  # or "penalty", "surrogate", "policy_gradient", "trpo"
-    config.ppo.clip_eps = 0.2  # epsilon of "clip"
+    config.ppo.clip_eps = 0.2  # epsilon, for "clip"
     config.ppo.value_clip_eps = 0.2  # the critic's move is clipped to it; 0 is off
     config.ppo.ratio_denominator = "old"  # or "reference" (Figure 7)
     config.ppo.entropy_coef = 0.0  # weight of the entropy bonus; 0 is off
@@ -96,10 +97,10 @@ def _quickstart() -> ConfigDict:
     config.ppo.normalize_advantages = False  # mean 0 and std 1 over the minibatch
     config.ppo.advantage_clip = 0.0  # advantages are clipped to it; 0 is off
     config.ppo.reduction = "token_mean"  # or "sequence_mean", "sequence_sum"
-    config.penalty = ConfigDict()  # of ppo.objective="penalty"
+    config.penalty = ConfigDict()  # for ppo.objective="penalty"
     config.penalty.coef = 1.0  # beta
     config.penalty.target = 0.0  # above 0 adapts beta (Schulman et al. 2017, section 4)
-    config.trpo = ConfigDict()  # of ppo.objective="trpo"
+    config.trpo = ConfigDict()  # for ppo.objective="trpo"
     config.trpo.max_kl = 0.01  # the trust region, nats per token
     config.trpo.damping = 0.1  # added to the diagonal of the Fisher matrix
     config.trpo.cg_iterations = 10  # products with the Fisher matrix
@@ -111,6 +112,7 @@ def _quickstart() -> ConfigDict:
     config.eval.prompts = 128  # for these measurements
     config.eval.final_prompts = 512  # test prompts for the report
     config.eval.samples = 8  # responses that the report shows
+    config.eval.sampling = common.eval_sampling()
     config.judges = ()  # such as ("vader",); () asks the task
     return config
 
@@ -149,28 +151,41 @@ def _paper_en() -> ConfigDict:
     config.inputs.build = False
     config.model = common.full_size()
     config.data.update(source="hh", domains=(), prompt_buckets=(128, 256, 512), ptx_length=1024)
-    # 250 buffers of 128 in minibatches of 32 are the paper's 1000 updates.
-    config.train.update(iterations=250, prompts_per_iteration=128, minibatch=32)
+    # 250 buffers of 128 in minibatches of 32 are the paper's 1000 updates of the policy; before
+    # them the critic trains alone (the paper does not say for how long).
+    config.train.update(iterations=275, prompts_per_iteration=128, minibatch=32)
     config.train.critic_pretrain_iterations = 25
     config.sampling.update(max_new_tokens=512)
     config.reward.missing_eos_penalty = 0.0
     config.optimizer.update(learning_rate=5e-7)
     config.critic_optimizer.update(learning_rate=1.65e-6)
     config.eval.update(every=10, prompts=256)
+    # Section 6.1. Its length penalty of 1.2 weighs beams, of which sampling has none.
+    config.eval.sampling.update(temperature=0.8, top_p=0.9, repetition_penalty=1.1)
+    config.eval.sampling.max_new_tokens = 1536  # 2,048 with the longest prompt
     return config
 
 
 def _paper_zh() -> ConfigDict:
     config = _paper_en()
+    # Put prompts of your own here, one JSON object a line with prompt; the paper's are not public.
     config.data.source = "jsonl:data/prompts_zh.jsonl"
     return config
 
 
 def _moss(config: ConfigDict, kl_coef: float) -> ConfigDict:
     """The released train_ppo_{en,zh}.sh: scaling only, on-policy, small batch."""
-    config.train.update(iterations=1000, prompts_per_iteration=16, minibatch=16)
+    # 2 responses on each of 7 devices, 2,048 tokens with the prompt.
+    config.train.update(iterations=1000, prompts_per_iteration=14, minibatch=14)
     config.train.critic_pretrain_iterations = 0
+    config.sharding.devices = 7
+    config.seed = 42
+    config.data.prompt_buckets = (512, 1024, 1536)
+    # The scripts' ratio is at temperature 1, so it differs from 1 on a fresh rollout; here policy
+    # and ratio have the sampler's temperature. Repetition is penalised in the response, as there.
     config.sampling.update(temperature=0.8, top_p=0.9, repetition_penalty=1.1)
+    config.eval.sampling = common.eval_sampling()
+    # The scripts divide by the unbiased standard deviation; the difference is 1 / (2 n).
     config.reward.update(transform="scale", clip=0.0)
     config.kl.coef = kl_coef
     config.advantage.lambda_ = 0.95
@@ -210,6 +225,16 @@ def _harm(config: ConfigDict) -> None:
     config.data.update(source="harm", domains=(), instruction="", prompt_buckets=(64, 128))
     # There is no text to imitate: no model should be fine-tuned on these answers.
     config.ppo.ptx_coef = 0.0
+
+
+def _longer(times: float):
+    """A variant with another number of iterations after those of the critic alone."""
+
+    def change(config: ConfigDict) -> None:
+        alone = config.train.critic_pretrain_iterations
+        config.train.iterations = alone + round(times * (config.train.iterations - alone))
+
+    return change
 
 
 _NO_CRITIC = {"critic_init": "none", "critic_pretrain_iterations": 0}
@@ -267,6 +292,9 @@ VARIANTS = {
     ),
     "lambda_0": _changes(advantage={"lambda_": 0.0}),
     "lambda_1": _changes(advantage={"lambda_": 1.0}),
+    # Lengths: Figure 7 has 800 of the others' 1000 steps, Figure 9 ten times as many.
+    "steps_0.8": _longer(0.8),
+    "steps_10": _longer(10),
     # Other objectives
     "penalty": _changes(ppo={"objective": "penalty"}),
     "penalty_adaptive": _changes(ppo={"objective": "penalty"}, penalty={"target": 0.01}),

@@ -8,8 +8,8 @@ Scales:
               over seeds 0, 1, 2; 3 minutes on two CPU cores (AMD EPYC), 1.8 GiB
   smollm2     SmolLM2-135M-Instruct, adapters of rank 8, 640 rows of reviews in its chat template;
               not part of the chain of ppo_max's smollm2, whose SFT model is the instruct model
-  paper_en    LLaMA-7B, 2 epochs, learning rate 9.5e-6, global batch 1024 (the paper's "Models and
-              Training Setup")
+  paper_en    LLaMA-7B, 2 epochs, learning rate 9.5e-6, batches of about 1024 conversations
+              (the paper's "Models and Training Setup")
   paper_zh    OpenChineseLLaMA-7B, the same numbers
 Variants:
   pretrain    other text (editorials and tweets) instead of the task's: a model without SFT, for
@@ -32,11 +32,12 @@ def _quickstart() -> ConfigDict:
     config.sizes.intermediate_size = 344
     config.sizes.max_length = 256  # the longest row that the model takes
     config.tokenizer = ConfigDict()
-    config.tokenizer.vocab_size = 2048  # of a BPE from scratch; as `sizes`
+    config.tokenizer.vocab_size = 2048  # of a BPE from scratch; read only where `sizes` is
     config.data = common.task()
     config.data.max_length = 128  # tokens of a document; longer ones lose their oldest turns
     config.train = ConfigDict()
-    config.train.steps = 420  # updates
+    config.train.steps = 420  # updates; 0 where train.epochs says how long
+    config.train.epochs = 0.0  # how often every document is read; 0 where train.steps says it
     config.train.minibatch = 32  # rows of an update
     config.train.microbatches = 1  # parts of a minibatch, one after the other
     config.train.row_length = 128  # tokens of a row, into which documents are packed
@@ -74,8 +75,10 @@ def _paper_en() -> ConfigDict:
     config.inputs.model = "huggyllama/llama-7b"
     config.model = common.full_size()
     config.data.update(source="hh", domains=(), max_length=2048)
-    # 2 epochs of 1 M conversations in batches of 1024.
-    config.train.update(steps=1953, minibatch=1024, microbatches=16, row_length=2048)
+    # The paper's million instructions (400k of one turn, 600k of several) are not public: the
+    # chosen conversations of HH stand in. Its batch of 1024 counts conversations, of which a packed
+    # row of 2,048 tokens holds several; the banner says how many an update reads.
+    config.train.update(steps=0, epochs=2.0, minibatch=128, microbatches=16, row_length=2048)
     config.optimizer = common.optimizer(9.5e-6, "cosine", warmup_fraction=0.03, b2=0.95)
     config.eval.every = 200
     return config
@@ -85,6 +88,8 @@ def _paper_zh() -> ConfigDict:
     config = _paper_en()
     # Published as a patch to LLaMA-7B: the folder is where it was applied.
     config.inputs.model = "models/open-chinese-llama-7b"
+    # Put conversations of your own here, one JSON object a line, in any shape that docs/data.md
+    # lists; the paper's are not public.
     config.data.source = "jsonl:data/sft_zh.jsonl"
     return config
 

@@ -50,7 +50,9 @@ def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
         # Orbax reports every file that it writes.
         logging.set_verbosity(logging.DEBUG if debug.value else logging.WARNING)
         if not isinstance(config.value, ConfigDict):  # a stand-in that fails when it is used
-            sys.exit(f"error: no config file {flags.FLAGS['config'].config_filename!r}")
+            sys.exit(
+                f"error: no config file {getattr(flags.FLAGS['config'], 'config_filename', '')!r}"
+            )
         try:
             if several.value:
                 distributed.initialize()
@@ -61,7 +63,7 @@ def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
             print(stopped)
             sys.exit(130)
         except KeyboardInterrupt:
-            print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+            print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr)
             sys.exit(130)
         except USER_ERRORS as error:
             if several.value and jax.distributed.is_initialized():

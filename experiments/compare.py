@@ -1,4 +1,4 @@
-"""Lays finished runs over one another: a figure of their curves and a table over seeds.
+"""Compares finished runs: a figure of their curves and a table over seeds.
 
   python -m experiments.compare --out runs/compare \\
     "PPO-max=runs/ppo_max/quickstart,runs/ppo_max/quickstart-seed=1" \\

@@ -6,7 +6,7 @@ Training starts at the reference, the SFT policy, whose log-probabilities of eve
 once and kept. Chosen and rejected go through the policy in one forward pass.
 
 Pairs of reviews have an empty prompt: DPO learns which whole reviews are better than others. The
-evaluation asks for something else, to go on from the opening words of a review that no stage has
+evaluation asks for something else: to continue the opening words of a review that no stage has
 seen, on the prompts of PPO-max and with its keys. DPO never sees the texts that it is judged by.
 
 Writes `model/`, report.md with figures, metrics.jsonl, config.json, summary.json and the cached
@@ -25,9 +25,16 @@ from ml_collections import ConfigDict
 
 from configs import common
 from experiments import command, folders, reporting, stages
-from experiments.settings import EvalConfig, Shared, judge_names
-from rlhf_jax.data.batches import fixed_prompts, once_pairs, pair_batches
-from rlhf_jax.data.chat import stop_tokens
+from experiments.settings import (
+    AnswersConfig,
+    PairData,
+    PromptData,
+    Shared,
+    check_label,
+    judge_names,
+)
+from rlhf_jax.data.batches import PairBatches, fixed_prompts, once_pairs
+from rlhf_jax.data.templates import stop_tokens
 from rlhf_jax.evaluation.comparison import Interval, bootstrap_interval, paired_outcomes
 from rlhf_jax.evaluation.judges import Judge, judge_pairs, make_judges
 from rlhf_jax.evaluation.panels import DPO_PANELS, PPO_PANELS
@@ -40,12 +47,13 @@ from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.rollouts.respond import AgainstBaseline, Respondent
 from rlhf_jax.rollouts.rollout import SamplingConfig, make_generate
 from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.training.step import create_state
 
-# Of the curves of sampled responses, those that say what DPO does to the policy.
+# The curves of sampled responses that show what DPO does to the policy.
 _SAMPLED = {"win_rate/*", "policy/kl_ref_sequence", "policy/perplexity", "response/distinct_2"}
 PANELS = (*DPO_PANELS, *(panel for panel in PPO_PANELS if _SAMPLED & set(panel.metrics)))
 
@@ -67,17 +75,39 @@ class Compare:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PairsAndPrompts(PairData, PromptData):
+    """Pairs to learn from and to draw curves with, and prompts to answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchedAnswersConfig(AnswersConfig):
+    """Answers, `batch` prompts at a time."""
+
+    batch: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, batch="[1, inf)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Shared):
     """Every key of configs/dpo.py."""
 
+    label: str
     inputs: Inputs
+    data: PairsAndPrompts
     compare: Compare
     train: PairTrainConfig
     dpo: DPOConfig
     sampling: SamplingConfig
     optimizer: OptimizerConfig
-    eval: EvalConfig
+    eval: BatchedAnswersConfig
     judges: tuple[str, ...]
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_label(self.label, ("SFT", "PPO-max"))
 
 
 def pair_set(
@@ -98,11 +128,10 @@ def make_respondents(
     scorer: ScalarModel | None,
     sharding: Sharding,
 ) -> dict[str, Respondent]:
-    """Validation and test prompts to answer, as PPO-max has them."""
+    """Validation and test prompts to answer, the same as PPO-max's."""
     pad_id, longest = tokenizer.pad_token_id, settings.data.longest_prompt
-    generate = make_generate(
-        settings.sampling, eos_ids=tuple(stop_tokens(tokenizer)), pad_id=pad_id
-    )
+    sampling = settings.eval.sampling.of(settings.sampling)
+    generate = make_generate(sampling, eos_ids=tuple(stop_tokens(tokenizer)), pad_id=pad_id)
     return {
         split: Respondent(
             generate,
@@ -118,7 +147,7 @@ def make_respondents(
             reference=reference,
             reward_model=scorer,
             sharding=sharding,
-            temperature=settings.sampling.policy_temperature,
+            temperature=sampling.policy_temperature,
             show=task.shown(tokenizer),
         )
         for split in ("validation", "test")
@@ -148,7 +177,7 @@ def compare_on_pairs(
     judges: Mapping[str, Judge],
     sharding: Sharding,
 ) -> dict[str, Interval]:
-    """How often each policy's implicit reward ranks a pair as people did, ties one half.
+    """How often each policy's implicit reward ranks a pair as people did; a tie counts one half.
 
     The first policy is the reference. The same for the reward model, the judges, and the
     difference of the second policy and each judge, pair by pair; each with a 95% interval.
@@ -182,7 +211,7 @@ def main(config: ConfigDict) -> None:
     task, devices = settings.task(), sharding.mesh.size
     judges = make_judges(judge_names(settings.judges, task))
 
-    # 1. The SFT policy, as it is and to be trained; adapters leave one copy to be both.
+    # 1. The SFT policy, frozen and to be trained; with adapters one copy serves as both.
     folder = stages.require(
         settings.inputs.model,
         stage="sft",
@@ -198,8 +227,12 @@ def main(config: ConfigDict) -> None:
     pairs = task.preferences(
         tokenizer, "train", max_length=data.max_length, count=data.pairs
     ).loaded()
-    batches = pair_batches(
-        pairs, seed=settings.seed, pad_id=tokenizer.pad_token_id, **train.batching(devices)
+    batches = PairBatches(
+        pairs,
+        seed=settings.seed,
+        pad_id=tokenizer.pad_token_id,
+        num_buckets=3,
+        **train.batching(devices),
     )
     validation, test = (
         pair_set(settings, task, tokenizer, split, count, devices)

@@ -3,7 +3,7 @@
   python -m experiments.inspect_data --config configs/sft.py:quickstart --count 3
 
 Trained tokens are green, what is only read is grey; without a terminal or with NO_COLOR set, the
-trained stretches stand between [[ and ]].
+trained stretches are enclosed in [[ and ]].
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from ml_collections import ConfigDict
 
 from configs import common
 from experiments import command
-from experiments.settings import DataConfig
+from experiments.settings import PairData, PromptData
 from rlhf_jax.data.inspect import legend, lengths_line, render, use_color
-from rlhf_jax.data.schemas import EncodedPair
+from rlhf_jax.data.store import lengths_of
 from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
-from rlhf_jax.runtime.settings import typed
 from rlhf_jax.tasks import Task
 
 
@@ -33,8 +32,8 @@ class Origin:
     """Where a tokenizer comes from.
 
     Attributes:
-      folder: Of a model that has it; empty if there is none.
-      stage: Argument of configs/sft.py, whose run would train it.
+      folder: folder of a model that has it; empty if there is none.
+      stage: argument of configs/sft.py, whose run would train it.
     """
 
     folder: str
@@ -48,38 +47,35 @@ def tokenizer_of(origin: Origin) -> Any:
         return load_tokenizer(folder)
     if folder:
         print(f"{folder} is missing: training the tokenizer of configs/sft.py:{origin.stage}")
-    sft = importlib.import_module("configs.sft").get_config(origin.stage)
+    config = importlib.import_module("configs.sft").get_config(origin.stage)
+    sft = command.open_config("sft", config, settings_of("sft"))
     if sft.inputs.model:
         return load_tokenizer(sft.inputs.model)
-    task = typed(DataConfig, sft.data.to_dict()).task(sft.seed)
-    return train_bpe(task.texts(), sft.tokenizer.vocab_size)
+    return train_bpe(sft.task().texts(), sft.tokenizer.vocab_size)
 
 
-def examples_of(task: Task, data: DataConfig, tokenizer: Any, split: str) -> Sequence[Any]:
+def settings_of(experiment: str) -> Any:
+    """The dataclass of its keys."""
+    return importlib.import_module(f"experiments.{experiment}").Settings
+
+
+def examples_of(task: Task, data: Any, tokenizer: Any, split: str) -> Sequence[Any]:
     """Pairs, prompts or documents: what the config's data section is for."""
-    if data.pairs:
+    if isinstance(data, PairData):
         pairs = task.preferences(tokenizer, split, max_length=data.max_length, count=data.pairs)
         return pairs.loaded()
-    if data.prompt_buckets:
+    if isinstance(data, PromptData):
         return task.prompts(tokenizer, split, max_length=data.longest_prompt).loaded()
     return task.documents(tokenizer, split, max_length=data.max_length).loaded()
 
 
-def length_of(example: Any) -> int:
-    """Tokens of a document or prompt; of a pair, those of the longer side."""
-    if isinstance(example, EncodedPair):
-        return max(len(example.chosen.tokens), len(example.rejected.tokens))
-    return len(example.tokens) if hasattr(example, "tokens") else len(example)
-
-
 def main(config: ConfigDict, count: int, split: str) -> None:
     """Prints `count` examples of a split."""
-    config = common.resolve(config)
-    data = typed(DataConfig, config.data.to_dict())
-    origin = Origin(config.inputs.model, common.stage_argument("sft", config))
+    settings = command.open_config(config.experiment, config, settings_of(config.experiment))
+    origin = Origin(settings.inputs.model, common.stage_argument("sft", settings))
     tokenizer = tokenizer_of(origin)
-    examples = examples_of(data.task(config.seed), data, tokenizer, split)
-    print(lengths_line([length_of(example) for example in examples]))
+    examples = examples_of(settings.task(), settings.data, tokenizer, split)
+    print(lengths_line(lengths_of(examples)))
     color = use_color(sys.stdout)
     print(f"\n{legend(color=color)}")
     for number, example in enumerate(examples[:count]):

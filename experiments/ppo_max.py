@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 
 from configs import common
 from experiments import command, folders, reporting, stages
-from experiments.settings import EvalConfig, Shared, judge_names
+from experiments.settings import AnswersConfig, PromptData, Shared, check_label, judge_names
 from rlhf_jax.data.batches import fixed_prompts, packed_batches, prompt_batches
-from rlhf_jax.data.chat import stop_tokens
+from rlhf_jax.data.templates import stop_tokens
 from rlhf_jax.evaluation.judges import make_judges
 from rlhf_jax.methods.ppo import PPOConfig
 from rlhf_jax.methods.ppo_max import (
@@ -33,7 +33,8 @@ from rlhf_jax.models.lora import Tuning
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.rollouts.experience import AdvantageConfig, RewardConfig
 from rlhf_jax.rollouts.respond import AgainstBaseline, Respondent
-from rlhf_jax.rollouts.rollout import SamplingConfig
+from rlhf_jax.rollouts.rollout import SamplingConfig, make_generate
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig
@@ -51,10 +52,23 @@ class Inputs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompts(PromptData):
+    """Prompts to answer, and rows of SFT text of `ptx_length` tokens for the ptx loss."""
+
+    ptx_length: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, ptx_length="[1, inf)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Shared):
     """Every key of configs/ppo_max.py."""
 
+    label: str
     inputs: Inputs
+    data: Prompts
     train: PPOTrainConfig
     sampling: SamplingConfig
     reward: RewardConfig
@@ -65,11 +79,16 @@ class Settings(Shared):
     trpo: TRPOConfig
     optimizer: OptimizerConfig
     critic_optimizer: OptimizerConfig
-    eval: EvalConfig
+    eval: AnswersConfig
     judges: tuple[str, ...]
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_label(self.label, ("SFT",))
+        self.method()
+
     def method(self) -> PPOMaxConfig:
-        """Everything that decides the numbers, but for models and data."""
+        """Everything that decides the numbers, except models and data."""
         names = [field.name for field in dataclasses.fields(PPOMaxConfig)]
         if self.lora.rank and self.ppo.objective == "trpo":
             raise ValueError("ppo.objective='trpo' steps in every weight: set lora.rank=0")
@@ -77,7 +96,7 @@ class Settings(Shared):
 
 
 def require_stages(settings: Settings) -> None:
-    """Makes sure of the stages before: SFT (and its `policy_variant`), reward model."""
+    """Finds or runs the stages before: SFT (and its `policy_variant`), reward model."""
     inputs = settings.inputs
     variant = (inputs.policy_variant,) if inputs.policy_variant else ()
     for folder, stage, variants in (
@@ -90,7 +109,7 @@ def require_stages(settings: Settings) -> None:
 
 
 def load_policies(settings: Settings, sharding: Sharding) -> tuple[Tuning, Transformer]:
-    """π_θ to be trained, and π_ref: with adapters on the same weights, the ones beside them."""
+    """π_θ to be trained, and π_ref; with adapters on the same weights one copy serves both."""
     inputs, options = settings.inputs, settings.model
     start = stages.load_policy(inputs.model, options, sharding)
     policy = stages.make_tuning(settings, start)
@@ -100,7 +119,7 @@ def load_policies(settings: Settings, sharding: Sharding) -> tuple[Tuning, Trans
 
 
 def load_reward_model(settings: Settings, policy: Tuning, sharding: Sharding) -> ScalarModel:
-    """The reward model, on the policy's frozen weights if it was trained beside the same."""
+    """The reward model, on the policy's frozen weights if it was trained on the same ones."""
     folder = settings.inputs.reward_model
     beside = stages.load_scalar_beside(folder, policy.trunk, sharding)
     return beside or stages.load_scalar(folder, settings.model, sharding, frozen=True)
@@ -111,8 +130,8 @@ def load_critic(
 ) -> Tuning | None:
     """The critic's start: the reward model (PPO-max), the policy with a zero head, or none.
 
-    Adapters stand beside the frozen weights of the model that they start from: a reward model's
-    own, or the policy's where the reward model is adapters beside these, which then train on.
+    Adapters use the frozen weights of the model that they start from: the reward model's own, or
+    the policy's where the reward model is adapters on these, which then train further.
     """
     init = settings.train.critic_init
     if init == "none":
@@ -138,7 +157,7 @@ def load_ptx(settings: Settings, task: Task, tokenizer: Any) -> list[Any]:
             length=length,
             seed=settings.seed,
             pad_id=tokenizer.pad_token_id,
-            packed=False,  # one document a row, as the released code draws them
+            packed=False,  # one document per row, as the released code draws them
         )
     ]
 
@@ -154,7 +173,6 @@ def make_respondents(
                 task.prompts(tokenizer, split, max_length=longest), batch, longest, pad_id, split
             ),
             tokenizer=tokenizer,
-            temperature=settings.sampling.policy_temperature,
             show=task.shown(tokenizer),
             **parts,
         )
@@ -163,7 +181,7 @@ def make_respondents(
 
 
 def derived_numbers(settings: Settings, prompts: Any, sharding: Sharding) -> dict[str, str]:
-    """For the banner: every number that follows from the config."""
+    """Every number that follows from the config, for the banner."""
     train, batch = settings.train, settings.train.rollout_batch
     longest = prompts.shapes[-1].length + settings.sampling.max_new_tokens
     return {
@@ -198,7 +216,7 @@ def main(config: ConfigDict) -> None:
     reward_model = load_reward_model(settings, policy, sharding)
 
     # 2. Prompts to train on, and SFT text for the ptx loss.
-    pad_id = tokenizer.pad_token_id
+    pad_id, eos_ids = tokenizer.pad_token_id, tuple(stop_tokens(tokenizer))
     prompts = prompt_batches(
         task.prompts(tokenizer, "train", max_length=data.longest_prompt),
         batch_size=train.prompts_per_iteration,
@@ -218,7 +236,7 @@ def main(config: ConfigDict) -> None:
         reference=reference,
         reward_model=reward_model,
         make_critic=lambda language: load_critic(settings, language, reward_model, sharding),
-        eos_ids=tuple(stop_tokens(tokenizer)),
+        eos_ids=eos_ids,
         pad_id=pad_id,
         sharding=sharding,
     )
@@ -238,12 +256,17 @@ def main(config: ConfigDict) -> None:
 
     # 4. Prompts that no stage has seen, and SFT's responses to compare with.
     judges = make_judges(judge_names(settings.judges, task))
+    eval_sampling = settings.eval.sampling.of(settings.sampling)
+    generate = method.generate  # one program serves both where nothing differs
+    if eval_sampling != settings.sampling:
+        generate = make_generate(eval_sampling, eos_ids=eos_ids, pad_id=pad_id, sharding=sharding)
     respond = make_respondents(
         settings,
         task,
         tokenizer,
         train.rollout_batch,
-        generate=method.generate,
+        generate=generate,
+        temperature=eval_sampling.policy_temperature,
         judges=judges,
         reference=reference,
         reward_model=reward_model,

@@ -44,7 +44,7 @@ def model_sizes(settings: Settings, name: str = "") -> ModelConfig:
     """Sizes of the run's models: from `name`, from the SFT model's files, or from its stage.
 
     Raises:
-      ValueError: they can be found nowhere; says what to pass.
+      ValueError: they are not found anywhere; says what to pass.
     """
     options = settings.model.keywords()
     folder = Path(settings.inputs.reference)
@@ -139,7 +139,7 @@ def remedies(settings: Settings, devices: int) -> Iterator[tuple[str, Settings]]
 
 
 def advise(settings: Settings, verdict: Verdict, model: str) -> Iterator[str]:
-    """Tries the remedies on the program that decides until it fits; one line for each."""
+    """Tries the remedies on the program with the highest peak until it fits; a line for each."""
     changes: dict[str, str] = {}
     for change, changed in remedies(settings, verdict.topology.size):
         key, value = change.split("=")
@@ -169,7 +169,7 @@ def main(
 ) -> None:
     """Prints and saves the report; exits with status 1 when the run does not fit."""
     start = time.perf_counter()
-    # Programs for other machines do not belong into this machine's cache.
+    # Programs for other machines do not belong in this machine's cache.
     jax.config.update("jax_enable_compilation_cache", False)
     settings = scale_batch(command.open_config("ppo_max", config, Settings), factor)
     verdict = examine(settings, parse_topology(topology), model)

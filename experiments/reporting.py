@@ -1,4 +1,4 @@
-"""What a run says: its numbers at the start, and its report at the end, policies side by side."""
+"""What a run prints at its start, and its report at the end, with the policies side by side."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def side_by_side(answers: Mapping[str, Responses], count: int) -> list[dict[str,
 def quickstart_targets(
     policy: Responses, baseline: Responses, wins: Mapping[str, WinRate]
 ) -> list[Target]:
-    """What the quickstart aims at, and whether it got there."""
+    """The quickstart's targets, and whether they were reached."""
     kl = policy.statistics["policy/kl_ref_sequence"]
     share = policy.statistics["response/distinct_2"] / baseline.statistics["response/distinct_2"]
     targets = [
@@ -126,7 +126,7 @@ def reward_model_targets(settings: Any) -> list[Target]:
 
 
 def figure_4(workdir: Path, answers: Mapping[str, Responses]) -> tuple[str, ...]:
-    """Of a run without KL penalty: whether it shows what the paper's Figure 4 shows of vanilla PPO.
+    """Whether a run without KL penalty shows what the paper's Figure 4 shows of vanilla PPO.
 
     There the reward climbs, and then something else gives way. Here that is: a judge's win rate
     on held-out prompts ends 5 points or more below its best; perplexity or length of the final
@@ -183,17 +183,17 @@ def all_win_rates(answers: Mapping[str, Responses]) -> dict[str, WinRate]:
 
 
 def judges_notes(judges: Mapping[str, Judge]) -> tuple[str, ...]:
-    """What the judges of a report are, and what they do not see."""
+    """Notes on what the judges are, and what they do not see."""
     if not judges:
         return (
-            "Nobody independent judged: no judge is known for this task, and none was named in "
-            "`config.judges`. The reward model's number is of what was optimised.",
+            "No independent judge was given: none is known for this task, and none was named in "
+            "`config.judges`. The reward model scores what was optimised.",
         )
     return tuple(f"{judge.name}: {judge.describe}" for judge in judges.values())
 
 
 def accuracy_line(accuracy: Mapping[str, Interval], count: int) -> str:
-    """Which of two responses people preferred, by each that was asked, for the report."""
+    """How often each scorer finds the response that people preferred, for the report."""
     parts = [f"{name} {a.value:.1%} [{a.low:.1%}, {a.high:.1%}]" for name, a in accuracy.items()]
     return f"Which of two responses people preferred, on {count:,} held-out pairs: " + ", ".join(
         parts
@@ -213,13 +213,13 @@ def write(
     """Writes report.md, figures and summary.json, and prints the summary.
 
     Args:
-      settings: Of the run.
-      run: Its folder.
-      answers: The baseline first, then the policy of the run, then others.
-      judges: Who scored them, by name.
-      plot: Draws the training curves.
-      notes: More lines for the report.
-      summary: More entries of summary.json.
+      settings: the settings of the run.
+      run: the run and its folder.
+      answers: the baseline first, then the policy of the run, then others.
+      judges: who scored them, by name.
+      plot: draws the training curves.
+      notes: more lines for the report.
+      summary: more entries of summary.json.
     """
     if not distributed.is_main():
         run.finish({})
@@ -231,7 +231,7 @@ def write(
     targets = []
     if settings.scale == "quickstart":
         targets = quickstart_targets(policy, baseline, first_wins) + reward_model_targets(settings)
-    table = summary_table(answers, judges)
+    table, sampling = summary_table(answers, judges), settings.eval.sampling.of(settings.sampling)
     figure = plot(run.workdir, run.workdir / "training.png", title=settings.workdir)
     report.write_report(
         run.workdir,
@@ -245,7 +245,7 @@ def write(
         targets=targets,
         notes=(
             f"{len(policy.prompts)} held-out prompts, sampled at temperature "
-            f"{settings.sampling.temperature}; the samples are the first prompts, not chosen.",
+            f"{sampling.temperature}; the samples are the first prompts, not chosen.",
             *judges_notes(judges),
             *notes,
         ),

@@ -9,6 +9,7 @@ metrics.jsonl, config.json and summary.json to the run folder.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,19 @@ from ml_collections import ConfigDict
 
 from configs import common
 from experiments import command, folders, reporting, stages
-from experiments.settings import EvalConfig, Shared, judge_names
-from rlhf_jax.data.batches import once_pairs, pair_batches
-from rlhf_jax.data.endless import Batches
+from experiments.settings import EvalConfig, PairData, Shared, judge_names
+from rlhf_jax.data.batches import PairBatches, once_pairs, pair_batches
 from rlhf_jax.data.schemas import EncodedPair
+from rlhf_jax.data.streaming import StreamedBatches
 from rlhf_jax.evaluation import plots
 from rlhf_jax.evaluation.comparison import bootstrap_interval, pair_accuracy, paired_outcomes
 from rlhf_jax.evaluation.judges import judge_pairs, make_judges
 from rlhf_jax.methods import reward_model
 from rlhf_jax.methods.pairwise import PairTrainConfig
-from rlhf_jax.methods.reward_model import RewardModelConfig
+from rlhf_jax.methods.reward_model import COMPARISONS, RewardModelConfig
 from rlhf_jax.runtime import distributed
 from rlhf_jax.runtime.metrics import read_metrics
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.training.step import create_state
@@ -37,11 +39,25 @@ from rlhf_jax.training.step import create_state
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What training starts from; the first `layers` of it, or all where that is 0."""
+    """The model that training starts from, and how many of its first layers (0 is all)."""
 
     model: str
     layers: int
     build: bool
+
+    def __post_init__(self):
+        check(self, layers="[0, inf)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pairs(PairData):
+    """Pairs to learn from, and the responses whose scores get mean 0 and std 1."""
+
+    reference_texts: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, reference_texts="[2, inf)")  # one has no deviation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +67,28 @@ class LossConfig:
     lm_coef: float
     comparisons: str
 
+    def __post_init__(self):
+        check(self, lm_coef="[0, 1e6]", comparisons=COMPARISONS)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Shared):
     """Every key of configs/reward_model.py."""
 
     inputs: Inputs
+    data: Pairs
     train: PairTrainConfig
     loss: LossConfig
+    normalize_scores: bool
     optimizer: OptimizerConfig
     eval: EvalConfig
     judges: tuple[str, ...]
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.method().check_batches(self.train)
+        if self.loss.comparisons == "batch":
+            self.task().check_ratings()
 
     def method(self) -> RewardModelConfig:
         """What the model minimises."""
@@ -70,14 +97,11 @@ class Settings(Shared):
 
 def training_batches(
     settings: Settings, task: Task, tokenizer: Any, devices: int
-) -> tuple[Batches, np.ndarray | None]:
-    """Endless pairs, and ratings `[n, 2]` where all texts of a batch are to be compared.
-
-    Raises:
-      ValueError: the task has no ratings that all texts could be compared by.
-    """
+) -> tuple[PairBatches | StreamedBatches, np.ndarray | None]:
+    """Endless pairs, and ratings `[n, 2]` where all texts of a batch are to be compared."""
     data, ratings = settings.data, None
-    asked = {"max_length": data.max_length, "count": data.pairs}
+    asked: dict[str, int] = {"max_length": data.max_length, "count": data.pairs}
+    pairs: Sequence[EncodedPair]
     if settings.loss.comparisons == "batch":
         pairs, ratings = task.rated(tokenizer, "train", **asked)
     else:
@@ -109,8 +133,7 @@ def main(config: ConfigDict) -> None:
     if not folders.claim(settings, "reward model"):
         return
     train, sharding, task = settings.train, settings.sharding.make(), settings.task()
-    method = settings.method()
-    method.check_batches(train)
+    method, judges = settings.method(), make_judges(judge_names(settings.judges, task))
 
     # 1. The SFT model with a new scalar head, and pairs that people have ranked.
     inputs, data = settings.inputs, settings.data
@@ -122,11 +145,12 @@ def main(config: ConfigDict) -> None:
     tuning = stages.make_tuning(settings, model)
     batches, ratings = training_batches(settings, task, tokenizer, sharding.data)
     batches = batches.share(sharding.local_rows)
-    held_out = task.preferences(
-        tokenizer, "test", max_length=data.max_length, count=data.eval_pairs
+    validation, test = (
+        task.preferences(tokenizer, split, max_length=data.max_length, count=count)
+        for split, count in (("validation", data.validation_pairs), ("test", data.eval_pairs))
     )
     batching = train.batching(sharding.data) | {"pad_id": tokenizer.pad_token_id}
-    eval_batches = once_pairs(held_out, **batching)
+    validation_batches = once_pairs(validation, **batching)
 
     # 2. Optimizer and the compiled step.
     optimizer, schedule = make_optimizer(settings.optimizer, train.steps)
@@ -136,7 +160,7 @@ def main(config: ConfigDict) -> None:
         "Reward model",
         {
             "model": f"{stages.parameters_line(tuning, state.model)}, from {folder}",
-            "pairs": f"{batches.count_text()} ({len(held_out):,} held out)",
+            "pairs": f"{batches.count_text()} ({len(validation):,} and {len(test):,} held out)",
             "pairs per update": f"{train.min_pairs} to {train.max_pairs}, "
             f"at most {train.max_tokens:,} tokens",
             "batches": batches.describe(),
@@ -160,26 +184,27 @@ def main(config: ConfigDict) -> None:
             metrics["optim/learning_rate"] = schedule(step)
             if run.is_due(step, settings.eval.every):
                 current = tuning.model(state.model)
-                metrics["eval/accuracy"] = reward_model.evaluate(current, eval_batches, sharding)
+                metrics["eval/accuracy"] = reward_model.evaluate(
+                    current, validation_batches, sharding
+                )
             run.log(step, metrics)
             run.checkpoint(step, state, batches)
 
     # 4. Normalise to mean 0 and std 1 on reference responses, save.
-    texts = task.references(tokenizer, max_length=data.max_length, count=data.reference_texts)
-    references = once_pairs([EncodedPair(text, text, 0.0) for text in texts], **batching)
-    trained = tuning.model(state.model)
-    normalized = reward_model.normalization(
-        reward_model.score_side(trained, references, 0, sharding)
-    )
+    trained, normalized = tuning.model(state.model), lambda scores: scores
+    if settings.normalize_scores:
+        texts = task.references(tokenizer, max_length=data.max_length, count=data.reference_texts)
+        references = once_pairs([EncodedPair(text, text, 0.0) for text in texts], **batching)
+        normalized = reward_model.normalization(
+            reward_model.score_side(trained, references, 0, sharding)
+        )
     stages.save_tuned(tuning, normalized(state.model), run.workdir, tokenizer, base=folder)
 
     # 5. Compare with the judges on the same pairs, report.
-    scores = reward_model.score_pairs(trained, eval_batches, sharding)
+    scores = reward_model.score_pairs(trained, once_pairs(test, **batching), sharding)
     chosen, rejected = (normalized(side) for side in scores)
-    judges = make_judges(judge_names(settings.judges, task))
     accuracies = {
-        name: pair_accuracy(*judge_pairs(judge, held_out, tokenizer))
-        for name, judge in judges.items()
+        name: pair_accuracy(*judge_pairs(judge, test, tokenizer)) for name, judge in judges.items()
     }
     accuracy = pair_accuracy(chosen, rejected)
     if distributed.is_main():
@@ -189,7 +214,7 @@ def main(config: ConfigDict) -> None:
             "accuracy": accuracy,
             "accuracy_interval": bootstrap_interval(paired_outcomes(chosen, rejected))[1:],
             "judges_accuracy": accuracies,
-            "held_out_pairs": len(held_out),
+            "held_out_pairs": len(test),
         }
     )
     beside = [

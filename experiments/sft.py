@@ -16,13 +16,15 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments import command, folders, reporting, stages
-from experiments.settings import EvalConfig, Shared
+from experiments.settings import DataConfig, EvalConfig, Shared
 from rlhf_jax.data.batches import once_packed, packed_batches
+from rlhf_jax.data.examples import Examples
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.methods import sft
 from rlhf_jax.methods.sft import SFTConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -31,14 +33,14 @@ from rlhf_jax.training.step import create_state
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What training starts from; empty is from scratch."""
+    """The model that training starts from; empty trains one from scratch."""
 
     model: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of a model from scratch, see `models.config.ModelConfig`."""
+    """The sizes of a model from scratch, see `models.config.ModelConfig`."""
 
     hidden_size: int
     num_layers: int
@@ -46,12 +48,34 @@ class Sizes:
     intermediate_size: int
     max_length: int
 
+    def __post_init__(self):
+        check(self, **{field.name: "[1, inf)" for field in dataclasses.fields(self)})
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"sizes.hidden_size={self.hidden_size} must be divisible by 2 x sizes.num_heads="
+                f"{2 * self.num_heads}: every head has an even width"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Of a tokenizer from scratch."""
+    """Settings of a tokenizer from scratch."""
 
     vocab_size: int
+
+    def __post_init__(self):
+        check(self, vocab_size="[259, inf)")  # bytes and special tokens, see `train_bpe`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Documents(DataConfig):
+    """Documents to learn from, of at most `max_length` tokens."""
+
+    max_length: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, max_length="[1, inf)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,33 +83,40 @@ class Settings(Shared):
     """Every key of configs/sft.py."""
 
     inputs: Inputs
+    data: Documents
     sizes: Sizes
     tokenizer: TokenizerConfig
     train: SFTConfig
     optimizer: OptimizerConfig
     eval: EvalConfig
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora.rank and not self.inputs.model:
+            raise ValueError(
+                f"lora.rank={self.lora.rank} trains beside a model that is there: set "
+                "inputs.model, or lora.rank=0"
+            )
+
 
 def starting_point(settings: Settings, task: Task, sharding: Sharding) -> tuple[Any, Transformer]:
-    """The tokenizer and the model to train: a pretrained one, or both from scratch.
-
-    Raises:
-      ValueError: adapters without a pretrained model.
-    """
+    """The tokenizer and the model to train: a pretrained one, or both from scratch."""
     folder, options = settings.inputs.model, settings.model
     if folder:
         return stages.load_tokenizer(folder), stages.load_policy(folder, options, sharding)
-    if settings.lora.rank:
-        raise ValueError(
-            f"lora.rank={settings.lora.rank} trains beside a model that is there: set "
-            "inputs.model, or lora.rank=0"
-        )
     tokenizer = train_bpe(task.texts(), settings.tokenizer.vocab_size)
     sizes = dataclasses.asdict(settings.sizes) | options.keywords()
     model_config = ModelConfig(vocab_size=len(tokenizer), **sizes)
     return tokenizer, jax.jit(functools.partial(Transformer, model_config))(
         jax.random.key(settings.seed)
     )
+
+
+def documents_line(documents: Examples, batches: Any) -> str:
+    """For the banner: rows hold several documents, so their number is not that of the rows."""
+    if documents.streamed:
+        return "not known of a stream"
+    return f"about {len(documents) / batches.steps_per_epoch:,.0f}"
 
 
 def main(config: ConfigDict) -> None:
@@ -102,8 +133,9 @@ def main(config: ConfigDict) -> None:
     tokenizer, model = starting_point(settings, task, sharding)
     tuning = stages.make_tuning(settings, model)
     longest = settings.data.max_length
+    documents = task.documents(tokenizer, "train", max_length=longest)
     batches = packed_batches(
-        task.documents(tokenizer, "train", max_length=longest),
+        documents,
         rows=train.minibatch,
         length=train.row_length,
         seed=settings.seed,
@@ -118,7 +150,8 @@ def main(config: ConfigDict) -> None:
     )
 
     # 2. Optimizer and the compiled step.
-    optimizer, schedule = make_optimizer(settings.optimizer, train.steps)
+    steps = train.updates(batches)
+    optimizer, schedule = make_optimizer(settings.optimizer, steps)
     train_step = sft.make_step(train, optimizer, sharding, trunk=tuning.trunk)
     state = create_state(tuning.take(), optimizer, sharding)
     reporting.banner(
@@ -127,8 +160,9 @@ def main(config: ConfigDict) -> None:
             "model": f"{stages.parameters_line(tuning, state.model)}, {len(tokenizer):,} tokens",
             "documents": f"{batches.count_text()} ({len(held_out):,} held out)",
             "tokens per update": f"{train.minibatch * train.row_length:,}",
-            "updates": f"{train.steps:,} of {train.minibatch} rows in {train.microbatches} "
-            f"microbatches; {batches.epochs_text(train.steps)}",
+            "documents per update": documents_line(documents, batches),
+            "updates": f"{steps:,} of {train.minibatch} rows in {train.microbatches} "
+            f"microbatches; {batches.epochs_text(steps)}",
             "devices": f"{sharding.mesh.size}, {sharding.mode}",
             "run folder": settings.workdir,
         }
@@ -136,7 +170,7 @@ def main(config: ConfigDict) -> None:
     )
 
     # 3. Train.
-    with settings.run(train.steps, "SFT", show=("loss/lm", "eval/perplexity")) as run:
+    with settings.run(steps, "SFT", show=("loss/lm", "eval/perplexity")) as run:
         state = run.restore(state, batches)
         for step in run.steps():
             state, metrics = train_step(state, sharding.put_batch(next(batches)))

@@ -35,10 +35,10 @@ def require(folder: str, *, stage: str = "", argument: str = "", build: bool = F
     """Returns `folder` once it holds a model.
 
     Args:
-      folder: Folder of a Hugging Face model, or a hub name (never built here).
-      stage: Experiment that makes it; empty where none does.
-      argument: Of that experiment's config file.
-      build: Whether to run the stage here when the folder is missing. One that another process is
+      folder: folder of a Hugging Face model, or a hub name (never built here).
+      stage: experiment that makes it; empty where none does.
+      argument: argument of that experiment's config file.
+      build: whether to run the stage here when the folder is missing. One that another process is
         running is waited for, whether or not.
 
     Raises:
@@ -98,8 +98,8 @@ def load_tokenizer(folder: str, *others: str) -> Any:
     """The tokenizer of a model, fit for training, before any weights are read.
 
     Args:
-      folder: Of the model.
-      *others: Folders of models that will read the same tokens.
+      folder: folder of the model.
+      *others: folders of models that will read the same tokens.
 
     Raises:
       ValueError: no tokenizer there, or one of the models has fewer rows than it has tokens.
@@ -133,12 +133,12 @@ def load_scalar(
     """A reward model or critic.
 
     Args:
-      folder: Of the model.
-      options: Its type and memory settings.
-      sharding: Where trees live.
-      key: Draws a new head for a language model.
-      frozen: It does not train.
-      layers: Only the first of its layers are kept; 0 keeps all.
+      folder: folder of the model.
+      options: its type and memory settings.
+      sharding: where trees live.
+      key: random key of a new head, for a language model.
+      frozen: the model does not train.
+      layers: only the first of its layers are kept; 0 keeps all.
     """
     shardings = sharding.frozen if frozen else sharding.params
     model = hf_weights.load_scalar_model(folder, key=key, shardings=shardings, **options.keywords())
@@ -148,12 +148,12 @@ def load_scalar(
 
 
 def load_scalar_beside(folder: str, trunk: Any, sharding: Sharding) -> Any:
-    """A reward model as adapters beside `trunk`, None where it was not trained there.
+    """A reward model as adapters on `trunk`; None where it was not trained on these weights.
 
     Args:
-      folder: Folder of the merged model; the adapters stand next to it.
-      trunk: Frozen weights; None where there are none to share.
-      sharding: Where the adapters go: whole on every device.
+      folder: folder of the merged model, next to that of the adapters.
+      trunk: frozen weights; None where there are none to share.
+      sharding: where the adapters go: whole on every device.
     """
     adapters = Path(folder).parent / ADAPTERS
     if trunk is None or not distributed.from_main(adapters.exists()):
@@ -165,19 +165,19 @@ def load_scalar_beside(folder: str, trunk: Any, sharding: Sharding) -> Any:
 
 
 def make_tuning(settings: Shared, model: Any, *, name: str = "") -> Tuning:
-    """What of a model trains: every weight, or the adapters that the settings ask for.
+    """Which part of a model trains: every weight, or the adapters that the settings ask for.
 
     Args:
-      settings: Of the experiment.
-      model: The model as training finds it.
-      name: Tells the random numbers of one run's adapters apart.
+      settings: the settings of the experiment.
+      model: the model as training finds it.
+      name: sets the random numbers of a run's several adapters apart.
     """
     key = jax.random.fold_in(jax.random.key(settings.seed), zlib.crc32(name.encode()))
     return lora.make_tuning(model, settings.lora, key)
 
 
 def parameters_line(tuning: Tuning, trained: Any) -> str:
-    """For the banner: how many numbers the model has and how many of them train."""
+    """How many numbers the model has and how many of them train, for the banner."""
     trained = count_parameters(trained)
     if tuning.trunk is None:
         return f"{trained:,} parameters"
@@ -197,13 +197,13 @@ def memory_lines(
     *,
     accumulated: bool,
 ) -> dict[str, str]:
-    """For the banner: what each device holds; nothing where there is one device.
+    """What each device holds, for the banner; nothing where there is one device.
 
     Args:
-      sharding: Mesh and mode.
-      states: Train states by name; None is left out.
-      frozen: Models that do not train, by name.
-      accumulated: Gradients are summed over microbatches.
+      sharding: mesh and mode.
+      states: train states by name; None is left out.
+      frozen: models that do not train, by name.
+      accumulated: gradients are summed over microbatches.
     """
     if sharding.mesh.size == 1:
         return {}
@@ -224,7 +224,7 @@ def _frozen_holding(name: str, model: Any, sharding: Sharding) -> memory.Holding
         name, model = f"{name} (adapters)", parts[1]
     places = jax.tree.map(lambda x: x.sharding, model)
     spread = jax.tree.leaves(places) == jax.tree.leaves(sharding.frozen(model))
-    reason = "" if spread else f"mode {sharding.mode} keeps what adapters stand beside whole"
+    reason = "" if spread else f"mode {sharding.mode} keeps weights that have adapters whole"
     return memory.holding(name, model, places, reason=reason)
 
 
@@ -242,11 +242,11 @@ def save_tuned(
     """Writes `model/`, and `adapters/` beside it where there are any; returns the model.
 
     Args:
-      tuning: How the model was trained.
-      trained: What it trained to.
-      workdir: The run folder.
-      tokenizer: Of the model.
-      base: Folder of the model that training began with.
+      tuning: how the model was trained.
+      trained: the tree that trained.
+      workdir: the run folder.
+      tokenizer: the model's tokenizer.
+      base: folder of the model that training began with.
     """
     model = tuning.merged(trained)
     save(model, Path(workdir) / "model", tokenizer)

@@ -72,7 +72,7 @@ def where(lengths=LENGTHS) -> np.ndarray:
 
 
 def experience(rows: int = 8, *, fill: float = 0.0, temperature: float = 1.0) -> Experience:
-    """Ragged rows, sampled long ago by another policy; `fill` stands on padding."""
+    """Ragged rows, sampled long ago by another policy; `fill` is on padding."""
     rng = np.random.default_rng(5)
     lengths = (LENGTHS * -(-rows // 8))[:rows]
     real = where(lengths)

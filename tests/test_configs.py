@@ -1,4 +1,4 @@
-"""Configs: every variant builds and changes something, every key is read, wrong input is told."""
+"""Configs: every variant builds and changes something, every key is read, errors are one line."""
 
 import importlib
 import re
@@ -43,7 +43,7 @@ def test_every_key_has_a_typed_field(experiment):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_key_is_explained_where_it_stands(experiment):
-    """A comment behind the key, or in the lines right above it."""
+    """A comment after the key, or in the lines right above it."""
     explained = set()
     for path in (ROOT / "configs").glob("*.py"):
         lines = path.read_text().splitlines()
@@ -52,7 +52,7 @@ def test_every_key_is_explained_where_it_stands(experiment):
             if key and ("  # " in line or lines[number - 1].lstrip().startswith("# ")):
                 explained.add(key[1].split(".")[-1])
     keys = {key.split(".")[-1] for key in leaves(get(experiment, "quickstart"))}
-    # Sizes and counts whose name says all.
+    # Sizes and counts whose names say it all.
     plain = {"hidden_size", "num_layers", "num_heads", "intermediate_size", "wandb_project"}
     plain |= {"prompts_per_iteration", "samples_per_prompt", "tensorboard"}
     assert sorted(keys - explained - plain) == []
@@ -122,8 +122,22 @@ def test_paper_numbers():
     )
     assert (config.train.prompts_per_iteration, config.train.minibatch) == (128, 32)
     assert (config.kl.coef, config.advantage.lambda_, config.reward.clip) == (0.05, 0.9, 0.8)
-    # 250 buffers x 128 / 32 = 1000 updates.
-    assert config.train.iterations * 128 // 32 == 1000
+    # 250 buffers x 128 / 32 = 1000 updates of the policy.
+    policy = config.train.iterations - config.train.critic_pretrain_iterations
+    assert policy * 128 // 32 == 1000
+    longer = [ppo_max.get_config(f"paper_en,{name}").train for name in ("steps_0.8", "steps_10")]
+    updates = [4 * (train.iterations - train.critic_pretrain_iterations) for train in longer]
+    assert updates == [800, 10_000]
+    sampling = common.flat(config.eval.sampling)
+    assert (sampling["temperature"], sampling["top_p"]) == (0.8, 0.9)
+    # 2 epochs; 168 pairs in each of 1000 steps are 1.05 of 160k.
+    assert (sft.get_config("paper_en").train.epochs, sft.get_config("paper_en").train.steps) == (
+        2,
+        0,
+    )
+    pairs = reward_model.get_config("paper_en").train
+    assert pairs.min_pairs == pairs.max_pairs == 168 and 168 * pairs.steps / 160_000 == 1.05
+    assert reward_model.get_config("paper_zh").data.eval_pairs == 3_000
     assert sft.get_config("paper_en").optimizer.learning_rate == 9.5e-6
     assert reward_model.get_config("paper_en").optimizer.learning_rate == 5e-6
     assert reward_model.get_config("paper_en").loss.lm_coef == 1.0
@@ -133,6 +147,8 @@ def test_moss_numbers():
     config = ppo_max.get_config("moss_zh")
     assert (config.kl.coef, config.reward.transform, config.ppo.ptx_coef) == (0.1, "scale", 0.0)
     assert (config.sampling.temperature, config.sampling.top_p) == (0.8, 0.9)
+    assert (config.train.minibatch, config.sharding.devices, config.seed) == (14, 7, 42)
+    assert max(config.data.prompt_buckets) + config.sampling.max_new_tokens == 2048
     assert ppo_max.get_config("moss_en").kl.coef == 0.01
     assert reward_model.get_config("moss_en").loss.lm_coef == 0.0
 
@@ -181,7 +197,7 @@ def test_old_names_are_refused_with_the_new_one(argument, now):
         ("tiny,ppo.clip_eps.deeper=1", "unknown config key"),
     ],
 )
-def test_wrong_arguments_are_told_in_one_line(arg, message):
+def test_wrong_arguments_are_one_line(arg, message):
     with pytest.raises(ValueError, match=message) as caught:
         ppo_max.get_config(arg)
     assert "\n" not in str(caught.value)

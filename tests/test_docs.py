@@ -5,6 +5,7 @@ import doctest
 import inspect
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 
 from rlhf_jax import losses
 from rlhf_jax.evaluation import statistics
+from rlhf_jax.evaluation.judges import JUDGES
+from rlhf_jax.methods import ppo_max
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -54,12 +57,13 @@ def logged_metrics() -> set[str]:
     where, tokens = np.ones((2, 3), bool), np.arange(6).reshape(2, 3)
     found |= set(statistics.response_statistics(tokens, where=where, ended=np.ones(2, bool)))
     found |= set(statistics.kl_statistics(np.zeros((2, 3)), np.zeros((2, 3)), where=where))
+    found |= {f"{name}_first" for name in ppo_max.FIRST} | {f"judge/{name}" for name in JUDGES}
     # `optim/` is renamed where the critic's metrics join the policy's.
     return found | {"critic/grad_norm"}
 
 
 def equation_blocks(doc: str) -> list[list[str]]:
-    """Blocks indented by four behind a blank line, up to the first section."""
+    """Blocks indented by four after a blank line, up to the first section."""
     paragraphs = re.split(r"\n\s*\n", re.split(r"\n(?:Args|Returns|Fields|>>>)", doc)[0])
     return [part.split("\n") for part in paragraphs if part.startswith("    ")]
 
@@ -99,6 +103,22 @@ def test_the_first_code_is_one_loss_in_a_plain_script(page, capsys):
     exec(compile(code, page, "exec"), {"__name__": "__main__"})
     gradient = np.array(re.findall(r"-?\d+\.\d*(?:e[-+]\d+)?", capsys.readouterr().out), float)
     assert gradient.size == 3 and np.all(np.isfinite(gradient)) and np.any(gradient)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/run.md"])
+def test_the_loop_shown_is_the_one_that_runs(page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    (shown,) = [block for block in blocks if block.startswith("for iteration in run.steps():")]
+    code = (ROOT / "experiments" / "ppo_max.py").read_text()
+    assert textwrap.indent(shown, " " * 8) in code
+
+
+def test_the_results_of_the_readme_are_those_of_the_docs():
+    readme = (ROOT / "README.md").read_text()
+    section = readme.partition("## What comes out\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\|.*\|$", section, re.MULTILINE)
+    assert len(rows) > 5
+    assert set(rows) <= set(PAGES[Path("results.md")].splitlines())
 
 
 @pytest.mark.parametrize("name", [n for n in losses.__all__ if callable(getattr(losses, n))])

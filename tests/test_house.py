@@ -1,4 +1,4 @@
-"""What is said in two places is said alike: versions, pinned tools, imports that moved."""
+"""What is said in two places agrees: versions, pinned tools, imports that moved."""
 
 import importlib.util
 import re

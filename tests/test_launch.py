@@ -98,7 +98,7 @@ def test_sigterm_reaches_the_processes_and_nothing_starts_again(tmp_path, script
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, ""), (130, "requeue 17"), (1, "")])
-def test_slurm_requeues_what_was_told_to_stop(tmp_path, status, requeued):
+def test_slurm_requeues_what_was_asked_to_stop(tmp_path, status, requeued):
     """With stand-ins for srun and scontrol that write down how they were called."""
     log = tmp_path / "log"
     for name, code in (("srun", status), ("scontrol", 0)):

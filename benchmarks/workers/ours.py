@@ -93,7 +93,7 @@ def preferences(spec: dict):
 def ppo_config(spec: dict) -> PPOMaxConfig:
     """PPO-max without the ptx loss, which the peers do not have, at the sizes of the case."""
     config = ppo_max_config.get_config("quickstart")
-    # As many iterations as nobody measures, so that the learning rate stays what it is.
+    # More iterations than anybody measures, so that the learning rate stays what it is.
     config.train.update(
         iterations=1000, prompts_per_iteration=spec["batch"], minibatch=spec["batch"]
     )

@@ -18,8 +18,8 @@ class Turns:
     """The worker's side: `hello`, then `wait` and `done` around each piece of work, then `end`.
 
     Attributes:
-      spec: What to do, a dictionary from the driver or the command line.
-      cores: How many CPU cores this process may use.
+      spec: what to do, a dictionary from the driver or the command line.
+      cores: how many CPU cores this process may use.
     """
 
     def __init__(self, *packages: str):
@@ -31,7 +31,7 @@ class Turns:
         self.spec, self.cores, self._alone = args.spec, args.cores, args.alone
         self._packages = packages
         self._seconds: list[float] = []
-        # What libraries print must not stand between our lines.
+        # What libraries print must not come between our lines.
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         if hasattr(os, "sched_setaffinity"):
@@ -60,7 +60,7 @@ class Turns:
             self._say({"seconds": seconds})
 
     def end(self) -> None:
-        """Last words, and out: no library gets to finish what it would do next."""
+        """Sends the last message and exits: no library gets to finish what it would do next."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         last: dict[str, object] = {"peak_bytes": peak}
         if self._alone:

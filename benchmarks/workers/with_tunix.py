@@ -30,7 +30,7 @@ class Numbers:
         return [int(word) for word in text.split()]
 
     def decode(self, ids: list[int]) -> str:
-        """Nothing is measured that would need text."""
+        """Nothing that is measured needs text."""
         del ids
         return ""
 

@@ -1,9 +1,9 @@
 """Turns docstrings as they are written here into reStructuredText, before napoleon reads them.
 
-- An indented block is an equation (`equations`), or stays as it is where it is no mathematics.
+- An indented block is an equation (`equations`), or stays unchanged where it is no mathematics.
 - `Returns:` is prose, so that a colon in it does not begin a type.
 - `name` in backticks links to whatever has this name; `[B, T]` in backticks is code.
-- π_θ, y_{<t} and the like are typeset where they stand in a sentence.
+- π_θ, y_{<t} and the like are typeset within a sentence.
 - A bar means |x|, not a substitution.
 """
 
@@ -42,7 +42,7 @@ def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
     """Rewrites the lines of a docstring in place; listens to `autodoc-process-docstring`."""
     del app, options
     if what in ("property", "attribute", "data"):
-        lines.insert(0, "")  # or napoleon takes what stands before a colon for a type
+        lines.insert(0, "")  # or napoleon takes what precedes a colon for a type
     home = obj.__name__ if what == "module" else getattr(obj, "__module__", "") or ""
     if not home.startswith("rlhf_jax"):
         return  # inherited or imported: written in another notation
@@ -50,8 +50,8 @@ def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
 
 
 def blocks(lines: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Splits a docstring: "text", "section", "doctest", "indented" (behind a blank line), "listing"
-    (behind a line that ends with a colon). Blank lines stay with what is before them."""
+    """Splits a docstring: "text", "section", "doctest", "indented" (after a blank line), "listing"
+    (after a line that ends with a colon). Blank lines stay with what is before them."""
     block: list[str] = []
     kind, before = "text", ""
     for line in lines:

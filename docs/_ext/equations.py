@@ -65,7 +65,7 @@ def to_latex(line: str) -> str:
 
 
 def block_to_latex(lines: list[str]) -> str:
-    """An indented block: rows aligned at their first relation; a deeper row goes on with the last.
+    """An indented block: rows aligned at their first relation; a deeper row continues the last.
 
     Raises:
       EquationError: as `to_latex`.
@@ -190,14 +190,14 @@ class Reader:
         return latex + " " if latex.startswith("\\") and not latex.endswith(" ") else latex
 
     def call(self, latex: str) -> Item:
-        """Scripts, and an argument list that stands directly behind."""
+        """Scripts, and an argument list that follows directly."""
         latex = self.scripts(latex)
         if self.rest[:1] and self.rest[0] in "([":
             latex += self.scripts(self.group().latex)
         return Item("atom", latex)
 
     def scripts(self, latex: str) -> str:
-        """Indices, powers and primes behind a base."""
+        """Indices, powers and primes after a base."""
         lower, upper = "", ""
         while self.rest and (self.rest[0] in "_^′" or self.rest[0] in SCRIPTS):
             mark = self.take(1)
@@ -213,7 +213,7 @@ class Reader:
         return latex + (f"_{{{lower}}}" if lower else "") + (f"^{{{upper}}}" if upper else "")
 
     def script(self) -> str:
-        """What stands behind `_` or `^`: a group in braces, in parentheses, a word or a symbol."""
+        """What follows `_` or `^`: a group in braces, in parentheses, a word or a symbol."""
         if self.rest.startswith("{"):
             self.take(1)
             return join(divide(self.sequence("}"))).strip()

@@ -15,9 +15,9 @@ class Item:
     Attributes:
       kind: "atom", "function" (binds what follows), "sign", "relation", "comma", "text", "gap" or
         "slash" (`latex` is then " " for a loose one).
-      latex: What it becomes.
-      inner: For a bracketed atom, what stands between the brackets.
-      spaced: Whether a space stands before it.
+      latex: what it becomes.
+      inner: for a bracketed atom, what is between the brackets.
+      spaced: whether a space precedes it.
     """
 
     kind: str

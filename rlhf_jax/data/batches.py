@@ -1,4 +1,6 @@
-"""Batches of few static shapes for fine-tuning, for pairs and for prompts.
+"""Examples to batches of few static shapes, for fine-tuning, for pairs and for prompts.
+
+The functions at the end take `Examples`: endless batches to train on, or all of them once.
 
 Every batch size is global: it counts rows over all devices and all accumulated microbatches.
 """
@@ -37,12 +39,12 @@ class PackedBatches(Batches):
     hold them, evenly, and what is left of a batch is rows of padding.
 
     Args:
-        encoded: the documents.
-        batch_size: rows B, global.
-        length: tokens T of a row.
-        seed: of the shuffling.
-        pad_id: written into padding.
-        packed: several documents a row, by first fit in a new order each epoch.
+      encoded: the documents.
+      batch_size: rows B, global.
+      length: tokens T of a row.
+      seed: of the shuffling.
+      pad_id: written into padding.
+      packed: several documents a row, by first fit in a new order each epoch.
     """
 
     def __init__(
@@ -98,18 +100,20 @@ class PairBatches(Batches):
     bucket hold filler, whose rows are flagged invalid.
 
     Args:
-        pairs: the pairs.
-        max_tokens: the most tokens of a batch, padding included: 2 * B * T.
-        min_pairs: the fewest rows B.
-        max_pairs: the most rows B.
-        seed: of the shuffling.
-        pad_id: written into padding.
-        num_buckets: the most shapes; the lengths waste the fewest tokens on these pairs.
-        multiple_of: B is a multiple of it (devices times microbatches).
-        buckets: the lengths T, in place of num_buckets.
+      pairs: the pairs.
+      max_tokens: the most tokens of a batch, padding included: 2 * B * T.
+      min_pairs: the fewest rows B.
+      max_pairs: the most rows B.
+      seed: of the shuffling.
+      pad_id: written into padding.
+      num_buckets: the most shapes; the lengths waste the fewest tokens on these pairs.
+      multiple_of: B is a multiple of it (devices).
+      parts: microbatches: what does not divide by them as well is filled up, so that which pairs
+        make a batch does not depend on how it is split.
+      buckets: the lengths T, in place of num_buckets.
 
     Raises:
-        ValueError: min_pairs of the longest bucket exceed max_tokens, or the three disagree.
+      ValueError: min_pairs of the longest bucket exceed max_tokens, or the three disagree.
     """
 
     def __init__(
@@ -123,10 +127,12 @@ class PairBatches(Batches):
         pad_id: int = 0,
         num_buckets: int = 4,
         multiple_of: int = 1,
+        parts: int = 1,
         buckets: Sequence[int] | None = None,
     ):
         super().__init__(len(pairs), seed)
         self._pairs, self._pad_id = pairs, pad_id
+        self._filled_to = multiple_of * positive("parts", parts)
         self._lengths = lengths_of(pairs)
         edges = tuple(buckets or bucket_lengths(self._lengths, num_buckets=num_buckets))
         self._bucket_of = assign_buckets(self._lengths, edges)
@@ -158,7 +164,8 @@ class PairBatches(Batches):
     def _collate(self, item: tuple[int, list[int]]) -> Arrays:
         bucket, members = item
         shape = self._shapes[bucket]
-        filler = [-1] * (shape.rows - len(members))
+        rows = -(-shape.rows // self._filled_to) * self._filled_to
+        filler = [-1] * (rows - len(members))
         mine = self._mine(members + filler)
         shape = Shape(len(mine), shape.length)
         batch = pad_pairs([self._pairs[i] for i in mine if i >= 0], shape, self._pad_id)
@@ -173,13 +180,13 @@ class PromptBatches(Batches):
     last batch of an epoch is filled with other prompts of the epoch.
 
     Args:
-        prompts: int32 [T] each.
-        batch_size: prompts B of a batch, global.
-        seed: of the shuffling.
-        pad_id: written into padding.
-        buckets: the lengths P; by default at most `num_buckets` that waste the fewest tokens.
-        num_buckets: see buckets.
-        multiple: the lengths are multiples of it.
+      prompts: int32 [T] each.
+      batch_size: prompts B of a batch, global.
+      seed: of the shuffling.
+      pad_id: written into padding.
+      buckets: the lengths P; by default at most `num_buckets` that waste the fewest tokens.
+      num_buckets: see buckets.
+      multiple: the lengths are multiples of it.
     """
 
     def __init__(
@@ -291,25 +298,27 @@ def pair_batches(
     seed: int,
     pad_id: int,
     multiple_of: int,
+    parts: int = 1,
     num_buckets: int = 3,
     longest: int | None = None,
 ) -> PairBatches | StreamedBatches:
     """Returns endless token-balanced batches of pairs; see `PairBatches`.
 
     Args:
-      examples: The pairs.
-      max_tokens: The most tokens of a batch.
-      min_pairs: The fewest pairs of a batch.
-      max_pairs: The most pairs of a batch.
-      seed: Of the shuffling.
-      pad_id: Written into padding.
-      multiple_of: Batches hold a multiple of so many pairs.
-      num_buckets: The most lengths, chosen for these pairs; not for streamed ones.
-      longest: The most tokens of a side. Of streamed pairs the lengths that fit best cannot be
-        known: they take a quarter, a half and the whole of it.
+      examples: the pairs.
+      max_tokens: the most tokens of a batch.
+      min_pairs: the fewest pairs of a batch.
+      max_pairs: the most pairs of a batch.
+      seed: of the shuffling.
+      pad_id: written into padding.
+      multiple_of: batches hold a multiple of so many pairs.
+      parts: microbatches, see `PairBatches`.
+      num_buckets: the most lengths, chosen for these pairs; not for streamed ones.
+      longest: the most tokens of a side. Of streamed pairs the lengths that fit best cannot be
+      known: they take a quarter, a half and the whole of it.
 
     Raises:
-      ValueError: Pairs are streamed and `longest` is missing; or see `PairBatches`.
+      ValueError: pairs are streamed and `longest` is missing; or see `PairBatches`.
     """
     settings: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -317,6 +326,7 @@ def pair_batches(
         "max_pairs": max_pairs,
         "pad_id": pad_id,
         "multiple_of": multiple_of,
+        "parts": parts,
         "num_buckets": num_buckets,
     }
     if isinstance(examples, Examples) and examples.streamed:
@@ -345,9 +355,9 @@ def _batches(examples: Sequence[Any], make: Any, seed: int, settings: dict[str, 
     return known.batches(make, seed=seed, **settings)
 
 
-def _rows_of(examples: Sequence[Any]) -> Sequence[Any]:
-    """What is below `Examples`: a store knows its lengths without reading a row."""
-    return examples.loaded().rows if isinstance(examples, Examples) else examples
+def _loaded(examples: Sequence[Any]) -> Sequence[Any]:
+    """Examples with a length."""
+    return examples.loaded() if isinstance(examples, Examples) else examples
 
 
 def once_packed(
@@ -355,7 +365,7 @@ def once_packed(
 ) -> list[Arrays]:
     """Returns all documents once, packed like training batches, for evaluation."""
     batches = PackedBatches(
-        _rows_of(documents), batch_size=rows, length=length, seed=0, pad_id=pad_id
+        _loaded(documents), batch_size=rows, length=length, seed=0, pad_id=pad_id
     )
     return list(batches.once())
 
@@ -368,17 +378,19 @@ def once_pairs(
     max_pairs: int,
     pad_id: int,
     multiple_of: int,
+    parts: int = 1,
     num_buckets: int = 3,
 ) -> list[Arrays]:
     """Returns all pairs once, for evaluation; for the settings see `pair_batches`."""
     batches = PairBatches(
-        _rows_of(pairs),
+        _loaded(pairs),
         max_tokens=max_tokens,
         min_pairs=min_pairs,
         max_pairs=max_pairs,
         seed=0,
         pad_id=pad_id,
         multiple_of=multiple_of,
+        parts=parts,
         num_buckets=num_buckets,
     )
     return list(batches.once())
@@ -390,14 +402,14 @@ def fixed_prompts(
     """Returns all prompts in whole batches of one length, always the same.
 
     Args:
-      prompts: Of a split that is not trained on.
-      batch_size: Prompts of a batch; what does not fill the last one is left out.
-      length: To which they are padded on the left.
-      pad_id: Written into padding.
-      split: Its name, for the error.
+      prompts: of a split that is not trained on.
+      batch_size: prompts of a batch; what does not fill the last one is left out.
+      length: to which they are padded on the left.
+      pad_id: written into padding.
+      split: its name, for the error.
 
     Raises:
-      ValueError: There are fewer prompts than one batch has.
+      ValueError: there are fewer prompts than one batch has.
     """
     whole = len(prompts) - len(prompts) % batch_size
     if not whole:
@@ -415,8 +427,8 @@ def each_repeated(batch: Arrays, times: int) -> Arrays:
     """Repeats every row `times` times in a row: samples of one prompt stand side by side.
 
     Args:
-      batch: Arrays `[B, ...]`.
-      times: Samples per prompt.
+      batch: arrays `[B, ...]`.
+      times: samples per prompt.
 
     Returns:
       Arrays `[B * times, ...]`.

@@ -43,18 +43,18 @@ def score_pairs(
     asked for, all are listed and a random subset is taken.
 
     Args:
-        scores: [n] finite numbers.
-        groups: [n] pairs are formed inside a group only (a domain, a prompt).
-        min_gap: the least difference of scores, positive.
-        num_pairs: how many; fewer come back where fewer exist.
-        seed: of the draw.
-        max_per_group: at most so many pairs of a group (lists all pairs: for small groups).
+      scores: [n] finite numbers.
+      groups: [n] pairs are formed inside a group only (a domain, a prompt).
+      min_gap: the least difference of scores, positive.
+      num_pairs: how many; fewer come back where fewer exist.
+      seed: of the draw.
+      max_per_group: at most so many pairs of a group (lists all pairs: for small groups).
 
     Returns:
-        int64 [m, 2]: rows (better, worse).
+      int64 [m, 2]: rows (better, worse).
 
     Raises:
-        ValueError: a score that is not finite (names the row), or min_gap <= 0.
+      ValueError: a score that is not finite (names the row), or min_gap <= 0.
     """
     partners = _find_partners(scores, groups, min_gap)
     available = int((partners.low - partners.start).sum())
@@ -67,12 +67,6 @@ def score_pairs(
             pairs = _cap(pairs, [groups[i] for i in partners.order], max_per_group)
         pairs = pairs[:num_pairs]
     return partners.order[pairs]
-
-
-def count_pairs(scores: Sequence[float], groups: Sequence[str], *, min_gap: float) -> int:
-    """Returns how many pairs `score_pairs` can draw from."""
-    partners = _find_partners(scores, groups, min_gap)
-    return int((partners.low - partners.start).sum())
 
 
 def _find_partners(scores: Sequence[float], groups: Sequence[str], min_gap: float) -> _Partners:

@@ -1,33 +1,74 @@
-"""Rows of any shape to rows of a kind: of one split, each prompt once."""
+"""Rows in any of the shapes that data come in, brought to rows of a kind.
+
+Read: {"prompt", "chosen", "rejected"} with strings or message lists; transcripts ("\\n\\nHuman: ...
+\\n\\nAssistant: ...", HH-RLHF); lists of turns (MOSS-RLHF); "conversations" with "from" and "value"
+(ShareGPT); "instruction", "input", "output" (Alpaca). Made: the rows described in each function.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any
 
-from rlhf_jax.data import preferences
-from rlhf_jax.data.schemas import DropCounts, Row
-from rlhf_jax.data.splits import fraction_of, split_of
+from rlhf_jax.data.schemas import DropCounts, Kind, Message, Row, require, require_sft
+from rlhf_jax.data.splits import split_of
 
-NO_TRANSCRIPT = "no transcript"
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {
+    "Human": "user",
+    "human": "user",
+    "user": "user",
+    "Assistant": "assistant",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "system": "system",
+}
+DIFFERENT = "chosen and rejected answer different prompts"
 
 
-class Request(NamedTuple):
-    """The arguments of `load_rows` that loaders read; `where` is what stands behind the colon."""
+def rows_of_kind(
+    rows: Iterable[Row],
+    kind: Kind,
+    split: str,
+    drops: DropCounts,
+    *,
+    belongs: Callable[[Row], bool] | None = None,
+) -> Iterator[Row]:
+    """Brings rows to a kind; keeps those that belong to the split, and each prompt once.
 
-    kind: str
-    where: str
-    split: str
-    drops: DropCounts
-    streaming: bool = False
-    seed: int = 0
-    domains: Sequence[str] = ()
-    num_pairs: int = 0
-    min_gap: float = 0.0
-    words: tuple[int, int] = (0, 0)
-    allow_harmful: bool = False
+    Args:
+      rows: of any of the shapes above.
+      kind: "sft", "preference" or "prompt": rows become those of `as_sft`, `as_preference` or
+        `as_prompt`.
+      split: "train", "validation", "test" or "all".
+      drops: counts what is left out.
+      belongs: whether a converted row is of the split; by default a hash of its text says so.
+
+    Raises:
+      ValueError: a row is of no such shape; names the row.
+    """
+    seen: set[bytes] = set()
+    for number, row in enumerate(rows):
+        try:
+            converted = _CONVERT[kind](row, drops)
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from error
+        if converted is None:
+            continue
+        if not (belongs(converted) if belongs else _is_in_split(converted, kind, split, drops)):
+            continue
+        if kind == "prompt":
+            text = json.dumps(converted, sort_keys=True, ensure_ascii=False)
+            key = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            if key in seen:
+                drops.drop("duplicate prompt")
+                continue
+            seen.add(key)
+        yield converted
 
 
 def every_row(row: Row) -> bool:
@@ -35,72 +76,7 @@ def every_row(row: Row) -> bool:
     return True
 
 
-def hh_rows(rows: Iterable[Row], request: Request, name: str) -> Iterator[Row]:
-    """Rows of the file `name` that belong to the split; what is no transcript is counted."""
-
-    def belongs(row: Row) -> bool:
-        is_test = name == "test" and fraction_of(_key(row)) < 1 / 8
-        return name == "train" or request.split in ("all", "test" if is_test else "validation")
-
-    return converted_rows(_transcripts(rows, request.drops), request, belongs)
-
-
-def _transcripts(rows: Iterable[Row], drops: DropCounts) -> Iterator[Row]:
-    """Leaves out rows whose texts do not begin with a turn; lists of messages pass."""
-    for row in rows:
-        texts = [row[side] for side in ("chosen", "rejected") if side in row]
-        if "prompt" not in row and not all(
-            isinstance(text, list) or preferences.is_transcript(text) for text in texts
-        ):
-            drops.drop(NO_TRANSCRIPT)
-            continue
-        yield row
-
-
-def converted_rows(
-    rows: Iterable[Row], request: Request, belongs: Callable[[Row], bool] | None = None
-) -> Iterator[Row]:
-    """Brings rows to the kind; keeps those that belong to the split, and each prompt row once.
-
-    Args:
-        rows: of any shape that `preferences` reads.
-        request: kind, split and counts.
-        belongs: whether a converted row is of the split; by default a hash of its text says so.
-
-    Raises:
-        ValueError: a row is of no such shape; names the row.
-    """
-    seen: set[bytes] = set()
-    for number, row in enumerate(rows):
-        try:
-            converted = KINDS[request.kind](row, request.drops)
-        except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from error
-        if converted is None:
-            continue
-        if not (belongs(converted) if belongs else _is_in_split(converted, request)):
-            continue
-        if request.kind == "prompt":
-            text = json.dumps(converted, sort_keys=True, ensure_ascii=False)
-            key = hashlib.blake2b(text.encode(), digest_size=16).digest()
-            if key in seen:
-                request.drops.drop("duplicate prompt")
-                continue
-            seen.add(key)
-        yield converted
-
-
-def _is_in_split(row: Row, request: Request) -> bool:
-    """Whether the row belongs to the split; a pair without a prompt must do so with both texts."""
-    found = {split_of(_key(row))}
-    if request.kind == "preference" and not row["prompt"]:
-        found.add(split_of(row["rejected"]))
-    if len(found) > 1:
-        request.drops.drop("texts of two splits")
-    return request.split == "all" or found == {request.split}
-
-
-def _key(row: Row) -> str:
+def first_text(row: Row) -> str:
     """Returns the text that decides the split: of a conversation, what was said first."""
     said = row.get("messages") or row.get("prompt")
     if said and not isinstance(said, str):
@@ -108,8 +84,205 @@ def _key(row: Row) -> str:
     return said or row.get("text") or row.get("chosen") or row.get("response") or ""
 
 
-KINDS: dict[str, Callable[[Row, DropCounts | None], Row | None]] = {
-    "sft": preferences.as_sft,
-    "preference": preferences.as_preference,
-    "prompt": preferences.as_prompt,
+def _is_in_split(row: Row, kind: Kind, split: str, drops: DropCounts) -> bool:
+    """Whether the row belongs to the split; a pair without a prompt must do so with both texts."""
+    found = {split_of(first_text(row))}
+    if kind == "preference" and not row["prompt"]:
+        found.add(split_of(row["rejected"]))
+    if len(found) > 1:
+        drops.drop("texts of two splits")
+    return split == "all" or found == {split}
+
+
+def is_transcript(text: Any) -> bool:
+    """Whether a text begins with a turn."""
+    return isinstance(text, str) and _TURN.match("\n\n" + text.lstrip()) is not None
+
+
+def _turns_of(text: str) -> list[tuple[Message, str]]:
+    """Returns the messages of a transcript, each with all the text from its content on.
+
+    Turns of one speaker are joined. Only a paragraph that begins with the speaker is a turn:
+    "Human:" within a line, or after a single line break, is text.
+
+    Raises:
+      ValueError: the text does not begin with a turn.
+    """
+    text = "\n\n" + text.strip()
+    if not _TURN.match(text):
+        raise ValueError(f"a transcript must begin with '\\n\\nHuman:', not {text[2:42]!r}")
+    marks = list(_TURN.finditer(text))
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    turns: list[tuple[Message, str]] = []
+    for mark, end in zip(marks, ends, strict=True):
+        role, content = _ROLES[mark[1]], text[mark.end() : end].strip()
+        if turns and turns[-1][0]["role"] == role:
+            message, rest = turns[-1]
+            joined = f"{message['content']}\n\n{content}".strip()
+            turns[-1] = ({"role": role, "content": joined}, rest)
+        else:
+            turns.append(({"role": role, "content": content}, text[mark.end() :].strip()))
+    return turns
+
+
+def convert_hh(row: Row, drops: DropCounts | None = None) -> Row | None:
+    """Converts {"chosen", "rejected"} transcripts to a prompt and two answers.
+
+    The prompt is what both transcripts have in common, turn by turn, back to the last turn of the
+    human; what follows in each is its answer. Where one answer holds further turns, it quotes a
+    dialogue, and they are part of its text. Where both do, or where one transcript only goes on
+    after the other's answer, they are different conversations: the row is left out and counted.
+
+    Returns:
+      {"prompt": messages, "chosen": str, "rejected": str} and what else the row has; None where
+      there is no such prompt (counted).
+
+    Raises:
+      ValueError: a missing field, or a text that is no transcript.
+    """
+    require(row, ("chosen", "rejected"), "an HH row")
+    sides = [_turns_of(row[name]) for name in ("chosen", "rejected")]
+    pairs = zip(*sides, strict=False)
+    shared = list(itertools.takewhile(lambda pair: pair[0][0] == pair[1][0], pairs))
+    while shared and shared[-1][0][0]["role"] != "user":
+        shared.pop()
+    rests = [side[len(shared) :] for side in sides]
+    several = [len(rest) > 1 for rest in rests]
+    goes_on = any(several) and rests[0][:1] and rests[1][:1] and rests[0][0][0] == rests[1][0][0]
+    if not shared or all(several) or goes_on:
+        if drops is not None:
+            asked = all(any(turn["role"] == "user" for turn, _ in side) for side in sides)
+            drops.drop(DIFFERENT if asked else "no question")
+        return None
+    chosen, rejected = (
+        rest[0][1] if len(rest) > 1 else rest[0][0]["content"] if rest else "" for rest in rests
+    )
+    prompt = [pair[0][0] for pair in shared]
+    return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def as_preference(row: Row, drops: DropCounts | None = None) -> Row | None:
+    """Brings a row of any of the shapes to {"prompt": str or messages, "chosen", "rejected"}.
+
+    Raises:
+      ValueError: missing fields (named, with those found).
+    """
+    require(row, ("chosen", "rejected"), "a preference row")
+    chosen, rejected = row["chosen"], row["rejected"]
+    if "conversations" in row:
+        return {
+            "prompt": [_message(turn) for turn in row["conversations"]],
+            "chosen": _message(chosen)["content"],
+            "rejected": _message(rejected)["content"],
+        }
+    if not isinstance(chosen, str):
+        return _from_lists(row, drops)
+    if "prompt" not in row and is_transcript(chosen):
+        return convert_hh(row, drops)
+    require(row, ("prompt", "chosen", "rejected"), "a preference row")
+    return row
+
+
+def as_sft(row: Row, drops: DropCounts | None = None) -> Row | None:
+    """Brings a row to {"messages"}, {"prompt", "response"} or {"text"}; of a pair the chosen."""
+    if "chosen" in row:
+        pair = as_preference(row, drops)
+        if pair is None:
+            return None
+        if isinstance(pair["prompt"], str):
+            return {"prompt": pair["prompt"], "response": pair["chosen"]}
+        return {"messages": [*pair["prompt"], {"role": "assistant", "content": pair["chosen"]}]}
+    if "conversations" in row:
+        return {"messages": [_message(turn) for turn in row["conversations"]]}
+    if "instruction" in row:
+        require(row, ("instruction", "output"), "an instruction row")
+        answer = {"role": "assistant", "content": row["output"]}
+        return {"messages": [_instruction(row), answer]}
+    require_sft(row)
+    return row
+
+
+def as_prompt(row: Row, drops: DropCounts | None = None) -> Row | None:
+    """Brings a row to {"prompt"}: what comes before the last answer of the assistant."""
+    if "prompt" in row and "chosen" not in row:
+        require(row, ("prompt",), "a prompt row")
+        return {"prompt": row["prompt"]}
+    if "chosen" in row:
+        pair = as_preference(row, drops)
+        return None if pair is None else {"prompt": pair["prompt"]}
+    if "instruction" in row:
+        return {"prompt": [_instruction(row)]}
+    messages = (as_sft(row) or {}).get("messages")
+    if messages is None:
+        found = ", ".join(sorted(row)) or "none"
+        raise ValueError(f"a prompt row needs prompt, or messages; found: {found}")
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return {"prompt": messages}
+
+
+def texts_of(row: Row) -> list[str]:
+    """Returns the texts of a row of `as_sft`, without roles or templates."""
+    said: Any = row["messages"] if "messages" in row else row.get("prompt", "")
+    texts = [said] if isinstance(said, str) else [message["content"] for message in said]
+    return [text for text in [*texts, row.get("response", ""), row.get("text", "")] if text]
+
+
+def _from_lists(row: Row, drops: DropCounts | None) -> Row | None:
+    """Chosen and rejected are lists of turns: all but the last are the prompt."""
+    sides = [_turns(row[name]) for name in ("chosen", "rejected")]
+    prompts = [side[:-1] for side in sides]
+    before = row.get("prompt")
+    if not any(prompts) and before is not None:
+        prompt = before if isinstance(before, str) else _turns(before)
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        prompts = [prompt, prompt]
+    if prompts[0] != prompts[1]:
+        if drops is not None:
+            drops.drop(DIFFERENT)
+        return None
+    if not sides[0] or not sides[1] or not prompts[0]:
+        raise ValueError("lists in chosen and rejected need a prompt and an answer each")
+    return {
+        **row,
+        "prompt": prompts[0],
+        "chosen": sides[0][-1]["content"],
+        "rejected": sides[1][-1]["content"],
+    }
+
+
+def _turns(turns: Sequence[Any]) -> list[Message]:
+    """Reads messages, or strings said in turn by user and assistant."""
+    return [
+        {"role": ("user", "assistant")[number % 2], "content": turn}
+        if isinstance(turn, str)
+        else _message(turn)
+        for number, turn in enumerate(turns)
+    ]
+
+
+def _message(turn: Any) -> Message:
+    """Reads {"role", "content"} or {"from", "value"}."""
+    if not isinstance(turn, dict):
+        raise ValueError(f"a turn must be a dict, not {type(turn).__name__}")
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if role not in _ROLES or not isinstance(content, str):
+        raise ValueError(
+            f"a turn needs role (or from) among {sorted(_ROLES)} and content (or value); "
+            f"found: {sorted(turn)} with role {role!r}"
+        )
+    return {"role": _ROLES[role], "content": content}
+
+
+def _instruction(row: Row) -> Message:
+    """Joins instruction and input into one question."""
+    parts = [row["instruction"], row.get("input") or ""]
+    return {"role": "user", "content": "\n".join(part for part in parts if part)}
+
+
+_CONVERT: dict[Kind, Callable[[Row, DropCounts | None], Row | None]] = {
+    "sft": as_sft,
+    "preference": as_preference,
+    "prompt": as_prompt,
 }

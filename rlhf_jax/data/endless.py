@@ -50,7 +50,7 @@ class Batches(abc.ABC):
         another number of processes.
 
         Args:
-            rows: From the rows of a batch to those of this process; `Sharding.local_rows`.
+          rows: from the rows of a batch to those of this process; `Sharding.local_rows`.
         """
         self._share = rows
         return self
@@ -100,7 +100,7 @@ class Batches(abc.ABC):
         """Moves to a position.
 
         Raises:
-            ValueError: the position is one in other data or under another seed.
+          ValueError: the position is one in other data or under another seed.
         """
         for name, value in (("seed", self._seed), ("size", self._size)):
             if int(state[name]) != value:

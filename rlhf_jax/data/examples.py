@@ -17,12 +17,12 @@ class Examples(Sequence[T]):
     """Documents, pairs or prompts of a split, in memory or in a store on disk.
 
     Args:
-      rows: The encoded rows: a list, or a `store.TokenStore`.
+      rows: the encoded rows: a list, or a `store.TokenStore`.
 
     Attributes:
-      streamed: Whether rows are read as the run trains; such examples have no length, and no row
+      streamed: whether rows are read as the run trains; such examples have no length, and no row
         can be looked up.
-      rows: What was given.
+      rows: what was given.
     """
 
     streamed = False
@@ -53,11 +53,11 @@ class StreamedExamples(Examples[T]):
     """Examples that are read and encoded in blocks while the run trains; see `streaming`.
 
     Args:
-      open_rows: Opens the files from their beginnings.
-      encode: Encodes the rows of a block.
-      load: Reads and encodes all rows, for `loaded`.
-      name: Of the source and the kind of rows; a saved position of another is refused.
-      limit: The most rows of an epoch; 0 is all of them.
+      open_rows: opens the files from their beginnings.
+      encode: encodes the rows of a block.
+      load: reads and encodes all rows, for `loaded`.
+      name: of the source and the kind of rows; a saved position of another is refused.
+      limit: the most rows of an epoch; 0 is all of them.
     """
 
     streamed = True

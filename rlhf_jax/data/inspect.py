@@ -23,10 +23,10 @@ def render(encoded: Encoded | EncodedPair | EncodedPrompt, tokenizer: Any, *, co
     """Returns the text of an example with its loss mask.
 
     Args:
-        encoded: a document, a pair (two parts, the better first) or a prompt (nothing trained).
-        tokenizer: that encoded it.
-        color: trained tokens in green, the others in grey, special tokens inverted; without
-            colour, trained stretches stand between [[ and ]].
+      encoded: a document, a pair (two parts, the better first) or a prompt (nothing trained).
+      tokenizer: that encoded it.
+      color: trained tokens in green, the others in grey, special tokens inverted; without
+        colour, trained stretches are enclosed in [[ and ]].
     """
     if isinstance(encoded, EncodedPair):
         chosen, rejected = (
@@ -52,7 +52,7 @@ def legend(*, color: bool) -> str:
     return "[[trained]] read only"
 
 
-def lengths_line(lengths: Sequence[int], *, bins: int = 24) -> str:
+def lengths_line(lengths: Sequence[int] | np.ndarray, *, bins: int = 24) -> str:
     """Returns number, minimum, median, 95th percentile and maximum, and a histogram of bars.
 
     >>> lengths_line([2, 2, 2, 4], bins=3)

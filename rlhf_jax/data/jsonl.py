@@ -15,8 +15,8 @@ def read_jsonl(path: Path) -> Iterator[Row]:
     """Yields the rows of a JSON-lines file, one by one.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a line is no JSON object; names the file and the line.
+      FileNotFoundError: no such file.
+      ValueError: a line is no JSON object; names the file and the line.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     try:
@@ -51,7 +51,7 @@ def existing(path: Path) -> Path:
     """Returns the path.
 
     Raises:
-        FileNotFoundError: it is no file.
+      FileNotFoundError: it is no file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a file of JSON lines, one row each")

@@ -17,14 +17,14 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Puts each document, in the order given, into the first row that has room for it.
 
     Args:
-        lengths: [n] tokens of each document.
-        capacity: tokens of a row.
+      lengths: [n] tokens of each document.
+      capacity: tokens of a row.
 
     Returns:
-        Rows of positions in `lengths`; every position is in exactly one row.
+      Rows of positions in `lengths`; every position is in exactly one row.
 
     Raises:
-        ValueError: a document is longer than a row.
+      ValueError: a document is longer than a row.
     """
     longest = max(lengths, default=0)
     if longest > capacity:
@@ -45,23 +45,14 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def pack(encoded: Sequence[Encoded], length: int, *, pad_id: int = 0) -> Arrays:
-    """Packs documents into rows of `length` tokens, first fit.
+def lay_out(rows: Sequence[Sequence[Encoded]], length: int, *, pad_id: int) -> Arrays:
+    """Writes rows of documents into arrays, from the left.
 
     Returns:
-        {"tokens" [R, length] int32, "segments" [R, length] int32, "loss_mask" [R, length] bool}:
-        segments count the documents of a row from 1, 0 is padding. The first token of a document
-        is never trained.
-
-    Raises:
-        ValueError: a document is longer than a row.
+      {"tokens" [R, length] int32, "segments" [R, length] int32, "loss_mask" [R, length] bool}:
+      segments count the documents of a row from 1, 0 is padding. The first token of a document
+      is never trained.
     """
-    rows = first_fit([len(document.tokens) for document in encoded], length)
-    return lay_out([[encoded[i] for i in row] for row in rows], length, pad_id=pad_id)
-
-
-def lay_out(rows: Sequence[Sequence[Encoded]], length: int, *, pad_id: int) -> Arrays:
-    """Writes rows of documents into arrays, from the left; see `pack` for what comes back."""
     shape = (len(rows), length)
     tokens = np.full(shape, pad_id, dtype=np.int32)
     segments = np.zeros(shape, dtype=np.int32)
@@ -86,12 +77,12 @@ def bucket_lengths(
     length times the number of documents in it.
 
     Args:
-        lengths: [n] tokens of each document.
-        num_buckets: the most distinct lengths.
-        multiple: every length is a multiple of it.
+      lengths: [n] tokens of each document.
+      num_buckets: the most distinct lengths.
+      multiple: every length is a multiple of it.
 
     Raises:
-        ValueError: no lengths, or num_buckets < 1.
+      ValueError: no lengths, or num_buckets < 1.
     """
     if not len(lengths) or num_buckets < 1:
         raise ValueError(f"{len(lengths)} lengths, num_buckets={num_buckets}: both must be >= 1")
@@ -120,7 +111,7 @@ def assign_buckets(lengths: Sequence[int] | np.ndarray, buckets: Sequence[int]) 
     """Returns for each length the position of the smallest bucket that holds it, int64 [n].
 
     Raises:
-        ValueError: a length exceeds the largest bucket, or the buckets are not increasing.
+      ValueError: a length exceeds the largest bucket, or the buckets are not increasing.
     """
     if list(buckets) != sorted(set(buckets)) or not buckets:
         raise ValueError(f"buckets={list(buckets)} must be increasing lengths")

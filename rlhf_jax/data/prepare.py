@@ -20,21 +20,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.data import chat
+import numpy as np
+
 from rlhf_jax.data import store as token_store
-from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, Row
+from rlhf_jax.data.encode import encode_row
+from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, Kind, Row
 from rlhf_jax.data.sets import archives
+from rlhf_jax.data.templates import ChatTokenizer, stop_tokens
 from rlhf_jax.runtime import distributed
 from rlhf_jax.runtime.progress import progress
 
 IN_MEMORY = 10_000  # Rows; some 10 to 50 MiB.
+_CHUNK = 512  # Rows that are tokenized at a time.
 _CHECKED = 4096  # Documents whose masks are checked at a time.
 _SILENT_SECONDS = 3.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def prepared(
-    kind: str,
+    kind: Kind,
     rows: Callable[[], Iterable[Row]],
     tokenizer: Any,
     *,
@@ -54,25 +58,25 @@ def prepared(
 
     Args:
       kind: "sft", "preference" or "prompt".
-      rows: Opens the rows; called where no store holds them.
-      tokenizer: With a chat template.
-      max_length: The most tokens of a row (of each side of a pair).
-      drops: Counts what was kept, dropped and truncated, also where a store is opened.
-      name: Of source and split, as messages call them.
-      decides: All that decides the rows; equal lists open one store. None: rows stay in memory,
+      rows: opens the rows; called where no store holds them.
+      tokenizer: with a chat template.
+      max_length: the most tokens of a row (of each side of a pair).
+      drops: counts what was kept, dropped and truncated, also where a store is opened.
+      name: of source and split, as messages call them.
+      decides: all that decides the rows; equal lists open one store. None: rows stay in memory,
         however many they are.
-      total: How many rows the progress bar counts up to; 0 where nobody knows.
-      cache: Folder of the stores; by default one below `archives.cache_dir()`.
-      in_memory: The most rows of a list; by default `IN_MEMORY`.
-      say: Reports which store is opened or was written.
+      total: how many rows the progress bar counts up to; 0 where nobody knows.
+      cache: folder of the stores; by default one below `archives.cache_dir()`.
+      in_memory: the most rows of a list; by default `IN_MEMORY`.
+      say: reports which store is opened or was written.
 
     Raises:
-      ValueError: No row is left, a row is wrong, or the cache cannot be written.
+      ValueError: no row is left, a row is wrong, or the cache cannot be written.
     """
 
     def encode() -> Sequence[Any]:
-        found = chat.encoded_rows(kind, rows(), tokenizer, max_length=max_length, drops=drops)
-        encoded = checked(_shown(found, name, total), tokenizer)
+        found = encoded_rows(kind, rows(), tokenizer, max_length=max_length, drops=drops)
+        encoded = _checked(_shown(found, name, total), tokenizer)
         most = IN_MEMORY if in_memory is None else in_memory
         few = list(encoded if decides is None else itertools.islice(encoded, most + 1))
         if not few:
@@ -102,7 +106,7 @@ def prepared(
 
 def _written(
     folder: Path,
-    kind: str,
+    kind: Kind,
     encoded: Iterable[Any],
     drops: DropCounts,
     name: str,
@@ -121,12 +125,78 @@ def _written(
     return store
 
 
-def encode_block(
-    kind: str, rows: Iterable[Row], tokenizer: Any, *, max_length: int, drops: DropCounts
+def encoded_rows(
+    kind: Kind,
+    rows: Iterable[Row],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    drops: DropCounts | None = None,
+) -> Iterator[Any]:
+    """Yields what each row becomes, or None where it is dropped; their masks are not checked.
+
+    The pieces of some hundred rows are tokenized at once.
+
+    Args:
+      kind: "sft", "preference" or "prompt".
+      rows: read as they are needed; for their shapes see `schemas`.
+      tokenizer: with a chat template.
+      max_length: the most tokens of a row.
+      drops: counts the rows.
+
+    Raises:
+      ValueError: a row is wrong; names the row.
+    """
+    chat, drops = ChatTokenizer(tokenizer), DropCounts() if drops is None else drops
+    rows, number = iter(rows), 0
+    while chunk := list(itertools.islice(rows, _CHUNK)):
+        with chat.ahead(chunk):
+            for row in chunk:
+                try:
+                    yield encode_row(kind, row, chat, max_length, drops)
+                except ValueError as error:
+                    raise ValueError(f"row {number}: {error}") from error
+                number += 1
+
+
+def encode_rows(
+    kind: Kind,
+    rows: Iterable[Row],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    drops: DropCounts | None = None,
 ) -> list[Any]:
-    """Returns the encoded rows of a block of a stream; empty if none is left."""
-    found = chat.encoded_rows(kind, rows, tokenizer, max_length=max_length, drops=drops)
-    return list(checked((one for one in found if one is not None), tokenizer))
+    """Returns the encoded rows with their masks checked; the list is empty if none is left."""
+    found = encoded_rows(kind, rows, tokenizer, max_length=max_length, drops=drops)
+    return list(_checked((one for one in found if one is not None), tokenizer))
+
+
+def check_masks(encoded: Sequence[Encoded], stops: Sequence[int]) -> None:
+    """Checks that something is trained, and that stopping is.
+
+    Raises:
+      ValueError: no token of any document is trained, or a trained stretch does not end with a
+        stop token.
+    """
+    if not any(document.loss_mask.any() for document in encoded):
+        raise ValueError(
+            f"the loss mask is zero on all of {len(encoded)} documents, so nothing would be "
+            "trained: check the roles of the messages and max_length"
+        )
+    tokens = np.concatenate([document.tokens for document in encoded])
+    mask = np.concatenate([document.loss_mask for document in encoded])
+    last = np.cumsum([len(document.tokens) for document in encoded]) - 1
+    goes_on = np.append(mask[1:], False)
+    goes_on[last] = False
+    wrong = np.flatnonzero(mask & ~goes_on & ~np.isin(tokens, stops))
+    if len(wrong):
+        number = int(np.searchsorted(last, wrong[0]))
+        position = int(wrong[0] - (last[number - 1] + 1 if number else 0))
+        raise ValueError(
+            f"document {number}: the trained tokens up to position {position} end without a stop "
+            f"token (ids {list(stops)}): the stop token is outside the loss mask"
+        )
 
 
 def _shown(found: Iterable[Any], what: str, limit: int) -> Iterator[Any]:
@@ -142,15 +212,15 @@ def _shown(found: Iterable[Any], what: str, limit: int) -> Iterator[Any]:
                 yield one
 
 
-def checked(encoded: Iterator[Any], tokenizer: Any) -> Iterator[Any]:
-    """Checks the masks of what is trained, some thousand rows at a time; see `chat.check_masks`."""
-    stops = chat.stop_tokens(tokenizer)
+def _checked(encoded: Iterator[Any], tokenizer: Any) -> Iterator[Any]:
+    """Checks the masks of what is trained, some thousand rows at a time; see `check_masks`."""
+    stops = stop_tokens(tokenizer)
     while some := list(itertools.islice(encoded, _CHECKED)):
         pairs = [row for row in some if isinstance(row, EncodedPair)]
         documents = [row for row in some if isinstance(row, Encoded)]
         documents += [side for pair in pairs for side in (pair.chosen, pair.rejected)]
         if documents:
-            chat.check_masks(documents, stops)
+            check_masks(documents, stops)
         yield from some
 
 
@@ -172,7 +242,7 @@ def _tokenizer_text(tokenizer: Any) -> str:
 
 @functools.cache
 def _code() -> str:
-    """Hash of the modules beside this one: rows encoded by other code are not taken for these."""
+    """Hash of the modules of this folder: rows encoded by other code are not taken for these."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

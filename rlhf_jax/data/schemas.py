@@ -1,14 +1,24 @@
-"""The values that pass between the data modules."""
+"""The values that pass between the data modules, and what a row must hold.
+
+Rows are dicts. For fine-tuning: {"messages"}, {"prompt", "response"} or {"text"}. For preferences:
+{"prompt", "chosen", "rejected"}, perhaps with a "margin". For prompts: {"prompt"}, perhaps with an
+"opening", the words with which the assistant has begun. A prompt is a text that is gone on with, or
+a list of messages.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 Message = dict[str, str]
 Row = dict[str, Any]
+Kind = Literal["sft", "preference", "prompt"]
+ROLES = ("system", "user", "assistant", "tool")
 EncodedPrompt = np.ndarray  # int32 [T], the template left open for the assistant
 
 
@@ -16,9 +26,9 @@ class Encoded(NamedTuple):
     """One document.
 
     Attributes:
-        tokens: int32 [T].
-        loss_mask: bool [T], True on the tokens that are trained: every token of every assistant
-            turn and the token that ends it.
+      tokens: int32 [T].
+      loss_mask: bool [T], True on the tokens that are trained: every token of every assistant
+        turn and the token that ends it.
     """
 
     tokens: np.ndarray
@@ -29,9 +39,9 @@ class EncodedPair(NamedTuple):
     """Two responses to one prompt.
 
     Attributes:
-        chosen: prompt and the better response; `loss_mask` is True on the response.
-        rejected: the same prompt and the worse response.
-        margin: how much better, in the units of the ratings; 0 where nobody said.
+      chosen: prompt and the better response; `loss_mask` is True on the response.
+      rejected: the same prompt and the worse response.
+      margin: how much better, in the units of the ratings; 0 where nobody said.
     """
 
     chosen: Encoded
@@ -83,3 +93,62 @@ class DropCounts(Counter[str]):
         if self[self.TRUNCATED]:
             line += f", truncated {self[self.TRUNCATED]:,}"
         return line
+
+
+def require(row: Row, fields: Sequence[str], what: str) -> None:
+    """Checks that fields are there and hold text or lists, and that a margin is a number.
+
+    Raises:
+      ValueError: names the fields that are missing and those found, or the one that is wrong.
+    """
+    missing = [field for field in fields if field not in row]
+    if missing:
+        found = ", ".join(sorted(row)) or "none"
+        raise ValueError(f"{what} needs {', '.join(fields)}; missing: {missing}; found: {found}")
+    # Text is a sequence as well; of ShareGPT rows the answers are single turns.
+    kinds = (Sequence, dict) if "conversations" in row else Sequence
+    for field in fields:
+        if not isinstance(row[field], kinds):
+            raise ValueError(
+                f"{field} must be text or a list of messages, not {type(row[field]).__name__}"
+            )
+    margin = row.get("margin", 0.0)
+    try:
+        finite = math.isfinite(float(margin))
+    except (TypeError, ValueError):
+        finite = False
+    if not finite:
+        raise ValueError(f"margin={margin} must be a finite number")
+
+
+def require_sft(row: Row) -> None:
+    """Checks a row of one of the shapes that `encode.encode_row` takes; see `require`."""
+    what = "an SFT row"
+    if "messages" in row:
+        check_messages(row["messages"], "messages")
+    elif "text" in row:
+        require(row, ("text",), what)
+    elif "prompt" in row or "response" in row:
+        require(row, ("prompt", "response"), what)
+    else:
+        found = ", ".join(sorted(row)) or "none"
+        needs = "messages, or prompt and response, or text"
+        raise ValueError(f"{what} needs {needs}; found: {found}")
+
+
+def check_messages(messages: Any, where: str) -> list[Message]:
+    """Returns the messages; raises ValueError naming what is missing and what was found."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise ValueError(
+            f"{where}: messages must be a list of dicts, not {type(messages).__name__}"
+        )
+    for number, message in enumerate(messages):
+        found = sorted(message) if isinstance(message, dict) else type(message).__name__
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise ValueError(f"{where}: message {number} needs role and content; found: {found}")
+        if message["role"] not in ROLES:
+            raise ValueError(f"{where}: role {message['role']!r} must be one of {ROLES}")
+        if not isinstance(message["content"], str):
+            kind = type(message["content"]).__name__
+            raise ValueError(f"{where}: content of message {number} must be text, not {kind}")
+    return list(messages)

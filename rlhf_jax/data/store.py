@@ -45,10 +45,10 @@ class TokenStore(Sequence[Any]):
     """Documents, pairs or prompts of a folder; see `write`.
 
     Attributes:
-        kind: "sft", "preference" or "prompt".
-        lengths: int64 [n] tokens of each row; of a pair, of its longer side.
-        total: tokens of all rows, of pairs on both sides.
-        counts: what was kept, dropped and truncated when the rows were encoded.
+      kind: "sft", "preference" or "prompt".
+      lengths: int64 [n] tokens of each row; of a pair, of its longer side.
+      total: tokens of all rows, of pairs on both sides.
+      counts: what was kept, dropped and truncated when the rows were encoded.
     """
 
     def __init__(self, folder: Path):
@@ -123,10 +123,10 @@ def write(folder: Path, kind: str, rows: Iterable[Any], counts: DropCounts) -> T
     that could be mistaken for a store, and of two writers the first wins.
 
     Args:
-        folder: what to make; its parent is made as well.
-        kind: "sft", "preference" or "prompt".
-        rows: `Encoded`, `EncodedPair` or prompts; read to the end, one by one.
-        counts: saved with the rows, as they stand after the last one.
+      folder: what to make; its parent is made as well.
+      kind: "sft", "preference" or "prompt".
+      rows: `Encoded`, `EncodedPair` or prompts; read to the end, one by one.
+      counts: saved with the rows, as they stand after the last one.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
@@ -150,8 +150,9 @@ def exists(folder: Path) -> bool:
 def lengths_of(items: Sequence[Any]) -> np.ndarray:
     """Returns the tokens of each document, pair (its longer side) or prompt, int64 [n].
 
-    A store knows them without reading its rows.
+    A store knows them without reading its rows, also where it is below `examples.Examples`.
     """
+    items = getattr(items, "rows", items)
     if isinstance(items, TokenStore):
         return items.lengths
     return np.array([_length(item) for item in items], dtype=np.int64)
@@ -159,6 +160,7 @@ def lengths_of(items: Sequence[Any]) -> np.ndarray:
 
 def total_tokens(items: Sequence[Any]) -> int:
     """Returns the tokens of all documents or pairs (both sides), without padding."""
+    items = getattr(items, "rows", items)
     if isinstance(items, TokenStore):
         return items.total
     sides = ((i.chosen, i.rejected) if isinstance(i, EncodedPair) else (i,) for i in items)

@@ -37,12 +37,12 @@ class StreamedBatches:
     """Stands in for `endless.Batches` where rows are streamed.
 
     Args:
-        open_rows: opens the files from their beginnings.
-        make: batches of a block's rows under a seed; None if no row of the block is left.
-        seed: of the draw and of the shuffling.
-        name: of the source; a saved position of another is refused.
-        block_rows: rows of a block.
-        limit: the most rows of an epoch; 0 is all of them.
+      open_rows: opens the files from their beginnings.
+      make: batches of a block's rows under a seed; None if no row of the block is left.
+      seed: of the draw and of the shuffling.
+      name: of the source; a saved position of another is refused.
+      block_rows: rows of a block.
+      limit: the most rows of an epoch; 0 is all of them.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class StreamedBatches:
         """Moves to a position.
 
         Raises:
-            ValueError: the position is one in another source, or under other settings.
+          ValueError: the position is one in another source, or under other settings.
         """
         mine = self.state()
         for name in ("seed", "block_rows", "source"):

@@ -3,20 +3,29 @@
 Templates mark that seldom (`{% generation %}`), and without the marks transformers returns a mask
 of zeros. Here it is found by rendering: the conversation up to a turn, left open for the assistant,
 is a prefix of the whole; the turn starts where that prefix ends, and it ends with the stop token
-that the template writes behind the assistant's words.
+that the template writes after the assistant's words.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_jax.data.schemas import Message, Row
+from rlhf_jax.data.schemas import Message, Row, check_messages
 
-_ROLES = ("system", "user", "assistant", "tool")
-_PROBE = "zq7w"  # Words that no template writes itself.
+_PROBE = "zq7w"  # A word that no template writes itself.
+
+
+def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """Returns the ids that end a response: the template's end-of-turn token, and EOS.
+
+    Raises:
+      ValueError: the template ends the assistant's turn with no token at all.
+    """
+    return ChatTokenizer(tokenizer).stop_tokens
 
 
 class Piece(NamedTuple):
@@ -27,196 +36,250 @@ class Piece(NamedTuple):
 
 
 class _Profile(NamedTuple):
-    """What a template does, found by rendering probes once for each template and BOS."""
+    """What a template does, found by rendering probes."""
 
-    key: tuple[str, str | None]
-    stop: str
-    opens: bool
-    bos: int | None
-
-
-def check_messages(messages: Any, where: str) -> list[Message]:
-    """Returns the messages; raises ValueError naming what is missing and what was found."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise ValueError(
-            f"{where}: messages must be a list of dicts, not {type(messages).__name__}"
-        )
-    for number, message in enumerate(messages):
-        found = sorted(message) if isinstance(message, dict) else type(message).__name__
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise ValueError(f"{where}: message {number} needs role and content; found: {found}")
-        if message["role"] not in _ROLES:
-            raise ValueError(f"{where}: role {message['role']!r} must be one of {_ROLES}")
-        if not isinstance(message["content"], str):
-            kind = type(message["content"]).__name__
-            raise ValueError(f"{where}: content of message {number} must be text, not {kind}")
-    return list(messages)
+    stop: str  # The token that ends the assistant's turn.
+    opens: bool  # Whether it heeds `add_generation_prompt`.
+    marks_turns: bool  # Whether it writes BOS at every turn.
 
 
-def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """Returns the ids that end a response: the template's end-of-turn token, and EOS.
+class ChatTokenizer:
+    """A tokenizer with its chat template, and what was found out about the two.
 
-    Raises:
-        ValueError: the template ends the assistant's turn with no token at all.
-    """
-    stop = tokenizer.convert_tokens_to_ids(_profile(tokenizer).stop)
-    return tuple(dict.fromkeys([stop, tokenizer.eos_token_id]))
-
-
-def leading_bos(tokenizer: Any) -> int | None:
-    """Returns the id that starts a text without a template, or None.
-
-    None also where the template writes BOS at every turn: there it marks turns, as <|im_start|>
-    does in SmolLM2-Instruct, and in front of plain text it would announce a role.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        return tokenizer.bos_token_id
-    return _profile(tokenizer).bos
-
-
-def render_pieces(messages: Sequence[Message], tokenizer: Any, *, opened: bool) -> list[Piece]:
-    """Splits the rendered conversation into what the assistant reads and what it says.
+    Whoever encodes rows makes one and passes it on. Nothing is written to the tokenizer; its
+    template and special tokens must not change while this is used.
 
     Args:
-        messages: the conversation.
-        tokenizer: with a chat template.
-        opened: the messages are a prompt; the template is left open for the assistant. Otherwise
+      tokenizer: a tokenizer of transformers.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self._rendered: dict[Any, str] | None = None
+        self._ids: dict[tuple[str, bool], list[int]] = {}
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The ids that end a response; see `templates.stop_tokens`."""
+        stop = self.tokenizer.convert_tokens_to_ids(self._profile.stop)
+        return tuple(dict.fromkeys([stop, self.tokenizer.eos_token_id]))
+
+    @property
+    def eos_token_id(self) -> int:
+        """The id of EOS."""
+        return self.tokenizer.eos_token_id
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of some ids."""
+        return self.tokenizer.decode(ids)
+
+    @property
+    def leading_bos(self) -> int | None:
+        """The id that starts a text without a template, or None.
+
+        None also where the template writes BOS at every turn: there it marks turns, as <|im_start|>
+        does in SmolLM2-Instruct, and in front of plain text it would announce a role.
+        """
+        has_template = bool(getattr(self.tokenizer, "chat_template", None))
+        marks_turns = has_template and self._profile.marks_turns
+        return None if marks_turns else self.tokenizer.bos_token_id
+
+    def pieces(self, messages: Sequence[Message], *, opened: bool) -> list[Piece]:
+        """Splits the rendered conversation into what the assistant reads and what it says.
+
+        Args:
+          messages: the conversation.
+          opened: the messages are a prompt; the template is left open for the assistant. Otherwise
             the text ends with the last turn of the assistant.
 
-    Returns:
-        Pieces in order, none empty; a trained piece is one turn, its stop token included.
+        Returns:
+          Pieces in order, none empty; a trained piece is one turn, its stop token included.
 
-    Raises:
-        ValueError: the template refuses the messages, is not stable under prefixes, or ends a
+        Raises:
+          ValueError: the template refuses the messages, is not stable under prefixes, or ends a
             turn without its stop token.
-    """
-    profile = _profile(tokenizer)
-    whole = open_text(messages, tokenizer) if opened else _render(messages, tokenizer)
-    pieces = []
-    done = 0
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = open_text(messages[:number], tokenizer)
-        if not whole.startswith(before):
-            raise ValueError(
-                f"the chat template renders message {number} differently once more follow: "
-                "give the tokenizer a template whose prefixes are stable"
-            )
-        end = _turn_end(whole, len(before), message["content"], profile.stop)
-        pieces += [Piece(whole[done : len(before)], False), Piece(whole[len(before) : end], True)]
-        done = end
-    if opened:
-        pieces.append(Piece(whole[done:], False))
-    return [piece for piece in pieces if piece.text]
+        """
+        stop = self._profile.stop
+        whole = self.open_text(messages) if opened else self._render(messages)
+        pieces = []
+        done = 0
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.open_text(messages[:number])
+            if not whole.startswith(before):
+                raise ValueError(
+                    f"the chat template renders message {number} differently once more follow: "
+                    "give the tokenizer a template whose prefixes are stable"
+                )
+            end = _turn_end(whole, len(before), message["content"], stop)
+            pieces += [
+                Piece(whole[done : len(before)], False),
+                Piece(whole[len(before) : end], True),
+            ]
+            done = end
+        if opened:
+            pieces.append(Piece(whole[done:], False))
+        return [piece for piece in pieces if piece.text]
 
+    def open_text(self, messages: Sequence[Message]) -> str:
+        """Renders a prompt up to where the assistant's words begin.
 
-def pieces_of(row: Row, tokenizer: Any) -> list[tuple[str, bool]]:
-    """Returns what `encode_piece` will be asked for, whatever the row is; [] if the row is wrong.
+        A template without `add_generation_prompt` writes its header, if any, only together with the
+        words: what comes before them is the header, except for spaces, which start the response (as
+        tokenizers glue a space to the word that follows it).
+        """
+        if self._profile.opens:
+            return self._render(messages, add_generation_prompt=True)
+        probe = self._render([*messages, {"role": "assistant", "content": _PROBE}])
+        return probe[: probe.rindex(_PROBE)].rstrip(" ")
 
-    For encoding ahead: what is missing here is encoded when its turn comes.
-    """
-    prompt = row.get("messages", row.get("prompt", ()))
-    try:
-        if isinstance(prompt, str):
+    def encode(self, text: str, *, first: bool) -> list[int]:
+        """Returns the ids of a piece of a longer text, without special tokens around it.
+
+        Pieces that are encoded one by one must not gain a space at each seam. Tokenizers of the
+        SentencePiece kind put one before every text; for those a later piece is encoded after a
+        line break, whose ids are then taken off.
+
+        Args:
+          text: the piece.
+          first: whether nothing but BOS comes before it.
+        """
+        known = self._ids.get((text, first))
+        if known is not None:
+            return known
+        if first or not text or not self._adds_space:
+            return self._encode_alone(text)
+        head, ids = self._encode_alone("\n"), self._encode_alone("\n" + text)
+        return ids[len(head) :] if ids[: len(head)] == head else self._encode_alone(text)
+
+    @contextlib.contextmanager
+    def ahead(self, rows: Iterable[Row]) -> Iterator[None]:
+        """Encodes the pieces of many rows at once, on all cores; inside, `encode` looks them up.
+
+        Inside, a conversation is also rendered once: two answers to one prompt share its prefixes.
+
+        Args:
+          rows: of any kind; those that are wrong are passed over.
+        """
+        self._rendered = {}
+        try:
+            self._ids = self._encoded([piece for row in rows for piece in self._pieces_of(row)])
+            yield
+        finally:
+            self._rendered, self._ids = None, {}
+
+    def _pieces_of(self, row: Row) -> list[tuple[str, bool]]:
+        """What `encode` will be asked for, whatever the row is; [] if the row is wrong.
+
+        What is missing here is encoded when its turn comes.
+        """
+        prompt = row.get("messages", row.get("prompt", ()))
+        try:
+            if isinstance(prompt, str):
+                return []
+            said = check_messages(prompt, "prompt")
+            sides = [row[side] for side in ("chosen", "rejected", "response") if side in row]
+            talks = [[*said, {"role": "assistant", "content": side}] for side in sides] or [said]
+            opened = "messages" not in row and not sides
+            return [
+                (piece.text, number == 0)
+                for talk in talks
+                for number, piece in enumerate(self.pieces(talk, opened=opened))
+            ]
+        except (ValueError, AttributeError, TypeError):
+            return []  # The encoder says what is wrong, and in which row.
+
+    def _encoded(self, pieces: list[tuple[str, bool]]) -> dict[tuple[str, bool], list[int]]:
+        """Ids of pieces with their `first`; of slow tokenizers nothing is encoded ahead."""
+        backend, found = self._backend, {}
+        if backend is None:
+            return {}
+        wanted = [piece for piece in dict.fromkeys(pieces) if piece[0]]
+        seam = "\n" if self._adds_space else ""
+        head = self._encode_alone(seam)
+        texts = [text if first else seam + text for text, first in wanted]
+        batch = backend.encode_batch_fast(texts, add_special_tokens=False)
+        for (text, first), one in zip(wanted, batch, strict=True):
+            ids, start = one.ids, 0 if first else len(head)
+            if first or ids[:start] == head:
+                found[text, first] = ids[start:]
+        return found
+
+    def _encode_alone(self, text: str) -> list[int]:
+        """Encodes without special tokens: where it is safe, past transformers, twice as fast."""
+        if not text:
             return []
-        said = check_messages(prompt, "prompt")
-        sides = [row[side] for side in ("chosen", "rejected", "response") if side in row]
-        talks = [[*said, {"role": "assistant", "content": side}] for side in sides] or [said]
-        opened = "messages" not in row and not sides
-        return [
-            (piece.text, number == 0)
-            for talk in talks
-            for number, piece in enumerate(render_pieces(talk, tokenizer, opened=opened))
-        ]
-    except (ValueError, AttributeError, TypeError):
-        return []  # The encoder says what is wrong, and in which row.
+        backend = self._backend
+        if backend is None:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        return backend.encode(text, add_special_tokens=False).ids
 
+    @property
+    def _backend(self) -> Any:
+        """The fast tokenizer, None where it would cut or pad."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        return None if backend is None or backend.truncation or backend.padding else backend
 
-@contextlib.contextmanager
-def renderings_kept(tokenizer: Any) -> Iterator[None]:
-    """Inside, a conversation is rendered once: two answers to one prompt share its prefixes."""
-    tokenizer._rlhf_jax_rendered = {}
-    try:
-        yield
-    finally:
-        tokenizer._rlhf_jax_rendered = None
+    @functools.cached_property
+    def _adds_space(self) -> bool:
+        """Whether 'a' alone differs from 'a' after a line break."""
+        alone, after = self._encode_alone("a"), self._encode_alone("\na")
+        return after[-len(alone) :] != alone
 
+    @functools.cached_property
+    def _profile(self) -> _Profile:
+        """Renders the probes."""
+        tokenizer = self.tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("the tokenizer has no chat template: call ensure_template(tokenizer)")
+        question = [{"role": "user", "content": "a"}]
+        answered = self._render([*question, {"role": "assistant", "content": _PROBE}])
+        opened = self._render(question, add_generation_prompt=True)
+        names = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len)
+        pattern = r"\s*(" + "|".join(re.escape(name) for name in reversed(names)) + ")"
+        found = re.match(pattern, answered[answered.rindex(_PROBE) + len(_PROBE) :])
+        if found is None:
+            raise ValueError(
+                "the chat template ends the assistant's turn with no special token, so that the "
+                "stop token would be outside the loss mask: write {{ eos_token }} after it"
+            )
+        bos = tokenizer.bos_token
+        marks_turns = bos is not None and answered.count(bos) > 1
+        return _Profile(found.group(1), opened != self._render(question), marks_turns)
 
-def open_text(messages: Sequence[Message], tokenizer: Any) -> str:
-    """Renders a prompt up to where the assistant's words begin.
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """Applies the template; a template that refuses gives a ValueError of one line."""
+        from jinja2 import TemplateError
 
-    A template without `add_generation_prompt` writes its header, if any, only together with the
-    words: what stands before them is the header, except for spaces, which start the response (as
-    tokenizers glue a space to the word behind it).
-    """
-    if _profile(tokenizer).opens:
-        return _render(messages, tokenizer, add_generation_prompt=True)
-    probe = _render([*messages, {"role": "assistant", "content": _PROBE}], tokenizer)
-    return probe[: probe.rindex(_PROBE)].rstrip(" ")
+        kept = self._rendered
+        if kept is not None and any(len(message) > 2 for message in messages):
+            kept = None  # More than role and content may be rendered.
+        key = (tuple((m["role"], m["content"]) for m in messages), add_generation_prompt)
+        if kept is not None and key in kept:
+            return kept[key]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"the chat template refuses the roles [{roles}]: {error}") from error
+        if kept is not None:
+            kept[key] = text
+        return text
 
 
 def _turn_end(whole: str, start: int, content: str, stop: str) -> int:
-    """Returns the position behind the stop token of the turn that starts at `start`."""
+    """Returns the position after the stop token of the turn that starts at `start`."""
     said = whole.find(content.strip(), start)
     # A template may rewrite the content (drop its reasoning): then the next stop token ends it.
-    behind = said + len(content.strip()) if said >= 0 else start
-    position = whole.find(stop, behind)
-    gap = whole[behind:position] if position >= 0 else ""
+    after = said + len(content.strip()) if said >= 0 else start
+    position = whole.find(stop, after)
+    gap = whole[after:position] if position >= 0 else ""
     if position < 0 or (said >= 0 and gap.strip()):
         raise ValueError(
             f"the chat template ends an assistant's turn without its stop token {stop!r}, so that "
-            "stopping would not be trained: write it behind every turn of the assistant"
+            "stopping would not be trained: write it after every turn of the assistant"
         )
     return position + len(stop)
-
-
-def _profile(tokenizer: Any) -> _Profile:
-    """Renders the probes, or returns what was found before."""
-    key = (str(getattr(tokenizer, "chat_template", None)), tokenizer.bos_token)
-    known = getattr(tokenizer, "_rlhf_jax_profile", None)
-    if known is not None and known.key == key:
-        return known
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the tokenizer has no chat template: call ensure_template(tokenizer)")
-    question = [{"role": "user", "content": "a"}]
-    answered = _render([*question, {"role": "assistant", "content": _PROBE}], tokenizer)
-    opened = _render(question, tokenizer, add_generation_prompt=True)
-    opens = opened != _render(question, tokenizer)
-    names = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len)
-    pattern = r"\s*(" + "|".join(re.escape(name) for name in reversed(names)) + ")"
-    found = re.match(pattern, answered[answered.rindex(_PROBE) + len(_PROBE) :])
-    if found is None:
-        raise ValueError(
-            "the chat template ends the assistant's turn with no special token, so that the stop "
-            "token would be outside the loss mask: write {{ eos_token }} behind it"
-        )
-    marks_turns = tokenizer.bos_token is not None and answered.count(tokenizer.bos_token) > 1
-    bos = None if marks_turns else tokenizer.bos_token_id
-    profile = _Profile(key, found.group(1), opens, bos)
-    tokenizer._rlhf_jax_profile = profile
-    return profile
-
-
-def _render(
-    messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool = False
-) -> str:
-    """Applies the template; a template that refuses gives a ValueError of one line."""
-    from jinja2 import TemplateError
-
-    kept = getattr(tokenizer, "_rlhf_jax_rendered", None)
-    if kept is not None and any(len(message) > 2 for message in messages):
-        kept = None  # More than role and content may be rendered.
-    key = (tuple((m["role"], m["content"]) for m in messages), add_generation_prompt)
-    if kept is not None and key in kept:
-        return kept[key]
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"the chat template refuses the roles [{roles}]: {error}") from error
-    if kept is not None:
-        kept[key] = text
-    return text

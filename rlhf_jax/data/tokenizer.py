@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +45,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
     PLAIN_TEMPLATE.
 
     Returns:
-        A `transformers.PreTrainedTokenizerFast` with at most `vocab_size` entries.
+      A `transformers.PreTrainedTokenizerFast` with at most `vocab_size` entries.
 
     Raises:
-        ValueError: vocab_size is too small for the bytes and the special tokens.
+      ValueError: vocab_size is too small for the bytes and the special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -92,11 +91,11 @@ def load_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> Any:
     What `ensure_pad` and `ensure_template` changed is logged as a warning.
 
     Args:
-        path: a folder with the files of `save_pretrained`, or a name on the hub.
-        vocab_size: rows of the model's embedding, see `ensure_pad`.
+      path: a folder with the files of `save_pretrained`, or a name on the hub.
+      vocab_size: rows of the model's embedding, see `ensure_pad`.
 
     Raises:
-        ValueError: no tokenizer there, or it has no token that can end a response.
+      ValueError: no tokenizer there, or it has no token that can end a response.
     """
     from transformers import AutoTokenizer
 
@@ -122,11 +121,11 @@ def ensure_pad(tokenizer: Any, *, vocab_size: int | None = None) -> str:
     for it.
 
     Args:
-        tokenizer: changed in place.
-        vocab_size: rows of the model's embedding; without it the tokenizer may not grow.
+      tokenizer: changed in place.
+      vocab_size: rows of the model's embedding; without it the tokenizer may not grow.
 
     Raises:
-        ValueError: no EOS, or no candidate and no free row in the embedding.
+      ValueError: no EOS, or no candidate and no free row in the embedding.
     """
     eos = tokenizer.eos_token
     if eos is None:
@@ -155,75 +154,6 @@ def ensure_template(tokenizer: Any) -> str:
         return "has a chat template"
     tokenizer.chat_template = PLAIN_TEMPLATE
     return "no chat template; now bos, the contents, a line break or (assistant) eos after each"
-
-
-def encode_piece(tokenizer: Any, text: str, *, first: bool) -> list[int]:
-    """Returns the ids of a piece of a longer text, without special tokens around it.
-
-    Pieces that are encoded one by one must not gain a space at each seam. Tokenizers of the
-    SentencePiece kind put one before every text; for those a later piece is encoded behind a line
-    break, whose ids are then taken off.
-
-    Args:
-        tokenizer: a fast tokenizer of transformers.
-        text: the piece.
-        first: whether nothing but BOS stands before it.
-    """
-    known = getattr(tokenizer, "_rlhf_jax_ids", {}).get((text, first))
-    if known is not None:
-        return known
-    if first or not text or not _adds_space(tokenizer):
-        return _ids(tokenizer, text)
-    head = _ids(tokenizer, "\n")
-    ids = _ids(tokenizer, "\n" + text)
-    return ids[len(head) :] if ids[: len(head)] == head else _ids(tokenizer, text)
-
-
-@contextlib.contextmanager
-def pieces_encoded(tokenizer: Any, pieces: Iterable[tuple[str, bool]]) -> Iterator[None]:
-    """Encodes many pieces at once, on all cores; inside, `encode_piece` looks their ids up.
-
-    Args:
-        tokenizer: a fast tokenizer of transformers; for others nothing is encoded ahead.
-        pieces: texts with their `first`, see `encode_piece`.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    found: dict[tuple[str, bool], list[int]] = {}
-    if backend is not None and not backend.truncation and not backend.padding:
-        wanted = [piece for piece in dict.fromkeys(pieces) if piece[0]]
-        seam = "\n" if _adds_space(tokenizer) else ""
-        head = _ids(tokenizer, seam)
-        texts = [text if first else seam + text for text, first in wanted]
-        batch = backend.encode_batch_fast(texts, add_special_tokens=False)
-        for (text, first), one in zip(wanted, batch, strict=True):
-            ids, start = one.ids, 0 if first else len(head)
-            if first or ids[:start] == head:
-                found[text, first] = ids[start:]
-    tokenizer._rlhf_jax_ids = found
-    try:
-        yield
-    finally:
-        tokenizer._rlhf_jax_ids = {}
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    """Encodes without special tokens; twice as fast as through transformers where it is safe."""
-    if not text:
-        return []
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or backend.truncation or backend.padding:
-        return tokenizer.encode(text, add_special_tokens=False)
-    return backend.encode(text, add_special_tokens=False).ids
-
-
-def _adds_space(tokenizer: Any) -> bool:
-    """Whether 'a' alone differs from 'a' behind a line break; found once for each tokenizer."""
-    known = getattr(tokenizer, "_rlhf_jax_adds_space", None)
-    if known is None:
-        alone, behind = _ids(tokenizer, "a"), _ids(tokenizer, "\na")
-        known = behind[-len(alone) :] != alone
-        tokenizer._rlhf_jax_adds_space = known
-    return known
 
 
 def _spare_token(tokenizer: Any, vocab: dict[str, int], limit: int) -> str | None:

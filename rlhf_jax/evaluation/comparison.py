@@ -52,15 +52,15 @@ def win_tie_lose(
 
         o_i = 1[a_i − b_i > tol] + ½ 1[|a_i − b_i| ≤ tol],  win rate = mean o_i
 
-    The outcomes o_i, one a prompt, are what is resampled, so the pairing is kept.
+    The outcomes o_i, one per prompt, are resampled, so the pairing is kept.
 
     Args:
-      scores_a: float [N], a judge's scores of A's responses; or [N, S] for S responses a prompt,
+      scores_a: float [N], a judge's scores of A's responses; or [N, S] for S responses per prompt,
         which are compared one by one and averaged within the prompt before resampling.
-      scores_b: the same of B, same shape.
+      scores_b: the same for B, same shape.
       tie_tol: largest absolute difference that is a tie.
-      seed: of the bootstrap.
-      num_resamples: of the bootstrap.
+      seed: seed of the bootstrap.
+      num_resamples: number of bootstrap resamples.
 
     Returns:
       A `WinRate`, shares in [0, 1].
@@ -120,7 +120,7 @@ def bootstrap_interval(
     Args:
       x: float [N], one value for each independent unit (a prompt, not a token).
       statistic: reduces the last axis and takes `axis=-1`, e.g. `np.mean`, `np.median`.
-      level: of the interval, in (0, 1).
+      level: coverage of the interval, in (0, 1).
       num_resamples: number of resamples.
       seed: the same seed gives the same interval.
 
@@ -139,10 +139,10 @@ def bootstrap_interval(
     # Every resample of equal values is x itself. SciPy refuses a single one, and warns of NaN.
     if (x == x[0]).all() or math.isnan(value):
         return Interval(value, value, value)
-    # Imported here: it takes a second, and what compares nothing need not wait for it.
+    # Imported here: it takes a second, and code that compares nothing need not wait for it.
     from scipy.stats import bootstrap
 
-    with np.errstate(invalid="ignore"):  # its standard error, unused here, of infinite estimates
+    with np.errstate(invalid="ignore"):  # its standard error of infinite estimates, unused here
         result = bootstrap(
             (x,),
             statistic,

@@ -40,7 +40,7 @@ def plot_ppo(
     Args:
       workdir: the run folder, or its `metrics.jsonl`.
       path: the PNG to write.
-      title: above the panels.
+      title: heading above the panels.
       panels: what to draw; panels without data are left out.
 
     Returns:
@@ -67,18 +67,18 @@ def compare_runs(
     panels: Sequence[Panel] = PPO_PANELS,
     xlabel: str = "step",
 ) -> Path:
-    """Lays the curves of several runs over one another (Figures 6, 7 and 8 of the paper).
+    """Draws the curves of several runs over one another (Figures 6, 7 and 8 of the paper).
 
     Held-out values of a metric, logged as `eval/<metric>`, are drawn with dots. More than 100
     points are drawn pale, with a running mean over them. Several seeds of a run are drawn as their
     mean, shaded from the lowest to the highest, over the steps that all of them logged.
 
     Args:
-      runs: legend label -> run folder or `metrics.jsonl`, or a list of them, one a seed.
+      runs: legend label -> run folder or `metrics.jsonl`, or a list of them, one per seed.
       path: the PNG to write.
-      title: above the panels.
+      title: heading above the panels.
       panels: what to draw; panels that no run has data for are left out.
-      xlabel: of every panel.
+      xlabel: label of every x axis.
 
     Returns:
       `path`.
@@ -106,12 +106,12 @@ def plot_reward_histogram(
 def plot_accuracy(
     curves: Mapping[str, tuple[Any, Any]], path: PathLike, *, title: str = "Reward model accuracy"
 ) -> Path:
-    """Accuracy against steps, one curve a set (Figure 3 of the paper).
+    """Accuracy against steps, one curve per set (Figure 3 of the paper).
 
     Args:
       curves: label ("train", "eval") -> (steps [S], accuracies [S] in [0, 1]).
       path: the PNG to write.
-      title: above the axes.
+      title: heading above the axes.
 
     Returns:
       `path`.
@@ -130,7 +130,7 @@ def draw_reward_histogram(
       axes: where to draw.
       chosen_scores: float [N].
       rejected_scores: float [N].
-      title: before the accuracy.
+      title: text before the accuracy.
       bins: about how many bars; 0 is always an edge, so no bar mixes the two sides.
 
     Raises:
@@ -143,7 +143,7 @@ def draw_reward_histogram(
     low, high = min(difference.min(), 0.0), max(difference.max(), 0.0)
     width = max(high - low, 1e-6) / bins
     edges = (width * np.arange(np.floor(low / width), np.floor(high / width) + 2)).tolist()
-    # Rounding may put the lowest value outside of the first edge.
+    # Rounding may put the lowest value outside the first edge.
     difference = np.maximum(difference, edges[0])
     sides = {
         "rejected scores higher": (difference < 0, COLORS[1]),
@@ -172,7 +172,7 @@ def draw_accuracy(axes: Axes, curves: Mapping[str, tuple[Any, Any]], *, title: s
     Args:
       axes: where to draw.
       curves: label -> (steps [S], accuracies [S] in [0, 1]), NaN is left out.
-      title: above the axes.
+      title: heading above the axes.
     """
     for index, (label, (steps, values)) in enumerate(curves.items()):
         color = COLORS[index % len(COLORS)]

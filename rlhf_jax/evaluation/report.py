@@ -58,12 +58,12 @@ def write_report(
       command: the command that made the run.
       hardware: one line, e.g. "2 CPU cores, 8 GiB".
       summary_table: policy ("SFT", "PPO-max", "DPO") -> metric name -> number, `Interval`, text or
-        None; one column a policy, one row a metric in the order of first mention.
+        None; one column per policy, one row per metric in the order of first mention.
       win_rates: "PPO-max against SFT" -> `WinRate`.
-      samples: one mapping a prompt: "prompt" first, then one response a policy.
+      samples: one mapping per prompt: "prompt" first, then one response per policy.
       figures: caption -> PNG, linked relative to `workdir`.
       targets: what was aimed at; missed ones are listed first.
-      notes: what the numbers do not show, as Markdown lines of the author's own.
+      notes: what the numbers do not show, as lines of Markdown.
       seeds: the seeds of the run.
       wall_seconds: stage -> seconds.
 
@@ -127,11 +127,11 @@ def seeds_table(workdirs: Sequence[str | os.PathLike[str]]) -> str:
     """Several runs of one experiment as one Markdown table: mean [lowest, highest] over the runs.
 
     Args:
-      workdirs: folders that `write_report` wrote to, one a seed.
+      workdirs: folders that `write_report` wrote to, one per seed.
 
     Returns:
-      A table with a column a policy and a row a metric, then a row for each win rate; numbers that
-      a run lacks make a dash.
+      A table with a column per policy and a row per metric, then a row per win rate; a number that
+      a run lacks becomes a dash.
 
     Raises:
       ValueError: no folder.
@@ -161,7 +161,7 @@ def seeds_table(workdirs: Sequence[str | os.PathLike[str]]) -> str:
 
 
 def _range(values: Sequence[Any]) -> str:
-    """Mean [lowest, highest] of numbers as they stand in report.json."""
+    """Mean [lowest, highest] of numbers from report.json."""
     numbers = [value["value"] if isinstance(value, dict) else value for value in values]
     try:
         array = [float(number) for number in numbers]
@@ -173,7 +173,7 @@ def _range(values: Sequence[Any]) -> str:
 def escape_markdown(text: str, *, max_chars: int = 600) -> str:
     """Text as the cell of a Markdown table: shown as it is, never read as Markdown or HTML.
 
-    Line breaks become `<br>`; text beyond `max_chars` is cut and its length is told.
+    Line breaks become `<br>`; text beyond `max_chars` is cut, and its length given.
     """
     # A lone surrogate cannot be written as UTF-8, and control characters break tables.
     text = text.encode("utf-8", "replace").decode("utf-8")
@@ -277,7 +277,7 @@ def _wall_time_markdown(wall_seconds: Mapping[str, float]) -> str:
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first row is its head. Cells hold no line break and no bare `|`."""
-    # Cells are text that says what it says: nothing in them is read as a number again.
+    # Cells are text, also where they look like numbers: nothing may be reformatted.
     return tabulate(rows, headers="firstrow", tablefmt="pipe", disable_numparse=True)
 
 

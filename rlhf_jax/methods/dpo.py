@@ -29,6 +29,7 @@ from rlhf_jax.methods.reductions import weighted_sum
 from rlhf_jax.models.heads import next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.runtime.files import naming, put
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training.step import make_train_step
 
@@ -44,10 +45,10 @@ class DPOConfig:
     """The loss.
 
     Attributes:
-      objective: One of `OBJECTIVES`.
+      objective: one of `OBJECTIVES`.
       beta: β, the strength of the pull to the reference.
-      label_smoothing: Share of labels that are thought to be flipped, below ½; for "dpo" only.
-      sft_coef: Weight of -log π(y⁺|x), which keeps up the likelihood of chosen responses: the
+      label_smoothing: assumed share of flipped labels, below ½; for "dpo" only.
+      sft_coef: weight of -log π(y⁺|x), which keeps up the likelihood of chosen responses: the
         slides' L_total has this term and DPO's as its auxiliary one.
     """
 
@@ -57,16 +58,13 @@ class DPOConfig:
     sft_coef: float = 0.0
 
     def __post_init__(self):
-        if self.objective not in OBJECTIVES:
-            raise ValueError(
-                f"dpo.objective={self.objective!r} is unknown; use one of {sorted(OBJECTIVES)}"
-            )
-        if not self.beta > 0:
-            raise ValueError(f"dpo.beta={self.beta} must be positive")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(
-                f"dpo.label_smoothing={self.label_smoothing} must be at least 0 and below 0.5"
-            )
+        check(
+            self,
+            objective=OBJECTIVES,
+            beta="(0, 1e6]",
+            label_smoothing="[0, 0.5)",
+            sft_coef="[0, 1e6]",
+        )
         if self.label_smoothing and self.objective != "dpo":
             raise ValueError(
                 f"dpo.label_smoothing={self.label_smoothing} is for dpo.objective='dpo', not "
@@ -74,7 +72,7 @@ class DPOConfig:
             )
 
     def loss(self, *log_probs: jax.Array) -> jax.Array:
-        """`[B]`, of chosen and rejected `[B]` under the policy and under the reference."""
+        """`[B]`, from `[B]` each: chosen, rejected under the policy, then under the reference."""
         if self.objective == "dpo":
             return losses.dpo_loss(*log_probs, beta=self.beta, label_smoothing=self.label_smoothing)
         return OBJECTIVES[self.objective](*log_probs, beta=self.beta)
@@ -85,7 +83,7 @@ class PairSet(NamedTuple):
 
     Attributes:
       pairs: N pairs.
-      batches: All of them once.
+      batches: all of them once.
     """
 
     pairs: Sequence[EncodedPair]
@@ -98,10 +96,10 @@ def loss_fn(
     """L = -log σ(β log(π(y⁺)/π_ref(y⁺)) - β log(π(y⁻)/π_ref(y⁻))), or what `config` names.
 
     Args:
-      model: The policy π.
-      batch: Tokens, segments and loss mask `[B, 2, T]`, chosen first, `ref_log_probs [B, 2]`, and
+      model: the policy π.
+      batch: tokens, segments and loss mask `[B, 2, T]`, chosen first, `ref_log_probs [B, 2]`, and
         weights from `prepare`.
-      config: The loss.
+      config: the loss.
     """
     log_probs = sequence_log_probs(model, batch)
     metrics = pair_metrics(log_probs, batch["ref_log_probs"], batch["pair_weights"], config=config)
@@ -116,10 +114,10 @@ def pair_metrics(
     """Weighted sums over pairs: the loss, whichever it is, and what the policy thinks of them.
 
     Args:
-      log_probs: `[B, 2]`, of the policy, chosen first; the loss is differentiated in it.
-      ref_log_probs: `[B, 2]`, of the reference.
-      weights: `[B]`, of each pair.
-      config: The loss.
+      log_probs: `[B, 2]`, under the policy, chosen first; differentiated.
+      ref_log_probs: `[B, 2]`, under the reference.
+      weights: `[B]`, the weight of each pair.
+      config: the loss.
     """
     four = (*log_probs.T, *ref_log_probs.T)
     rewards = losses.implicit_rewards(log_probs, ref_log_probs, beta=config.beta)
@@ -180,7 +178,7 @@ def evaluate(
 
 
 def sequence_log_probs(model: Transformer, batch: dict[str, jax.Array]) -> jax.Array:
-    """log π(y|x) of chosen and rejected, `[B, 2]` float32: both sides are rows of one forward."""
+    """log π(y|x) of chosen and rejected, `[B, 2]` float32, both sides in one forward pass."""
     pairs, _, width = batch["tokens"].shape
     tokens, segments, trained = (
         batch[name].reshape(-1, width) for name in ("tokens", "segments", "loss_mask")
@@ -198,10 +196,10 @@ def log_probs_of_pairs(
     """log π of both sides of all pairs, `[N, 2]` float32, in the order of the list of pairs.
 
     Args:
-      model: The language model.
-      batches: Every pair once, with its `index`.
+      model: the language model.
+      batches: every pair once, with its `index`.
       count: N.
-      sharding: Where batches go.
+      sharding: where batches go.
     """
     log_probs = np.full((count, 2), np.nan, np.float32)
     for batch in batches:

@@ -8,17 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.runtime.settings import check
+
 
 @dataclasses.dataclass(frozen=True)
 class PairTrainConfig:
     """Token-balanced batches, all global: a step takes as many pairs as fit.
 
     Attributes:
-      steps: Updates.
-      max_tokens: The most tokens of a batch, padding included.
-      min_pairs: The fewest pairs of a batch.
-      max_pairs: The most pairs of a batch.
-      microbatches: Parts of a batch whose gradients are computed one after the other.
+      steps: updates.
+      max_tokens: the most tokens of a batch, padding included.
+      min_pairs: the fewest pairs of a batch.
+      max_pairs: the most pairs of a batch.
+      microbatches: parts of a batch whose gradients are computed one after the other.
     """
 
     steps: int
@@ -28,11 +30,11 @@ class PairTrainConfig:
     microbatches: int = 1
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(
-                    f"train.{field.name}={getattr(self, field.name)} must be at least 1"
-                )
+        check(self, **{field.name: "[1, inf)" for field in dataclasses.fields(self)})
+        if self.min_pairs > self.max_pairs:
+            raise ValueError(
+                f"train.min_pairs={self.min_pairs} must be at most train.max_pairs={self.max_pairs}"
+            )
 
     def batching(self, devices: int) -> dict[str, Any]:
         """The keywords of `data.batches.PairBatches` that these settings decide."""
@@ -40,7 +42,8 @@ class PairTrainConfig:
             "max_tokens": self.max_tokens,
             "min_pairs": self.min_pairs,
             "max_pairs": self.max_pairs,
-            "multiple_of": devices * self.microbatches,
+            "multiple_of": devices,
+            "parts": self.microbatches,
         }
 
 

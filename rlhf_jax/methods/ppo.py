@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import losses
-from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
+from rlhf_jax.methods.reductions import REDUCTIONS, reduction_weights, weighted_sum
 from rlhf_jax.models.heads import ScalarModel, log_probs_of
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.rollouts.experience import Experience, state_values
+from rlhf_jax.runtime.settings import check
 
 OBJECTIVES = ("clip", "penalty", "surrogate", "policy_gradient", "trpo")
+DENOMINATORS = ("old", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +32,14 @@ class PPOConfig:
         "policy_gradient" (log π weighted by Φ, no ratio), or "trpo" (the surrogate within a trust
         region: `trpo.make_trust_region_step` in place of `policy_loss`).
       clip_eps: ε of PPO-clip.
-      value_clip_eps: The critic's move away from its old value is clipped to this; 0 is off.
+      value_clip_eps: the critic's move away from its old value is clipped to this; 0 is off.
       ratio_denominator: "old" is the policy that sampled; "reference" is the paper's importance
         sampling ablation (Figure 7): the ratio is against the frozen reference.
-      entropy_coef: Weight of the entropy bonus; 0 is off.
+      entropy_coef: weight of the entropy bonus; 0 is off.
       entropy_max: δ, the bonus is off where the entropy is above it, in nats; 0 is no bound.
-      ptx_coef: Weight of the language-model loss on SFT data; 0 is off.
-      normalize_advantages: Mean 0 and std 1 over the minibatch.
-      advantage_clip: Advantages are clipped to ±this after normalisation; 0 is off.
+      ptx_coef: weight of the language-model loss on SFT data; 0 is off.
+      normalize_advantages: mean 0 and std 1 over the minibatch.
+      advantage_clip: advantages are clipped to ±this after normalisation; 0 is off.
       reduction: "token_mean", "sequence_mean" or "sequence_sum".
     """
 
@@ -53,22 +55,31 @@ class PPOConfig:
     reduction: str = "token_mean"
 
     def __post_init__(self):
-        if self.objective not in OBJECTIVES:
+        check(
+            self,
+            objective=OBJECTIVES,
+            clip_eps="(0, inf)",
+            value_clip_eps="[0, inf)",
+            ratio_denominator=DENOMINATORS,
+            entropy_coef="[0, 1e6]",
+            entropy_max="[0, inf)",
+            ptx_coef="[0, 1e6]",
+            advantage_clip="[0, inf)",
+            reduction=REDUCTIONS,
+        )
+        if self.objective == "trpo" and (self.ptx_coef or self.entropy_coef):
             raise ValueError(
-                f"ppo.objective={self.objective!r} is unknown; use one of {OBJECTIVES}"
-            )
-        if self.ratio_denominator not in ("old", "reference"):
-            raise ValueError(
-                f"ppo.ratio_denominator={self.ratio_denominator!r} must be 'old' or 'reference'"
+                "ppo.objective='trpo' has no place for a ptx loss or an entropy bonus: "
+                f"ppo.ptx_coef={self.ptx_coef} and ppo.entropy_coef={self.entropy_coef} must be 0"
             )
 
 
 @flax.struct.dataclass
 class PPOBatch:
-    """A minibatch with everything that is normalised over the whole of it.
+    """A minibatch with everything that is normalised over all of it.
 
     Attributes:
-      experience: Rows of the buffer; advantages normalised and clipped if asked.
+      experience: rows of the buffer; advantages normalised and clipped if asked.
       weights: `[B, G]` float32, the reduction's weight of each response token.
       ptx: None, or a language-model batch `{"tokens", "segments", "loss_mask"}` `[B', T]`.
       ptx_weights: None, or `[B', T - 1]` float32.
@@ -81,7 +92,7 @@ class PPOBatch:
 
 
 def prepare(batch: tuple[Experience, Any], *, config: PPOConfig) -> PPOBatch:
-    """Makes loss weights, normalises and clips advantages over one whole minibatch."""
+    """Makes the loss weights; normalises and clips advantages over the whole minibatch."""
     experience, ptx = batch
     where = experience.rollout.response_mask
     if config.normalize_advantages or config.advantage_clip:
@@ -110,11 +121,11 @@ def policy_loss(
     """Loss and metrics of the policy on (part of) a minibatch.
 
     Args:
-      model: The policy.
-      batch: See `PPOBatch`.
-      penalty_coef: Scalar β of PPO-penalty; unused by the other objectives.
-      config: The objective.
-      temperature: The sampling temperature, see `rollout`.
+      model: the policy.
+      batch: see `PPOBatch`.
+      penalty_coef: scalar β of PPO-penalty; unused by the other objectives.
+      config: the objective.
+      temperature: the sampling temperature, see `rollout`.
     """
     experience, rollout = batch.experience, batch.experience.rollout
     where = rollout.response_mask
@@ -169,7 +180,7 @@ def _objective(log_probs, old_log_probs, advantages, penalty_coef, config: PPOCo
         return losses.ppo_clip_loss(log_probs, old_log_probs, advantages, clip_eps=config.clip_eps)
     if config.objective == "penalty":
         # KL(π_old || π) on samples of π_old: k3, whose gradient is that of the exact KL in
-        # expectation. Not `kl_estimate`, which takes its second policy for a constant.
+        # expectation. Not `kl_estimate`, which treats its second policy as constant.
         log_ratio = log_probs - jax.lax.stop_gradient(old_log_probs)
         kl = jnp.expm1(log_ratio) - log_ratio
         return losses.ppo_penalty_loss(

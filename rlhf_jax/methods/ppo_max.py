@@ -5,8 +5,8 @@
   for minibatch in method.minibatches(experience, iteration):
       state, metrics = method.update(state, minibatch, ptx, iteration) lines 5 and 6
 
-Whether every weight trains or adapters beside frozen ones is not seen here: the state holds what
-trains, and `PPOMax` knows what it stands beside.
+Nothing here depends on whether every weight trains or only adapters on frozen ones: the state holds
+what trains, and `PPOMax` the frozen weights.
 
 Source: Zheng et al. 2023 (arXiv 2307.04964), Algorithm 1 and Figure 5.
 """
@@ -45,12 +45,13 @@ from rlhf_jax.rollouts.experience import (
 from rlhf_jax.rollouts.respond import rollout_statistics
 from rlhf_jax.rollouts.rollout import Rollout, SamplingConfig, make_generate
 from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.training.step import TrainState, create_state, divide, make_train_step
 
 CRITIC_STARTS = ("reward_model", "policy", "none")
-# Of the first minibatch, before any update: 0, 1 and 1 where sampler and trainer agree.
+# Taken on the first minibatch, before any update: 0, 1 and 1 where sampler and trainer agree.
 FIRST = ("policy/approx_kl", "policy/ratio_max", "policy/ratio_min")
 
 
@@ -59,14 +60,14 @@ class PPOTrainConfig:
     """Batches of a run, all global: counted over devices and microbatches.
 
     Attributes:
-      iterations: Buffers of experience.
-      prompts_per_iteration: Prompts of a buffer.
-      samples_per_prompt: Responses to each of them.
-      minibatch: Responses of one update.
-      microbatches: Parts of a minibatch whose gradients are computed one after the other; models
+      iterations: number of iterations, each with a buffer of experience.
+      prompts_per_iteration: prompts in a buffer.
+      samples_per_prompt: responses to each of them.
+      minibatch: responses in one update.
+      microbatches: parts of a minibatch whose gradients are computed one after the other; models
         score a buffer in parts of the same size.
-      epochs: How often an iteration goes over its buffer.
-      critic_pretrain_iterations: Iterations at the start in which the critic trains alone.
+      epochs: how often an iteration goes over its buffer.
+      critic_pretrain_iterations: iterations at the start in which the critic trains alone.
       critic_init: "reward_model" (PPO-max), "policy" (with a zero head), or "none".
     """
 
@@ -80,17 +81,21 @@ class PPOTrainConfig:
     critic_init: str = "reward_model"
 
     def __post_init__(self):
-        for name in ("iterations", "prompts_per_iteration", "samples_per_prompt", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+        check(
+            self,
+            iterations="[1, inf)",
+            prompts_per_iteration="[1, inf)",
+            minibatch="[1, inf)",
+            samples_per_prompt="[1, inf)",
+            microbatches="[1, inf)",
+            epochs="[1, inf)",
+            critic_pretrain_iterations="[0, inf)",
+            critic_init=CRITIC_STARTS,
+        )
         divide("prompts x samples per prompt", self.rollout_batch, self.minibatch)
         divide("train.minibatch", self.minibatch, self.microbatches)
-        if self.critic_init not in CRITIC_STARTS:
-            raise ValueError(
-                f"train.critic_init={self.critic_init!r} must be one of {CRITIC_STARTS}"
-            )
         alone = self.critic_pretrain_iterations
-        if not 0 <= alone < self.iterations:
+        if alone >= self.iterations:
             raise ValueError(
                 f"train.critic_pretrain_iterations={alone} must be below train.iterations="
                 f"{self.iterations}: the policy would never train"
@@ -124,12 +129,20 @@ class KLConfig:
     Attributes:
       coef: η.
       target: KL of a response, in nats, that an adaptive η aims at (Ziegler et al. 2019); 0 is off.
-      horizon: Responses over which η adapts.
+      horizon: responses over which η adapts.
     """
 
     coef: float = 0.0
     target: float = 0.0
     horizon: int = 10_000
+
+    def __post_init__(self):
+        check(self, coef="[0, 1e6]", target="[0, 1e6]", horizon="[1, inf)")
+        if self.target and not self.coef:
+            raise ValueError(
+                f"kl.target={self.target} multiplies kl.coef, and kl.coef=0.0 stays 0: give it a "
+                "start, such as 0.05"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,23 +158,31 @@ class PenaltyConfig:
     coef: float = 1.0
     target: float = 0.0
 
+    def __post_init__(self):
+        check(self, coef="[0, 1e6]", target="[0, 1e6]")
+        if self.target and not self.coef:
+            raise ValueError(
+                f"penalty.target={self.target} multiplies penalty.coef, and penalty.coef=0.0 stays "
+                "0: give it a start, such as 1"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class PPOMaxConfig:
-    """Everything that decides the numbers of a run, but for models and data.
+    """Everything that decides the numbers of a run, except models and data.
 
     Attributes:
-      train: Batches.
-      sampling: How responses are drawn.
-      optimizer: The policy's.
-      critic_optimizer: The critic's.
-      reward: Shaping of rewards.
-      kl: The token-level KL penalty.
+      train: batches.
+      sampling: how responses are drawn.
+      optimizer: the policy's.
+      critic_optimizer: the critic's.
+      reward: shaping of rewards.
+      kl: the token-level KL penalty.
       advantage: Φ_t.
-      ppo: The two losses.
+      ppo: the two losses.
       penalty: β of `ppo.objective="penalty"`.
-      trpo: The trust region of `ppo.objective="trpo"`.
-      seed: Of sampling and of the order of minibatches.
+      trpo: the trust region of `ppo.objective="trpo"`.
+      seed: for sampling and for the order of minibatches.
     """
 
     train: PPOTrainConfig
@@ -182,6 +203,13 @@ class PPOMaxConfig:
             raise ValueError(
                 f"advantage.method={self.advantage.method!r} needs a critic: set "
                 "train.critic_init to 'reward_model' or 'policy'"
+            )
+        batch, kl = self.train.rollout_batch, self.kl
+        # η changes by up to a fifth of batch / horizon at a time: η (1 - 0.2 · 5) is 0.
+        if kl.target and batch >= 5 * kl.horizon:
+            raise ValueError(
+                f"kl.horizon={kl.horizon} must be above a fifth of the {batch} responses of an "
+                "iteration: kl.coef would turn 0 or negative"
             )
 
     @property
@@ -206,7 +234,7 @@ class PPOState(flax.struct.PyTreeNode):
     Attributes:
       policy: π_θ and its optimizer.
       critic: V_φ and its optimizer; None for a Φ_t without critic.
-      moments: Running moments of the reward.
+      moments: running moments of the reward.
       kl_coef: η of the token-level KL penalty.
       penalty_coef: β of PPO-penalty.
     """
@@ -222,16 +250,16 @@ class PPOMax:
     """The functions of an iteration, compiled for some models on some devices.
 
     Args:
-      config: Every setting.
-      policy: π_θ at its start, or adapters beside it; its start is taken, see `Tuning.take`.
+      config: every setting.
+      policy: π_θ at its start, or adapters on it; it gives its start away, see `Tuning.take`.
       reference: π_ref, frozen.
-      reward_model: Frozen.
-      make_critic: From the language model at the policy's start to the critic's start; returns
-        None where there is none. Called once the policy's state holds its own copy, so that no
-        device holds more models than it needs to.
-      eos_ids: Tokens that end a response.
-      pad_id: Written after the end.
-      sharding: Where trees live.
+      reward_model: frozen.
+      make_critic: maps the language model that the policy starts from to the critic's start, or
+        to None where there is no critic. Called once the policy's state holds its own copy, so that
+        no device holds more models than it needs to.
+      eos_ids: tokens that end a response.
+      pad_id: written after the end.
+      sharding: where trees live.
     """
 
     def __init__(
@@ -312,19 +340,19 @@ class PPOMax:
 
     def update(
         self, state: PPOState, minibatch: Experience, ptx: Iterator[dict], iteration: int
-    ) -> tuple[PPOState, dict[str, jax.Array]]:
+    ) -> tuple[PPOState, dict[str, Any]]:
         """Lines 5 and 6: a step of the critic and, once it is pre-trained, of the policy.
 
         Args:
-          state: Donated.
-          minibatch: From `minibatches`.
-          ptx: Batches of SFT text, of which one is taken if the policy's loss needs it.
-          iteration: Counted from 0.
+          state: donated.
+          minibatch: from `minibatches`.
+          ptx: batches of SFT text, of which one is taken if the policy's loss needs it.
+          iteration: counted from 0.
 
         Returns:
           The new state, and metrics of both steps.
         """
-        metrics: dict[str, jax.Array] = {}
+        metrics: dict[str, Any] = {}
         if state.critic is not None:
             critic, of_critic = self._critic_step(state.critic, (minibatch, None))
             state = state.replace(critic=critic)
@@ -341,11 +369,11 @@ class PPOMax:
     def metrics(
         self, experience: Experience, updates: Sequence[dict[str, jax.Array]]
     ) -> dict[str, Any]:
-        """Numbers of an iteration: of its last update, what `FIRST` names of the first, its buffer.
+        """Metrics of an iteration: its last update, its first (those in `FIRST`), and its buffer.
 
         Args:
-          experience: The buffer.
-          updates: Metrics of every update, in order.
+          experience: the buffer.
+          updates: metrics of every update, in order.
         """
         first = {f"{name}_first": updates[0][name] for name in FIRST if name in updates[0]}
         fetched = distributed.fetch((experience.rollout, experience.evaluation))
@@ -357,7 +385,7 @@ class PPOMax:
         )
 
     def adapt(self, state: PPOState, metrics: dict[str, Any]) -> PPOState:
-        """Adaptive coefficients, where a target is set."""
+        """Adapts the coefficients that have a target."""
         kl, penalty = self.config.kl, self.config.penalty
         if kl.target:
             coef = losses.adaptive_kl_coef(
@@ -377,24 +405,31 @@ class PPOMax:
         return state
 
     def settings_now(self, state: PPOState) -> dict[str, jax.Array]:
-        """What is scheduled or adapts: the learning rate and η."""
-        return {
-            "optim/learning_rate": self._schedule(state.policy.step),
-            "policy/kl_coef": state.kl_coef,
-        }
+        """What is scheduled or adapts: the learning rate, but for TRPO, and η."""
+        now = {"policy/kl_coef": state.kl_coef}
+        if self._schedule is not None:
+            now["optim/learning_rate"] = self._schedule(state.policy.step)
+        return now
 
 
 def make_optimizers(
     config: PPOMaxConfig,
-) -> tuple[tuple[optax.GradientTransformation, optax.GradientTransformation], optax.Schedule]:
-    """The optimizers of policy and critic, and the policy's learning rate by update."""
-    policy_optimizer, schedule = make_optimizer(config.optimizer, config.updates)
+) -> tuple[
+    tuple[optax.GradientTransformation, optax.GradientTransformation], optax.Schedule | None
+]:
+    """The optimizers of policy and critic, and the policy's learning rate by update.
+
+    TRPO has no rate, and an optimizer that holds no state: the trust region makes its steps.
+    """
     critic_optimizer, _ = make_optimizer(config.critic_optimizer, config.updates)
+    if config.ppo.objective == "trpo":
+        return (optax.identity(), critic_optimizer), None
+    policy_optimizer, schedule = make_optimizer(config.optimizer, config.updates)
     return (policy_optimizer, critic_optimizer), schedule
 
 
 def make_score(config: PPOMaxConfig, sharding: Sharding) -> Callable[..., Any]:
-    """Jits: rollout -> Experience (lines 3 and 4 of Algorithm 1) and the new reward moments."""
+    """Compiled: rollout -> Experience (lines 3 and 4 of Algorithm 1) and new reward moments."""
     train = config.train
     rows = min(train.rollout_batch, train.microbatch)
     microbatches = divide("rollout batch", train.rollout_batch, rows)
@@ -438,17 +473,23 @@ def make_updates(
     """The compiled policy and critic steps.
 
     Args:
-      config: Of the run.
-      sharding: Where trees live.
-      optimizers: Of policy and critic.
-      policy_trunk: Frozen weights beside which the policy's adapters train; None without adapters.
-      critic_trunk: The same of the critic.
+      config: the settings of the run.
+      sharding: where trees live.
+      optimizers: the policy's and the critic's.
+      policy_trunk: frozen weights beside which the policy's adapters train; None without adapters.
+      critic_trunk: the same for the critic.
     """
     prepare = functools.partial(ppo.prepare, config=config.ppo)
     microbatches = config.train.microbatches
     temperature = config.sampling.policy_temperature
     if config.ppo.objective == "trpo":
-        policy_step = make_trust_region_step(config.ppo, config.trpo, temperature=temperature)
+        policy_step = make_trust_region_step(
+            config.ppo,
+            config.trpo,
+            sharding,
+            temperature=temperature,
+            microbatches=microbatches,
+        )
     else:
         policy_step = make_train_step(
             functools.partial(ppo.policy_loss, config=config.ppo, temperature=temperature),

@@ -1,4 +1,4 @@
-"""From unreduced losses to one number, as weights.
+"""Weights that turn unreduced losses into one number.
 
 Losses are unreduced. A reducer turns the mask of a whole batch into weights that sum to one (or to
 a count), and a microbatch sums `loss * weight`. Since the weights were made from the whole batch,
@@ -49,6 +49,6 @@ def reduction_weights(name: str, where: jax.Array) -> jax.Array:
 
 
 def weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Σ x · w over entries with positive weight; what stands elsewhere may be NaN."""
+    """Σ x · w over entries with positive weight; other entries may be NaN."""
     chex.assert_equal_shape((x, weights))
     return jnp.sum(jnp.where(weights > 0, x, 0.0) * weights)

@@ -21,6 +21,7 @@ from rlhf_jax.methods.pairwise import PairTrainConfig, pair_weights
 from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
 from rlhf_jax.models.heads import ScalarModel, hidden_at, last_real_index, log_probs_of
 from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training.step import make_train_step
 
@@ -34,8 +35,8 @@ class RewardModelConfig:
     Attributes:
       lm_coef: β_rm, weight of the language-model loss on the chosen response; 0 is off.
       comparisons: "pairs" compares the two texts of each pair; "batch" compares every two texts of
-        a batch that people rated apart.
-      min_gap: The least difference of two ratings; read with "batch" only.
+        a batch whose ratings differ by at least `min_gap`.
+      min_gap: the least difference between two ratings; for "batch" only.
     """
 
     lm_coef: float = 0.0
@@ -43,14 +44,13 @@ class RewardModelConfig:
     min_gap: float = 0.0
 
     def __post_init__(self):
-        if self.comparisons not in COMPARISONS:
-            raise ValueError(f"loss.comparisons={self.comparisons!r} must be 'pairs' or 'batch'")
+        check(self, lm_coef="[0, 1e6]", comparisons=COMPARISONS, min_gap="[0, 1e6]")
 
     def check_batches(self, train: PairTrainConfig) -> None:
-        """Refuses microbatches of a loss that compares all texts of a batch.
+        """Checks that a loss which compares all texts of a batch gets them at once.
 
         Raises:
-          ValueError: says so.
+          ValueError: there are several microbatches.
         """
         if self.comparisons == "batch" and train.microbatches != 1:
             raise ValueError(
@@ -62,7 +62,7 @@ class RewardModelConfig:
 def all_comparisons(
     scores: jax.Array, ratings: jax.Array, valid: jax.Array, *, min_gap: float
 ) -> jax.Array:
-    """Mean Bradley-Terry loss over every two texts of a batch that people rated apart.
+    """Mean Bradley-Terry loss over every two texts of a batch whose ratings differ enough.
 
     A forward pass over 2B texts then gives up to B (2B - 1) comparisons in place of B.
 
@@ -70,7 +70,7 @@ def all_comparisons(
       scores: `[B, 2]`.
       ratings: `[B, 2]`, of the same texts.
       valid: `[B]` bool, False on filler.
-      min_gap: The least difference of two ratings.
+      min_gap: the least difference between two ratings.
     """
     scores, ratings, real = scores.reshape(-1), ratings.reshape(-1), jnp.repeat(valid, 2)
     # Mean ratings are fractions: 1e-5 forgives rounding, so that 1.9 and 0.9 are 1 apart.
@@ -84,13 +84,13 @@ def all_comparisons(
 def loss_fn(
     model: ScalarModel, batch: dict[str, jax.Array], *, config: RewardModelConfig
 ) -> tuple[jax.Array, dict]:
-    """L = -log σ(r(x, y_w) - r(x, y_l)) - β log p_LM(y_w | x) (equation 2, with its sign mended).
+    """L = -log σ(r(x, y_w) - r(x, y_l)) - β log p_LM(y_w | x) (equation 2, sign corrected).
 
     Args:
-      model: Trunk with a scalar head and an LM head.
-      batch: Tokens and segments `[B, 2, T]`, chosen first, and weights from `prepare`; with
+      model: trunk with a scalar head and an LM head.
+      batch: tokens and segments `[B, 2, T]`, chosen first, and weights from `prepare`; with
         `ratings` `[B, 2]` all texts of the batch are compared, not only those of a pair.
-      config: The loss.
+      config: the loss.
     """
     pairs, _, width = batch["tokens"].shape
     tokens, segments = (batch[k].reshape(-1, width) for k in ("tokens", "segments"))
@@ -178,10 +178,10 @@ def evaluate(model: ScalarModel, batches: Sequence[dict], sharding: Sharding) ->
 
 
 def normalization(scores: np.ndarray) -> Callable[[Any], Any]:
-    """What maps scores like these to mean 0 and standard deviation 1: arrays, or a `ScalarModel`.
+    """Returns the map that gives these scores mean 0 and std 1: for arrays, or a `ScalarModel`.
 
     Args:
-      scores: `[N]`, of reference responses.
+      scores: `[N]`, those of reference responses.
     """
     mean, std = scores.mean(), scores.std()
 

@@ -17,6 +17,7 @@ import optax
 from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
 from rlhf_jax.models.heads import next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training.step import divide, make_train_step
 
@@ -26,30 +27,57 @@ class SFTConfig:
     """Batches of a run, all global.
 
     Attributes:
-      steps: Updates.
-      minibatch: Rows of an update.
-      row_length: Tokens of a row, into which documents are packed.
-      microbatches: Parts of a minibatch whose gradients are computed one after the other.
+      minibatch: rows of an update.
+      row_length: tokens of a row, into which documents are packed.
+      steps: updates; 0 where `epochs` says how long.
+      epochs: how often every document is read; 0 where `steps` says how long.
+      microbatches: parts of a minibatch whose gradients are computed one after the other.
     """
 
-    steps: int
     minibatch: int
     row_length: int
+    steps: int = 0
+    epochs: float = 0.0
     microbatches: int = 1
 
     def __post_init__(self):
-        for name in ("steps", "row_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+        check(
+            self,
+            minibatch="[1, inf)",
+            row_length="[1, inf)",
+            microbatches="[1, inf)",
+            steps="[0, inf)",
+            epochs="[0, inf)",
+        )
+        if bool(self.steps) == bool(self.epochs):
+            raise ValueError(
+                f"train.steps={self.steps}, train.epochs={self.epochs}: one says how long, the "
+                "other must be 0"
+            )
         divide("train.minibatch", self.minibatch, self.microbatches)
+
+    def updates(self, batches: Any) -> int:
+        """Updates of a run on these batches, at least 1.
+
+        Raises:
+          ValueError: epochs of streamed data, whose length nobody knows.
+        """
+        if self.steps:
+            return self.steps
+        if not hasattr(batches, "steps_per_epoch"):
+            raise ValueError(
+                f"train.epochs={self.epochs}: an epoch of streamed data has no known length; set "
+                "train.steps and train.epochs=0"
+            )
+        return max(1, round(self.epochs * batches.steps_per_epoch))
 
 
 def loss_fn(model: Transformer, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
-    """L = -Σ_t log π(y_t | x, y_{<t}) over the trained tokens, their mean, in nats.
+    """L = -Σ_t log π(y_t | x, y_{<t}) averaged over the trained tokens, in nats.
 
     Args:
-      model: The policy.
-      batch: Tokens and segments `[B, T]`, and the weights of `prepare`.
+      model: the policy.
+      batch: tokens and segments `[B, T]`, and the weights of `prepare`.
     """
     log_probs, _ = next_token_log_probs(model, batch["tokens"], batch["segments"])
     loss = -weighted_sum(log_probs, batch["weights"])
@@ -83,7 +111,7 @@ def make_step(
 def negative_log_likelihood(
     model: Transformer, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum over trained tokens, in nats, and their number."""
+    """Summed over trained tokens, in nats, and their number."""
     log_probs, _ = next_token_log_probs(model, batch["tokens"], batch["segments"])
     where = batch["loss_mask"][:, 1:]
     return -jnp.sum(jnp.where(where, log_probs, 0.0)), where.sum()

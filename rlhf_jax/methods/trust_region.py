@@ -33,8 +33,8 @@ def trust_region_step(
         θ′ = θ + a^j √(2δ / xᵀFx) x,   the first j with KL(θ′) ≤ δ and J(θ′) > J(θ)
 
     Products with F are a Jacobian-vector product of ∇KL, so F is never built; x comes from
-    conjugate gradients (`jax.scipy.sparse.linalg.cg`), whose inner products lay each array out in a
-    row: an array that is spread over devices by an axis other than its first is gathered for that.
+    conjugate gradients (`jax.scipy.sparse.linalg.cg`), whose inner products flatten each array: one
+    that is spread over devices along an axis other than its first is gathered for that.
 
     Source: Schulman et al. 2015 (arXiv 1502.05477), eq 14 and appendix C; slide "TRPO".
 
@@ -68,7 +68,7 @@ def trust_region_step(
     """
     _check_ranges(damping, cg_iterations, backtracks, shrink)
     before, gradient = jax.value_and_grad(surrogate)(params)
-    # `cg` adds up in the type of its vectors: half-precision parameters must not decide that.
+    # `cg` accumulates in the type of its vectors, which must not be that of half-precision weights.
     gradient = jax.tree.map(_widen, gradient)
 
     def fisher(vector: Params) -> Params:

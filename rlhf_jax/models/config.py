@@ -2,6 +2,12 @@
 
 import dataclasses
 
+from rlhf_jax.runtime.settings import check
+
+DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "dots", "full")
+ATTENTIONS = ("xla", "cudnn")
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -11,7 +17,7 @@ class RopeScaling:
       kind: ``linear`` divides every frequency by `factor` (Chen et al. 2023, "Extending context
         window via positional interpolation"); ``llama3`` divides only the low frequencies and
         blends in between (Llama 3.1 release).
-      factor: How many times longer the context becomes.
+      factor: how many times longer the context becomes.
       low_freq_factor: ``llama3``: wavelengths above `original_max_length / low_freq_factor` are
         divided by `factor`.
       high_freq_factor: ``llama3``: wavelengths below `original_max_length / high_freq_factor` stay.
@@ -39,23 +45,23 @@ class ModelConfig:
     (`qkv_bias`) and Qwen3 (`qk_norm`).
 
     Attributes:
-      vocab_size: Rows of the embedding.
-      hidden_size: Width D of the residual stream.
-      num_layers: Decoder layers L.
-      num_heads: Query heads N.
-      num_kv_heads: Key and value heads K; N must be a multiple of K. 0 means N.
-      head_dim: Width H of one head. 0 means `hidden_size // num_heads`.
-      intermediate_size: Width F of the gated MLP.
-      rope_theta: Base of the rotary frequencies.
-      rope_scaling: Optional stretching of the rotary frequencies.
-      norm_eps: Epsilon of RMSNorm.
-      tie_embeddings: Whether the output projection is the embedding.
-      qkv_bias: Biases on the query, key and value projections (Qwen2).
+      vocab_size: rows of the embedding.
+      hidden_size: width D of the residual stream.
+      num_layers: decoder layers L.
+      num_heads: query heads N.
+      num_kv_heads: key and value heads K; N must be a multiple of K. 0 means N.
+      head_dim: width H of one head. 0 means `hidden_size // num_heads`.
+      intermediate_size: width F of the gated MLP.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: optional stretching of the rotary frequencies.
+      norm_eps: epsilon of RMSNorm.
+      tie_embeddings: whether the output projection is the embedding.
+      qkv_bias: biases on the query, key and value projections (Qwen2).
       qk_norm: RMSNorm on queries and keys, per head (Qwen3).
-      max_length: Longest sequence in tokens that the model is meant for.
-      init_std: Standard deviation of the normal initialisation.
-      dtype: Type of weights and activations, "float32" or "bfloat16".
-      remat: What the backward pass recomputes: "none" keeps every activation, "dots" keeps the
+      max_length: longest sequence in tokens that the model is meant for.
+      init_std: standard deviation of the normal initialisation.
+      dtype: type of weights and activations, "float32" or "bfloat16".
+      remat: what the backward pass recomputes: "none" keeps every activation, "dots" keeps the
         results of matrix products, "full" keeps one residual-stream tensor per layer.
       attention: "xla", or "cudnn" for the flash kernel on NVIDIA GPUs in bfloat16.
     """
@@ -80,6 +86,20 @@ class ModelConfig:
     attention: str = "xla"
 
     def __post_init__(self):
+        check(
+            self,
+            vocab_size="[1, inf)",
+            hidden_size="[1, inf)",
+            num_layers="[1, inf)",
+            num_heads="[1, inf)",
+            intermediate_size="[1, inf)",
+            num_kv_heads="[0, inf)",
+            head_dim="[0, inf)",
+            max_length="[1, inf)",
+            dtype=DTYPES,
+            remat=REMATS,
+            attention=ATTENTIONS,
+        )
         if not self.num_kv_heads:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if not self.head_dim:
@@ -88,10 +108,3 @@ class ModelConfig:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
-        for name, allowed in (
-            ("dtype", ("float32", "bfloat16")),
-            ("remat", ("none", "dots", "full")),
-            ("attention", ("xla", "cudnn")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")

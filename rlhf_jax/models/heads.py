@@ -32,13 +32,13 @@ def next_token_log_probs(
     backward pass: a `[B, T, V]` float32 array never lives from one pass to the other.
 
     Args:
-      model: The language model.
+      model: the language model.
       tokens: `[B, T]` int32.
       segments: `[B, T]` int32, see `Transformer.__call__`.
-      start: First column that is predicted, at least 1. For a rollout, the prompt length P.
-      temperature: Logits are divided by it; 1 is the model itself.
-      with_entropy: Also return the entropy of each of these distributions, in nats.
-      chunk: Columns whose logits exist at once; 0 is as many as `LOGITS_BYTES` of a device hold.
+      start: first column that is predicted, at least 1. For a rollout, the prompt length P.
+      temperature: logits are divided by it; 1 is the model itself.
+      with_entropy: also return the entropy of each of these distributions, in nats.
+      chunk: columns whose logits exist at once; 0 is as many as `LOGITS_BYTES` of a device hold.
         Devices exchange the gradient of the LM head once for each chunk.
 
     Returns:
@@ -101,8 +101,8 @@ class ScalarModel(nnx.Module):
     loss (Zheng et al. 2023, eq 2), both heads on one trunk.
 
     Args:
-      trunk: The decoder; its weights are shared with the caller's, not copied.
-      key: Random key for the head, drawn from N(0, 1/(D+1)) as in Stiennon et al. 2020. None
+      trunk: the decoder; its weights are shared with the caller's, not copied.
+      key: random key for the head, drawn from N(0, 1/(D+1)) as in Stiennon et al. 2020. None
         gives a head of zeros, the usual start of a critic that has no reward model to start from.
     """
 
@@ -124,7 +124,7 @@ class ScalarModel(nnx.Module):
         return hidden.astype(jnp.float32) @ self.kernel[...] + self.bias[...]
 
     def scores(self, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-        """`[B]` float32: the number read at the last real token, wherever padding stands."""
+        """`[B]` float32: the number read at the last real token, on whichever side padding is."""
         hidden = self.trunk(tokens, segments)
         return self.read(hidden_at(hidden, last_real_index(segments > 0)))
 

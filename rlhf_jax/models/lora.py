@@ -1,12 +1,12 @@
-"""Low-rank adapters: the weights stay frozen, and beside some of them trains a product of two.
+"""Low-rank adapters: the weights stay frozen, and a product of two matrices trains beside some.
 
     y = x W + (α / r) (x A) B        A [in, r], B [r, out]
 
-B starts at 0, so that training starts at the frozen model exactly. Nothing is differentiated in W:
-of the three products that a matrix costs in a training step (forward, gradient to the input,
-gradient to the weight) the third is left out, and so are its optimizer state and master copy.
+B starts at 0, so that training starts at the frozen model exactly. Nothing is differentiated with
+respect to W: of the three products that a matrix costs in a training step (forward, gradient to the
+input, gradient to the weight) the third is left out, as are its optimizer state and master copy.
 
-The paper's W is `[out, in]` and its update BA; here inputs stand left, and the update is AB.
+The paper's W is `[out, in]` and its update BA; here inputs are on the left, and the update is AB.
 
 Source: Hu et al. 2021 (LoRA), section 4.1.
 """
@@ -24,6 +24,7 @@ from flax import nnx
 
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.runtime.settings import check
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -35,7 +36,7 @@ class LoRAConfig:
     Attributes:
       rank: r; 0 trains every weight, without adapters.
       alpha: α; the product AB is multiplied by α / r.
-      targets: Matrices of each layer that get adapters, of `TARGETS`.
+      targets: matrices of each layer that get adapters, of `TARGETS`.
     """
 
     rank: int = 0
@@ -44,13 +45,7 @@ class LoRAConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))
-        if self.rank < 0:
-            raise ValueError(f"lora.rank={self.rank} must be 0 (every weight trains) or more")
-        unknown = sorted(set(self.targets) - set(TARGETS))
-        if unknown or not self.targets:
-            raise ValueError(
-                f"lora.targets={self.targets} must name one or more of {', '.join(TARGETS)}"
-            )
+        check(self, rank="[0, inf)", alpha="(0, 1e6]", targets=TARGETS)
 
 
 class LowRank(nnx.Module):
@@ -98,7 +93,7 @@ class Adapters(nnx.Module):
     """The adapters of a model: what trains, in float32 whatever the type of the frozen weights.
 
     Args:
-      pairs: By name of the matrix, of `TARGETS`.
+      pairs: name of the matrix, one of `TARGETS` -> its adapters.
       scale: α / r.
     """
 
@@ -118,9 +113,9 @@ def new_adapters(trunk: Transformer, config: LoRAConfig, key: jax.Array) -> Adap
     """Adapters that change nothing yet: A is drawn from N(0, 1 / in), B is 0.
 
     Args:
-      trunk: The model that they stand beside; its shapes are read.
-      config: Rank, α and targets.
-      key: Random key.
+      trunk: the model that they adapt; its shapes are read.
+      config: rank, α and targets.
+      key: random key.
     """
     pairs = {}
     for number, name in enumerate(config.targets):
@@ -142,7 +137,7 @@ def attach(trunk: Transformer, trained: Any) -> Any:
     Gradients with respect to `trained` alone never reach the trunk's weights.
 
     Args:
-      trunk: The frozen weights.
+      trunk: the frozen weights.
       trained: `Adapters`, or a `ScalarModel` that has them in place of its trunk.
 
     Returns:
@@ -212,14 +207,14 @@ def _changed(module: Any, **attributes: Any) -> Any:
 
 
 class Tuning:
-    """What of a model trains: every weight, or adapters beside the frozen ones.
+    """Which part of a model trains: every weight, or adapters beside the frozen ones.
 
     Trainers take `start` and `trunk`; whatever uses the model that results takes `model`,
     `sampling_model` or `merged`. Without adapters these return what they are given.
 
     Args:
-      start: The tree that trains: a model, or adapters (see `attach`).
-      trunk: The frozen weights; None when every weight trains. Never copied, donated or changed.
+      start: the tree that trains: a model, or adapters (see `attach`).
+      trunk: the frozen weights; None when every weight trains. Never copied, donated or changed.
     """
 
     def __init__(self, start: Any, trunk: Transformer | None = None):
@@ -231,7 +226,7 @@ class Tuning:
         return start
 
     def model(self, trained: Any) -> Any:
-        """The model that `trained` stands for, at no cost."""
+        """The model that `trained` makes, at no cost."""
         return trained if self.trunk is None else attach(self.trunk, trained)
 
     def merged(self, trained: Any) -> Any:
@@ -239,7 +234,7 @@ class Tuning:
         return trained if self.trunk is None else merge(self.model(trained))
 
     def sampling_model(self, trained: Any) -> Any:
-        """The model to decode with: merged in float32, where no number changes by it.
+        """The model to decode with: merged in float32, where that changes no number.
 
         In bfloat16 a sum would lose what an adapter adds below 2⁻⁹ of a weight, and so sampler
         and trainer would be two policies: there the adapters stay beside the matrices.
@@ -252,8 +247,8 @@ class Tuning:
 def make_tuning(model: Any, config: LoRAConfig, key: jax.Array) -> Tuning:
     """Adapters on a `Transformer` or `ScalarModel`, or all of it where the rank is 0.
 
-    A scalar head trains in either case. Adapters that the model already has go on to train, with
-    the rank and α that they have.
+    A scalar head trains in either case. Adapters that the model already has train further, with
+    their own rank and α.
     """
     if not config.rank:
         return Tuning(model)

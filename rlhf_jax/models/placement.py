@@ -1,6 +1,6 @@
 """What a model does about the mesh that it is traced for, see `Sharding.bind`.
 
-Outside of `bind`, and on one device, everything here is the identity.
+Outside `bind`, and on one device, everything here is the identity.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def gathered(weights: Any, name: str = "") -> Any:
     Inside a scan over layers this holds one layer at a time.
 
     Args:
-      weights: A module, or one array.
-      name: What the array is called in its module.
+      weights: a module, or one array.
+      name: what the array is called in its module.
     """
     axes = _bound_axes()
     if not axes:
@@ -59,7 +59,7 @@ def by_rows(x: jax.Array) -> jax.Array:
 def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     """A policy for `jax.checkpoint`: keep every result but those of `gathered` and `by_rows`.
 
-    The backward pass gathers a layer's weights again; kept, they would be whole stacks of them.
+    The backward pass gathers a layer's weights again; kept, they would add up to whole stacks.
     """
     return primitive.name != "sharding_constraint"
 

@@ -56,13 +56,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, **changes: Any) -> ModelConfig | None:
-    """The sizes of a published model, None where they are not known.
+    """The sizes of a published model, or None where they are not known.
 
     The organisation may be left out, and case does not matter: `llama-7b`.
 
     Args:
-      name: Hub name.
-      **changes: Fields of `ModelConfig` to set, such as `dtype`.
+      name: hub name.
+      **changes: fields of `ModelConfig` to set, such as `dtype`.
     """
     for known, sizes in PRESETS.items():
         if name.lower() in (known.lower(), known.split("/")[1].lower()):

@@ -46,11 +46,11 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name: Of its result.
-      shape: Its result's type, as text.
-      opcode: Such as `dot`.
-      operands: Names.
-      rest: What stands behind the opening parenthesis.
+      name: name of its result.
+      shape: its result's type, as text.
+      opcode: such as `dot`.
+      operands: names.
+      rest: the text after the opening parenthesis.
     """
 
     name: str
@@ -65,13 +65,13 @@ class Collective:
     """One collective operation.
 
     Attributes:
-      kind: One of `COLLECTIVES`.
-      size: Bytes of the whole array that it makes or reduces, on each of the devices in a group.
-      group: Devices that exchange.
-      times: How often it runs in one call of the program.
-      loops: Trip counts of the loops around it, the outermost first; empty outside of loops.
-      dtype: Element type of the first operand.
-      source: The operation in the program that it comes from.
+      kind: one of `COLLECTIVES`.
+      size: bytes of the whole array that it makes or reduces, on each of the devices in a group.
+      group: devices that exchange.
+      times: how often it runs in one call of the program.
+      loops: trip counts of the loops around it, the outermost first; empty outside loops.
+      dtype: element type of the first operand.
+      source: the operation in the program that it comes from.
     """
 
     kind: str
@@ -96,14 +96,14 @@ class Module:
 
     Args:
       text: `compiled.as_text()`.
-      devices: Partitions of the module.
-      unknown_trips: Trip count of loops whose count is not known to the compiler (a loop that ends
+      devices: partitions of the module.
+      unknown_trips: trip count of loops whose count is not known to the compiler (a loop that ends
         when all sequences have ended).
     """
 
     def __init__(self, text: str, *, devices: int, unknown_trips: int = 1):
         self._devices, self._unknown = devices, unknown_trips
-        # Loops whose trip count the module does not tell.
+        # Loops whose trip count the module does not state.
         self.unknown_loops: set[str] = set()
         self._computations: dict[str, dict[str, Instruction]] = {}
         self._entry = ""
@@ -156,7 +156,7 @@ class Module:
 
     @property
     def loops(self) -> list[int]:
-        """Trip counts of all loops, the loops in loops included."""
+        """Trip counts of all loops, nested ones included."""
         return sorted(
             {trips for contexts in self._contexts.values() for c in contexts for trips in c}
         )
@@ -187,7 +187,7 @@ class Module:
         return found
 
     def _group(self, rest: str) -> int:
-        """Devices in one group, from any of the ways in which groups are written."""
+        """Devices in one group, from any of the ways to write groups."""
         mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
         if mesh:
             sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
@@ -219,14 +219,14 @@ class Module:
 
 
 def _flops(computation: dict[str, Instruction], instruction: Instruction) -> float:
-    """Of one instruction: two for each multiplication and addition."""
+    """Operations of one instruction: two for each multiplication and addition."""
     if instruction.opcode == "dot":
         left = _dimensions(computation[instruction.operands[0]].shape)
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
         contracted = [left[int(a)] for a in axes[1].split(",") if a] if axes else []
         return 2.0 * math.prod(_dimensions(instruction.shape)) * math.prod(contracted)
     if instruction.opcode == "convolution":
-        # TPUs write products so: kernel elements for each output feature are multiplied.
+        # TPUs write products this way: kernel elements for each output feature are multiplied.
         kernel = _dimensions(computation[instruction.operands[1]].shape)
         labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.rest)
         out = kernel[labels[1].index("o")] if labels else 1
@@ -254,7 +254,7 @@ def _dimensions(shape: str) -> list[int]:
 
 
 def _until_closed(rest: str) -> str:
-    """The operands: what stands before the parenthesis that closes."""
+    """The operands: the text before the closing parenthesis."""
     depth = 1
     for position, letter in enumerate(rest):
         depth += (letter == "(") - (letter == ")")

@@ -29,11 +29,11 @@ class PPORun:
     """A PPO run as shapes: its trees, where they lie, and its programs.
 
     Args:
-      config: Of the run.
-      sizes: Of its models.
-      sharding: Mesh of abstract devices, and mode.
-      prompt_length: Tokens of the longest bucket of prompts.
-      ptx_length: Tokens of a row of the ptx loss.
+      config: the settings of the run.
+      sizes: the sizes of its models.
+      sharding: mesh of abstract devices, and mode.
+      prompt_length: tokens of the longest bucket of prompts.
+      ptx_length: tokens of a row of the ptx loss.
 
     Raises:
       ValueError: sizes that do not divide.
@@ -145,7 +145,7 @@ class PPORun:
             )
 
     def _start(self) -> Program:
-        """The last state is made, from a loaded model that goes afterwards; all else is there."""
+        """Makes the last state from a loaded model, which is then freed; all else is there."""
         name, state = ("critic", self.critic) if self.critic else ("policy", self.policy)
         create = make_create_state(state.model, self._optimizers[name], self.sharding)
         return Program(f"create {name}", create, (state.model,), calls=0, creates=True)

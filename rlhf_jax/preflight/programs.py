@@ -17,15 +17,15 @@ class Program:
     """Something to compile.
 
     Attributes:
-      name: For the report.
-      function: Jitted, with `lower`.
-      arguments: Abstract arrays with shardings.
-      calls: How often an iteration runs it.
-      traffic: Bytes that a device reads from its memory in one call, at least; the arguments,
+      name: for the report.
+      function: jitted, with `lower`.
+      arguments: abstract arrays with shardings.
+      calls: how often an iteration runs it.
+      traffic: bytes that a device reads from its memory in one call, at least; the arguments,
         where that is more.
-      steps: Trip count of a loop whose end depends on the data: tokens to sample.
-      weights: Bytes of the parameters that the program updates; 0 for programs that update none.
-      creates: Its results are what stays on the devices, and its arguments are not.
+      steps: trip count of a loop whose end depends on the data: tokens to sample.
+      weights: bytes of the parameters that the program updates; 0 for programs that update none.
+      creates: its results, and not its arguments, stay on the devices.
     """
 
     name: str
@@ -43,18 +43,18 @@ class Measured:
     """What the compiler says of a program, per device, for one call.
 
     Attributes:
-      name: Of the program.
-      calls: How often an iteration runs it.
-      held: Bytes of it that are resident anyway: its arguments, or what it creates.
-      peak: Bytes while it runs, its arguments included.
-      flops: Operations of matrix products.
-      traffic: See `Program`.
-      collectives: All of them.
-      compile_seconds: Wall time of lowering and compiling.
-      weights: See `Program`.
-      kernels: Library kernels, and how often each runs.
-      counted: Whether the compiler tells how often each loop runs, but for the one of `Program`;
-        if not, only the memory is known. TPU modules do not tell.
+      name: name of the program.
+      calls: how often an iteration runs it.
+      held: bytes of it that are resident anyway: its arguments, or what it creates.
+      peak: bytes while it runs, its arguments included.
+      flops: operations of matrix products.
+      traffic: see `Program`.
+      collectives: all of them.
+      compile_seconds: wall time of lowering and compiling.
+      weights: see `Program`.
+      kernels: library kernels, and how often each runs.
+      counted: whether the compiler states how often each loop runs, except the one of `Program`;
+        if not, only the memory is known. TPU modules do not state it.
     """
 
     name: str

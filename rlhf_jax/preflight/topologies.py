@@ -26,13 +26,13 @@ class Chip:
     """Figures of one accelerator.
 
     Attributes:
-      name: As in a topology.
-      memory: Bytes.
-      flops: Dense bfloat16 operations a second.
-      bandwidth: Bytes a second from its memory.
-      link: Bytes a second that it sends to chips of the same node (one direction).
-      network: Bytes a second that it sends to other nodes (one direction).
-      target: What XLA is told of a GPU, as the text of a `GpuTargetConfigProto`; empty otherwise.
+      name: as in a topology.
+      memory: bytes.
+      flops: dense bfloat16 operations a second.
+      bandwidth: bytes a second from its memory.
+      link: bytes a second that it sends to chips of the same node (one direction).
+      network: bytes a second that it sends to other nodes (one direction).
+      target: a GPU as XLA describes it, the text of a `GpuTargetConfigProto`; empty otherwise.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Chip:
 
 
 def _nvidia(name: str, major: int, **sizes: Any) -> str:
-    """A `GpuTargetConfigProto` in text form; what stands here is the same for both GPUs."""
+    """A `GpuTargetConfigProto` in text form; what is written here holds for both GPUs."""
     info = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
@@ -127,13 +127,13 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """So many chips of one kind.
+    """A number of chips of one kind.
 
     Attributes:
-      name: As it was asked for.
-      chip: Its figures.
-      nodes: Machines.
-      per_node: Chips of a machine, or of a TPU slice.
+      name: the name that was asked for.
+      chip: its figures.
+      nodes: machines.
+      per_node: chips of a machine, or of a TPU slice.
     """
 
     name: str
@@ -190,7 +190,7 @@ def make_devices(topology: Topology) -> list[jax.Device]:
         )
         return list(described.devices)
     _require("libtpu", topology, PIP_TPU)
-    # libtpu asks the metadata server of the cloud what machine this is, unless told not to.
+    # Else libtpu asks the metadata server of the cloud what machine this is.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     return list(topologies.get_topology_desc(topology.name, "tpu").devices)
 

@@ -10,7 +10,7 @@ from rlhf_jax.preflight.programs import Measured
 from rlhf_jax.preflight.topologies import Topology
 from rlhf_jax.training.memory import Holding, show
 
-# Beside what XLA plans: CUDA context, NCCL's buffers, kernels, workspaces of libraries.
+# On top of what XLA plans: CUDA context, NCCL's buffers, kernels, workspaces of libraries.
 RESERVE = 2 * 2**30
 # Collectives of at most this many bytes are metrics and norms, not weights or gradients.
 SMALL = 2**20
@@ -25,12 +25,12 @@ class Verdict:
     """The result of a preflight.
 
     Attributes:
-      topology: The machine.
-      mode: Sharding mode.
-      holdings: Trees that stay on the devices between programs.
-      programs: All programs of an iteration.
-      samples: Responses of an iteration.
-      layers: Layers of the models: a loop with so many trips is the loop over layers.
+      topology: the machine.
+      mode: sharding mode.
+      holdings: trees that stay on the devices between programs.
+      programs: all programs of an iteration.
+      samples: responses of an iteration.
+      layers: layers of the models: a loop with as many trips is the loop over layers.
     """
 
     topology: Topology
@@ -156,7 +156,7 @@ class Verdict:
 
 
 def text(verdict: Verdict) -> str:
-    """The report for people."""
+    """The report as text."""
     topology, chip = verdict.topology, verdict.topology.chip
     lines = [f"\n{topology.name}: {topology.size} devices of {show(chip.memory)}, {verdict.mode}"]
     lines.append("\nresident on each device")

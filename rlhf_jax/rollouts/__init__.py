@@ -1,1 +1,1 @@
-"""From prompts to scored experience: sampling, what the models say of it, advantages."""
+"""From prompts to scored experience: sampling, scoring, advantages."""

@@ -17,6 +17,7 @@ from rlhf_jax import losses
 from rlhf_jax.models.heads import ScalarModel, next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.rollouts.rollout import Rollout
+from rlhf_jax.runtime.settings import check
 
 ADVANTAGES = (
     "gae",
@@ -30,6 +31,7 @@ ADVANTAGES = (
     "grpo",
 )
 REWARD_TRANSFORMS = ("none", "scale", "scale_discounted", "normalize")
+RETURNS = ("gae", "monte_carlo")
 # Choices of Φ_t whose baseline is the critic; the others train no critic.
 CRITIC_ADVANTAGES = ("gae", "reward_to_go_baseline", "td", "k_step")
 
@@ -40,7 +42,7 @@ class Evaluation:
 
     Attributes:
       ref_log_probs: `[B, G]` float32, under the reference, at the policy's temperature.
-      scores: `[B]` float32, of the reward model at the last real token.
+      scores: `[B]` float32, the reward model's at the last real token.
       values: `[B, G]` float32, V(s_t) of the state before response token t; zeros without critic.
     """
 
@@ -53,8 +55,8 @@ class Experience(flax.struct.PyTreeNode):
     """A scored rollout: the content of the experience buffer.
 
     Attributes:
-      rollout: The sampled tokens and their log-probabilities.
-      evaluation: Scores, values and reference log-probabilities.
+      rollout: the sampled tokens and their log-probabilities.
+      evaluation: scores, values and reference log-probabilities.
       rewards: `[B, G]` float32, r_t after shaping.
       advantages: `[B, G]` float32, Φ_t of the policy gradient; 0 on padding.
       returns: `[B, G]` float32, the critic's targets; 0 on padding.
@@ -76,7 +78,7 @@ class RewardConfig:
         by the running std, over all real tokens, of the rolling discounted sum of rewards;
         "normalize" subtracts the running mean of scores and divides by their std.
       clip: δ, scores are clipped to ±clip after the transform; 0 is off.
-      missing_eos_penalty: Subtracted, after transform and clipping, from the score of a response
+      missing_eos_penalty: subtracted, after transform and clipping, from the score of a response
         that was cut at the length limit. A reward model reads its score at EOS and has never
         learned what an unfinished text is worth.
     """
@@ -86,10 +88,12 @@ class RewardConfig:
     missing_eos_penalty: float = 0.0
 
     def __post_init__(self):
-        if self.transform not in REWARD_TRANSFORMS:
-            raise ValueError(
-                f"reward.transform={self.transform!r} is unknown; use one of {REWARD_TRANSFORMS}"
-            )
+        check(
+            self,
+            transform=REWARD_TRANSFORMS,
+            clip="[0, inf)",
+            missing_eos_penalty="[0, 1e6]",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +106,8 @@ class AdvantageConfig:
         other samples (all of the batch; the others of the prompt; mean and std of the prompt's).
       discount: γ.
       lambda_: λ of GAE.
-      k: Steps of "k_step".
-      returns: The critic's target: "gae" is A + V_old, "monte_carlo" the discounted rewards-to-go.
+      k: steps of "k_step".
+      returns: the critic's target: "gae" is A + V_old, "monte_carlo" the discounted rewards-to-go.
     """
 
     method: str = "gae"
@@ -113,12 +117,14 @@ class AdvantageConfig:
     returns: str = "gae"
 
     def __post_init__(self):
-        if self.method not in ADVANTAGES:
-            raise ValueError(
-                f"advantage.method={self.method!r} is unknown; use one of {ADVANTAGES}"
-            )
-        if self.returns not in ("gae", "monte_carlo"):
-            raise ValueError(f"advantage.returns={self.returns!r} must be 'gae' or 'monte_carlo'")
+        check(
+            self,
+            method=ADVANTAGES,
+            discount="[0, 1]",
+            lambda_="[0, 1]",
+            k="[1, inf)",
+            returns=RETURNS,
+        )
 
     @property
     def needs_critic(self) -> bool:
@@ -126,10 +132,10 @@ class AdvantageConfig:
         return self.method in CRITIC_ADVANTAGES
 
     def check_samples(self, samples_per_prompt: int) -> None:
-        """Refuses a Φ that compares samples of one prompt, where a prompt has one.
+        """Checks that a Φ which compares samples of one prompt gets several.
 
         Raises:
-          ValueError: says so.
+          ValueError: a prompt has one sample.
         """
         if self.method in ("rloo", "grpo") and samples_per_prompt < 2:
             raise ValueError(
@@ -151,11 +157,11 @@ def evaluate(
 
     Args:
       rollout: B rows.
-      reference: Frozen copy of the initial policy.
-      reward_model: Its score is read at the last real token.
+      reference: frozen copy of the initial policy.
+      reward_model: its score is read at the last real token.
       critic: None for a Φ_t without one.
-      temperature: The policy's.
-      microbatches: The rows are processed in so many parts, one after the other.
+      temperature: that of the policy.
+      microbatches: parts in which the rows are processed, one after the other.
     """
     start = rollout.prompt_length
 
@@ -222,7 +228,7 @@ def shape_rewards(
         if config.transform != "none":
             scores = losses.scale_rewards(scores, moments)
         scores = jnp.clip(scores, -clip, clip)
-    # After the transform: the price keeps its size whatever the scale of the reward model, and
+    # After the transform: the penalty keeps its size whatever the scale of the reward model, and
     # neither moves the moments nor is clipped away.
     scores = scores - config.missing_eos_penalty * ~rollout.ended
     rewards = losses.kl_shaped_rewards(
@@ -249,14 +255,14 @@ def advantages(
       rewards: `[B, G]`.
       values: `[B, G]`.
       where: `[B, G]` bool, real response tokens.
-      config: Choice of Φ.
-      samples_per_prompt: Adjacent rows that share a prompt ("rloo", "grpo").
+      config: choice of Φ.
+      samples_per_prompt: adjacent rows that share a prompt ("rloo", "grpo").
 
     Returns:
       Advantages and returns, `[B, G]` each, 0 on padding.
 
     Raises:
-      ValueError: a Φ that compares samples of one prompt, where a prompt has one.
+      ValueError: a Φ compares samples of one prompt, and a prompt has one.
     """
     config.check_samples(samples_per_prompt)
     discount = config.discount

@@ -27,8 +27,8 @@ class Responses(NamedTuple):
     Attributes:
       prompts: N texts.
       responses: N texts, without the prompt.
-      judged: By name of the judge, `[N]` scores of prompt and response together.
-      statistics: Means over all responses, by metric name.
+      judged: name of a judge -> `[N]` scores of prompt and response together.
+      statistics: means over all responses, by metric name.
     """
 
     prompts: list[str]
@@ -44,7 +44,7 @@ def win_rates(one: Responses, other: Responses) -> dict[str, WinRate]:
 
 @flax.struct.dataclass
 class NoRewardModel:
-    """Stands where there is no reward model: every response scores 0."""
+    """In place of a missing reward model: every response scores 0."""
 
     def scores(self, tokens: jax.Array, segments: jax.Array) -> jax.Array:
         """`[B]` zeros for sequences `[B, T]`."""
@@ -56,15 +56,15 @@ class Respondent:
     """Lets policies answer a fixed list of prompts.
 
     Args:
-      generate: From `rollout.make_generate`.
-      batches: Prompt batches `{"tokens", "mask"}`, all of one shape.
-      tokenizer: Turns tokens into text.
-      judges: Score texts, by name; none where nobody may speak of the task.
-      reference: Frozen model for the KL.
-      reward_model: None where there is none.
-      sharding: Where batches go.
-      temperature: Of the policy.
-      show: What of a prompt is shown and judged, for prompts that hold more than their text.
+      generate: from `rollout.make_generate`.
+      batches: prompt batches `{"tokens", "mask"}`, all of one shape.
+      tokenizer: turns tokens into text.
+      judges: judges of texts by name; empty where none fits the task.
+      reference: frozen model for the KL.
+      reward_model: scores the responses; None where there is none.
+      sharding: where batches go.
+      temperature: that of the policy.
+      show: takes from a prompt the part that is shown and judged.
     """
 
     def __init__(
@@ -127,10 +127,10 @@ class AgainstBaseline:
     """Measures a policy against a baseline on prompts that it does not train on.
 
     Args:
-      respond: Answers these prompts.
-      baseline: Its model answers once, here.
-      key: Random key; every policy draws with the same.
-      count: Prompts.
+      respond: answers these prompts.
+      baseline: its model answers once, here.
+      key: random key; every policy draws with the same.
+      count: prompts.
     """
 
     def __init__(self, respond: Respondent, baseline: Any, key: jax.Array, count: int):

@@ -6,7 +6,7 @@ token that it draws, the trainer computes the same function, and so the ratio of
 is 1 and its KL to an equal reference 0 for every temperature, top-k and top-p. Top-k, top-p and
 the repetition penalty only restrict which tokens get drawn: with them the samples come from a
 truncated policy while the full one is optimised, a bias that all trainers with top-p share. The
-alternative, renormalising the ratio over the old nucleus, gives tokens outside of it no gradient
+alternative, renormalising the ratio over the old nucleus, gives tokens outside it no gradient
 and an infinite KL when the nucleus moves. `top_p=1, top_k=0` has no bias and is the default.
 """
 
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from rlhf_jax.losses import entropy, select_log_probs
 from rlhf_jax.models.transformer import KVCache, LayerWeights, Rope, Transformer
 from rlhf_jax.rollouts import sampling
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 
 
@@ -32,12 +33,12 @@ class SamplingConfig:
     """How responses are drawn.
 
     Attributes:
-      max_new_tokens: Length G of the response window; a response that has no EOS by then is cut.
-      temperature: Divides the logits, in sampling and in the optimised policy; 0 is greedy (then
+      max_new_tokens: length G of the response window; a response that has no EOS by then is cut.
+      temperature: divides the logits, in sampling and in the optimised policy; 0 is greedy (then
         log-probabilities are those of temperature 1).
-      top_p: Nucleus mass; 1 is off.
-      top_k: Number of candidates; 0 is off.
-      repetition_penalty: Divides the logits of tokens already in the response; 1 is off.
+      top_p: nucleus mass; 1 is off.
+      top_k: number of candidates; 0 is off.
+      repetition_penalty: divides the logits of tokens already in the response; 1 is off.
     """
 
     max_new_tokens: int
@@ -47,15 +48,14 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        for name, valid, rule in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("repetition_penalty", self.repetition_penalty > 0, "positive"),
-        ):
-            if not valid:
-                raise ValueError(f"sampling.{name}={getattr(self, name)} must be {rule}")
+        check(
+            self,
+            max_new_tokens="[1, inf)",
+            temperature="[0, 100]",  # above, nothing is left of the policy
+            top_p="(0, 1]",
+            top_k="[0, inf)",
+            repetition_penalty="(0, 100]",
+        )
 
     @property
     def policy_temperature(self) -> float:
@@ -118,8 +118,8 @@ class _Carry(NamedTuple):
     step: jax.Array  # scalar: response tokens drawn so far
     hidden: jax.Array  # [B, D]: state that predicts the next token
     cache: KVCache
-    # Of the next token. Made at the end of a step and carried: inside of the next one XLA would
-    # fuse the sines into the rotation of each head of each layer, and take them again for each.
+    # For the next token. Made at the end of a step and carried: inside the next step XLA would
+    # fuse the sines into the rotation of each head of each layer, and recompute them for each.
     rope: Rope
     ended: jax.Array  # [B]
     tokens: jax.Array  # [B, G]
@@ -145,13 +145,13 @@ def generate(
     `prompts`, and the cache is as long as this shape needs.
 
     Args:
-      model: The policy.
+      model: the policy.
       prompts: `[B, P]` int32, left padded.
       prompt_mask: `[B, P]` bool.
-      key: Random key, consumed.
-      config: Sampling settings.
-      eos_ids: Tokens that end a response. They are part of it: stopping is an action to be learned.
-      pad_id: Token written after the end.
+      key: random key, consumed.
+      config: sampling settings.
+      eos_ids: tokens that end a response. They are part of it: stopping is an action to be learned.
+      pad_id: token written after the end.
 
     Returns:
       The rollout, with log-probabilities from the same pass that drew the tokens.
@@ -219,8 +219,8 @@ def generate(
         entropies=zeros,
         seen=jnp.zeros((batch, model.config.vocab_size), bool) if penalized else None,
     )
-    # XLA on CPU copies a slice of stacked weights: at every token, if it is taken in the loop.
-    # Outside it takes the memory of the decoder's layers once more, so other platforms do not.
+    # On CPU XLA copies a slice of stacked weights, at every token if it is taken inside the loop.
+    # Outside it costs the memory of the decoder's layers once more, so only CPUs do so.
     carry = jax.lax.platform_dependent(
         start, cpu=lambda carry: loop(carry, model.layers.each()), default=loop
     )

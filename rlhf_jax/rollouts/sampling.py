@@ -17,7 +17,7 @@ def top_p_filter(logits: jax.Array, p: float) -> jax.Array:
     ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The first token always stays; a token stays when less than p stands before it.
+    # The first token always stays; a token stays when those before it have less than p.
     smallest_kept = jnp.min(jnp.where(before < p, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits < smallest_kept, _MINUS_INFINITY, logits)
 
@@ -25,7 +25,7 @@ def top_p_filter(logits: jax.Array, p: float) -> jax.Array:
 def penalize_repetition(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
     """Divides positive and multiplies negative logits of tokens already `seen [..., V]`.
 
-    Source: Keskar et al. 2019 (CTRL), section 4.1, in the signed form that everyone runs.
+    Source: Keskar et al. 2019 (CTRL), section 4.1, in the signed form in common use.
     """
     changed = jnp.where(logits > 0, logits / penalty, logits * penalty)
     return jnp.where(seen, changed, logits)
@@ -37,11 +37,11 @@ def sample(
     """Draws one token per row.
 
     Args:
-      key: Random key, consumed.
+      key: random key, consumed.
       logits: `[B, V]` float32.
-      temperature: Logits are divided by it; 0 takes the most likely token.
-      top_k: Number of tokens to draw from; 0 is all.
-      top_p: Probability mass to draw from; 1 is all.
+      temperature: logits are divided by it; 0 takes the most likely token.
+      top_k: number of tokens to draw from; 0 is all.
+      top_p: probability mass to draw from; 1 is all.
 
     Returns:
       `[B]` int32.

@@ -1,10 +1,10 @@
-"""Keeps XLA's CPU compiler from fusing products with what stands around them.
+"""Keeps XLA's CPU compiler from fusing products with the operations around them.
 
 Since jax 0.10.2 the CPU compiler hands groups of operations to a library, YNNPACK, where it handed
 over single products before. Some groups come back as wrong numbers, without an error.
 `jnp.sum((x @ jnp.full_like(x, 0.37)) * x, -1)` of `[5, 60, 60]` does in every version up to
 0.12.0.1: any number comes out, up to 1e38 and NaN. `jnp.sum((matrix @ row) ** 2)` mapped over
-32,769 rows of three has the last row wrong in 0.10.2 (jax issue 39103, mended in 0.11).
+32,769 rows of three has the last row wrong in 0.10.2 (jax issue 39103, fixed in 0.11).
 
 With `FLAG` the library gets single products only, and both are right in all these versions.
 """
@@ -40,10 +40,10 @@ def guard_cpu_compiler() -> bool:
         return False
     # XLA has read its flags once a backend has started.
     if xla_bridge.backends_are_initialized():
-        _warn("jax had started before XLA could be told")
+        _warn("jax had started before XLA_FLAGS could be set")
         return False
     if names_a_file:
-        _warn(f"XLA_FLAGS names the file {flags}, which is left as it is")
+        _warn(f"XLA_FLAGS names the file {flags}, which is left unchanged")
         return False
     os.environ["XLA_FLAGS"] = f"{flags} {FLAG}".strip()
     return True
@@ -63,7 +63,7 @@ def _read(path: str) -> str:
 
 
 def _may_use_cpu() -> bool:
-    """Whether a CPU is among the platforms; jax starts it beside others unless told not to."""
+    """Whether a CPU is among the platforms; jax starts it beside others by default."""
     platforms = jax.config.values["jax_platforms"]
     return not platforms or "cpu" in platforms.split(",")
 

@@ -18,14 +18,14 @@ from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
-# A process that is silent for so long counts as lost, and the others end.
+# Seconds of silence after which a process counts as lost, and the others end.
 HEARTBEAT_SECONDS = 30
 
 
 def initialize() -> None:
     """Joins the processes of a cluster; call it before anything else touches jax.
 
-    Processes beside process 0 print nothing but errors from here on.
+    Processes other than process 0 print only errors from here on.
 
     Slurm, Open MPI, Kubernetes (with the package `kubernetes`) and Cloud TPU are detected by
     `jax.distributed.initialize`. Elsewhere set three variables for each process:
@@ -61,7 +61,7 @@ def leave(error: Exception) -> NoReturn:
     reason = str(error).strip() or type(error).__name__
     print(
         f"error in process {jax.process_index()} of {jax.process_count()}: {reason}\n"
-        "if another process is gone, this is what is left to see of it: start all of them again, "
+        "if another process has died, this error only follows from that: start all of them again, "
         "the same command resumes",
         file=sys.stderr,
         flush=True,

@@ -1,12 +1,12 @@
-"""Errors that are the user's to mend, beside `ValueError` and `FileNotFoundError`.
+"""Errors that the user can fix, beside `ValueError` and `FileNotFoundError`.
 
 A command shows them as one line. What JAX or XLA raise is not among them: that is a defect, and its
-traceback is wanted.
+traceback is needed.
 """
 
 
 class UserError(Exception):
-    """Something outside of the code must change; the message is one line that says what."""
+    """Something outside the code must change; the message is one line that says what."""
 
 
 class MissingPackageError(UserError, ImportError):

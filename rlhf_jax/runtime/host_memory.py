@@ -15,16 +15,17 @@ _HUGE_PAGE = 2 * 2**20
 def reuse_freed_memory() -> bool:
     """Tells glibc to keep what is freed for the next array, and to use pages of 2 MiB.
 
-    XLA's CPU programs allocate their buffers anew at every call. Above 32 MiB glibc maps each from
+    XLA's CPU programs allocate their buffers again at every call. Above 32 MiB glibc maps each from
     the system and unmaps it when it is freed, so that every page of it is faulted in and zeroed at
     every step: a fifth of the processor time of a small training run. And with pages of 4 KiB the
     weights of even a small model are more pages than a processor keeps track of, which slows down
-    sampling by 5 to 10% on one or two cores. The process then holds what it has freed, more than it
-    ever needed at once where programs of several shapes take turns: see `release_freed_memory`.
+    sampling by 5 to 10% on one or two cores. The process then holds what it has freed, which is
+    more than it ever needed at once where programs of several shapes take turns: see
+    `release_freed_memory`.
     Call it before jax starts its threads.
 
     Returns:
-      Whether freed memory is kept; False where the C library is another one.
+      Whether freed memory is kept; False where the C library is not glibc.
     """
     libc = _glibc()
     if libc is None:
@@ -49,7 +50,7 @@ def release_freed_memory(above: float = 0.4) -> bool:
     not fit the next one would otherwise add up.
 
     Args:
-      above: Share of the machine's memory up to which nothing is done.
+      above: share of the machine's memory up to which nothing is done.
 
     Returns:
       Whether memory was given back.

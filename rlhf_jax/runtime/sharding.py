@@ -64,8 +64,8 @@ def mesh_of(devices: Sequence[jax.Device], *, tensor: int = 1) -> Mesh:
     """A mesh with the axes `data` and `tensor`.
 
     Args:
-      devices: Real ones, or those of a topology to compile for.
-      tensor: Size of the `tensor` axis. Neighbours share a layer: keep them on one machine.
+      devices: real ones, or those of a topology to compile for.
+      tensor: size of the `tensor` axis. Neighbours share a layer: keep them on one machine.
 
     Raises:
       ValueError: the devices do not divide by `tensor`.
@@ -92,7 +92,7 @@ def spread_spec(shape: tuple[int, ...], axis_size: int, taken: P | None = None) 
     axes = [*taken, *[None] * (len(shape) - len(taken))]
     for axis in reversed(range(len(shape))):
         if axes[axis] is None and shape[axis] >= axis_size and shape[axis] % axis_size == 0:
-            # Specs are equal when they are written alike: nothing stands behind the last axis.
+            # Specs are equal only when they are written alike: nothing follows the last axis.
             axes[axis] = "data"
             return _trimmed(axes)
     return taken
@@ -111,7 +111,7 @@ def tensor_spec(name: str, shape: tuple[int, ...], axis_size: int) -> P:
 def weight_name(path: tuple[Any, ...]) -> str:
     """The name of a weight in the path of a leaf: `q` in `.mu.layers.q.value`.
 
-    The frozen matrix of a low-rank weight is called as the matrix alone: `q` in `.q.base.value`.
+    The frozen matrix of a low-rank weight has the name of the matrix alone: `q` in `.q.base.value`.
     """
     parts = [str(getattr(part, "name", getattr(part, "key", ""))) for part in path]
     return next((part for part in reversed(parts) if part not in ("value", "base", "")), "")
@@ -122,8 +122,8 @@ class Sharding:
     """Shardings of the trees of a train step, for one mesh and one mode.
 
     Attributes:
-      mesh: The devices, with an axis named `data`, and one named `tensor` for that mode.
-      mode: One of `MODES`.
+      mesh: the devices, with an axis named `data`, and one named `tensor` for that mode.
+      mode: one of `MODES`.
     """
 
     mesh: Mesh
@@ -191,7 +191,7 @@ class Sharding:
         return self._tree(tree, "frozen")
 
     def bind(self, function: Callable) -> Callable:
-        """`function` with the models in it told of this mesh; jit what comes back.
+        """Makes the models in `function` aware of this mesh; jit what comes back.
 
         Inside, models gather the weights of one layer at a time and keep activations split by
         rows, see `models.placement`. Without it the results are the same, but the partitioner
@@ -212,7 +212,7 @@ class Sharding:
         return jax.tree.map(lambda x: jax.device_put(np.asarray(x), self.replicated), tree)
 
     def put_whole(self, tree: Any) -> Any:
-        """Places a batch of which every process holds all rows, as `put_batch` does its part."""
+        """Places a batch of which every process holds all rows, not only its share of them."""
 
         def mine(x):
             return np.asarray(x)[self.local_rows(x.shape[0])]
@@ -241,7 +241,7 @@ class Sharding:
 
     @property
     def shares(self) -> int:
-        """Into how many parts, of consecutive rows, the processes divide a batch."""
+        """How many parts, of consecutive rows, the processes divide a batch into."""
         return self.data // len(self._local_blocks())
 
     def local_rows(self, count: int) -> slice:

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from rlhf_jax.data.convert import Request, converted_rows, every_row
-from rlhf_jax.data.schemas import DropCounts, Row
+from rlhf_jax.data.convert import every_row, rows_of_kind
+from rlhf_jax.data.schemas import DropCounts, Kind, Row
 from rlhf_jax.data.sets import harm
 from rlhf_jax.tasks.task import Task
 
@@ -19,11 +19,13 @@ from rlhf_jax.tasks.task import Task
 class Harm(Task):
     """Prompts that ask for harm, and pairs of answers to them; see `data.sets.harm`."""
 
-    def rows(self, kind: str, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
+    reads = ("min_gap",)
+
+    def rows(self, kind: Kind, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
         """Yields prompts, or pairs whose chosen answer people found less harmful; see `Task.rows`.
 
         Raises:
-          ValueError: Documents are asked for: no model should be fine-tuned on these answers.
+          ValueError: documents are asked for: no model should be fine-tuned on these answers.
         """
         config = self.config
         if kind == "sft":
@@ -36,7 +38,7 @@ class Harm(Task):
             )
         answers = harm.harm_answers(split, drops=drops)
         rows = [{"prompt": answer["prompt"]} for answer in answers]
-        return converted_rows(rows, Request(kind, "", split, drops), every_row)
+        return rows_of_kind(rows, kind, split, drops, belongs=every_row)
 
     def rated_texts(self, split: str) -> tuple[list[str], np.ndarray]:
         """Returns the answers and people's harm scores with the sign turned, in [-1, 0]."""

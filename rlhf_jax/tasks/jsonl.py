@@ -1,32 +1,50 @@
-"""Rows of your own: JSON lines in any of the shapes that `data.preferences` reads."""
+"""Rows of your own: JSON lines in any of the shapes that `data.convert` reads.
+
+One file is split 80/10/10 by a hash of the prompts; a folder has a file for each split.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from rlhf_jax.data import sources
-from rlhf_jax.data.schemas import DropCounts, Row
-from rlhf_jax.tasks.task import Task
+from rlhf_jax.data.convert import every_row, rows_of_kind
+from rlhf_jax.data.jsonl import existing, read_jsonl, stamps
+from rlhf_jax.data.schemas import DropCounts, Kind, Row
+from rlhf_jax.data.splits import SPLITS
+from rlhf_jax.tasks.task import Task, TaskConfig
 
 
 class JSONLines(Task):
-    """Conversations, pairs or prompts of a file, or of a folder with a file for each split."""
+    """Conversations, pairs or prompts: `jsonl:FILE` or `jsonl:FOLDER`."""
 
     can_stream = True
 
-    def rows(self, kind: str, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
-        """Yields rows of the files of a split; see `Task.rows`."""
-        return sources.iter_rows(kind, self.config.source, split, drops=drops)
+    def __init__(self, config: TaskConfig):
+        super().__init__(config)
+        self._path = Path(self.where)
 
-    def fingerprint(self, kind: str, split: str) -> list[Any]:
-        """Returns path, size and time of each file."""
-        return sources.fingerprint(kind, self.config.source, split)
+    def rows(self, kind: Kind, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
+        """Yields rows of a split; see `Task.rows`."""
+        if not self._path.is_dir():
+            return rows_of_kind(read_jsonl(existing(self._path)), kind, split, drops)
+        names = SPLITS if split == "all" else [split]
+        files = [existing(self._path / f"{name}.jsonl") for name in names]
+        rows = (row for file in files for row in read_jsonl(file))
+        return rows_of_kind(rows, kind, split, drops, belongs=every_row)
+
+    def fingerprint(self, split: str) -> list[Any]:
+        """Returns path, size and time of the files."""
+        is_folder = self._path.is_dir()
+        return stamps(sorted(self._path.glob("*.jsonl")) if is_folder else [existing(self._path)])
 
     def open_stream(self) -> Sequence[Iterable[Row]]:
-        """Opens the training file."""
-        return sources.open_stream(self.config.source)
+        """Opens the file with the training rows."""
+        folder = self._path.is_dir()
+        return [read_jsonl(existing(self._path / "train.jsonl" if folder else self._path))]
 
-    def convert_stream(self, kind: str, rows: Iterable[Row], drops: DropCounts) -> Iterable[Row]:
-        """Brings training rows to a kind."""
-        return sources.convert_stream(kind, self.config.source, rows, drops)
+    def convert_stream(self, kind: Kind, rows: Iterable[Row], drops: DropCounts) -> Iterable[Row]:
+        """Brings rows to a kind; of one file without splits, those of training."""
+        belongs = every_row if self._path.is_dir() else None
+        return rows_of_kind(rows, kind, "train", drops, belongs=belongs)

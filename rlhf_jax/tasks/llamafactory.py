@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from rlhf_jax.data.convert import Request, converted_rows
-from rlhf_jax.data.schemas import DropCounts, Row
+from rlhf_jax.data.convert import rows_of_kind
+from rlhf_jax.data.schemas import DropCounts, Kind, Row
 from rlhf_jax.data.sets import archives
 from rlhf_jax.tasks.task import Task, TaskConfig
 
@@ -22,8 +22,8 @@ class LlamaFactory(Task):
         if self.where not in ("en", "zh"):
             raise ValueError(f"source={config.source!r} must be llamafactory:en or llamafactory:zh")
 
-    def rows(self, kind: str, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
+    def rows(self, kind: Kind, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
         """Yields instructions with answers, pairs or prompts; see `Task.rows`."""
         name = "alpaca" if kind == "sft" else "dpo"
         content = archives.read_member("llamafactory", f"data/{name}_{self.where}_demo.json")
-        return converted_rows(json.loads(content), Request(kind, "", split, drops))
+        return rows_of_kind(json.loads(content), kind, split, drops)

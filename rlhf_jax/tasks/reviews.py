@@ -10,26 +10,36 @@ trained on, a whole turn, is what a rollout ends as.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data import chat, comparisons
+from rlhf_jax.data import comparisons, prepare
+from rlhf_jax.data.encode import IDENTICAL_TOKENS
 from rlhf_jax.data.examples import Examples
-from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, Message, Row
+from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, Kind, Message, Row
 from rlhf_jax.data.sets import reviews
-from rlhf_jax.data.templates import open_text
-from rlhf_jax.tasks.task import Task
+from rlhf_jax.data.templates import ChatTokenizer
+from rlhf_jax.tasks.task import Task, TaskConfig
 
 
 class Reviews(Task):
     """Reviews of films and products, editorials and tweets; see `data.sets.reviews`."""
 
+    reads = ("domains", "instruction", "min_gap")
     judges = ("vader",)
 
-    def rows(self, kind: str, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
+    def __init__(self, config: TaskConfig):
+        super().__init__(config)
+        if not set(config.domains) <= set(reviews.DOMAINS):
+            raise ValueError(
+                f"data.domains={config.domains} must name some of {', '.join(reviews.DOMAINS)}"
+            )
+
+    def rows(self, kind: Kind, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
         """Yields texts, opening words, or pairs of texts of one domain; see `Task.rows`."""
         config, loaded = self.config, self._reviews(split, drops)
         if kind == "preference":
@@ -64,10 +74,9 @@ class Reviews(Task):
         """Returns pairs of reviews in a chat and float32 `[n, 2]`, the ratings of both.
 
         Raises:
-          ValueError: There is no instruction, or the reviews are of several domains.
+          ValueError: there is no instruction, or the reviews are of several domains.
         """
-        if not self._asked:
-            return super().rated(tokenizer, split, max_length=max_length, count=count)
+        self.check_ratings()
         drops = DropCounts()
         loaded = self._reviews(split, drops)
         domains = {review.domain for review in loaded}
@@ -76,9 +85,7 @@ class Reviews(Task):
         rows = [self._response_row(review.text) for review in loaded]
         sides: list[tuple[Encoded, float]] = []
         # Encoded before pairs are drawn: a review stands in many pairs.
-        encoded = chat.encoded_rows(
-            "sft", rows, tokenizer, max_length=sys.maxsize, drops=DropCounts()
-        )
+        encoded = prepare.encoded_rows("sft", rows, tokenizer, max_length=sys.maxsize)
         for review, document in zip(loaded, encoded, strict=True):
             if document is None or len(document.tokens) > max_length:
                 drops.drop("review longer than max_length")
@@ -87,6 +94,11 @@ class Reviews(Task):
         pairs, ratings = self._drawn(sides, count, drops)
         print(f"pairs ({split}): {drops.summary()}")
         return pairs, ratings
+
+    def check_ratings(self) -> None:
+        """See `Task.check_ratings`: reviews in a chat are rated as they stand."""
+        if not self._asked:
+            super().check_ratings()
 
     def _drawn(
         self, sides: list[tuple[Encoded, float]], count: int, drops: DropCounts
@@ -100,12 +112,14 @@ class Reviews(Task):
             num_pairs=count,
             seed=self.config.seed,
         )
-        drops.keep(len(drawn))
         pairs = [
             EncodedPair(sides[better][0], sides[worse][0], float(ratings[better] - ratings[worse]))
             for better, worse in drawn
         ]
-        return pairs, ratings[drawn]
+        differ = [not np.array_equal(pair.chosen.tokens, pair.rejected.tokens) for pair in pairs]
+        drops.keep(sum(differ))
+        drops.drop(IDENTICAL_TOKENS, len(pairs) - sum(differ))
+        return list(itertools.compress(pairs, differ)), ratings[drawn[differ]]
 
     def rated_texts(self, split: str) -> tuple[list[str], np.ndarray]:
         """Returns the reviews of a split and the means of people's votes, in [-4, 4]."""
@@ -115,13 +129,22 @@ class Reviews(Task):
     def references(self, tokenizer: Any, *, max_length: int, count: int) -> list[Encoded]:
         """Returns the first training texts."""
         rows = list(self.rows("sft", "train", DropCounts()))[:count]
-        return chat.encode_sft(rows, tokenizer, max_length=max_length)
+        found = prepare.prepared(
+            "sft",
+            lambda: rows,
+            tokenizer,
+            max_length=max_length,
+            drops=DropCounts(),
+            name="reference reviews",
+        )
+        return list(found)
 
     def shown(self, tokenizer: Any) -> Callable[[str], str]:
         """Returns what of a decoded prompt is shown and judged: in a chat, the opening words."""
         if not self._asked:
             return super().shown(tokenizer)
-        ids = tokenizer.encode(open_text(self._asked, tokenizer), add_special_tokens=False)
+        before = ChatTokenizer(tokenizer).open_text(self._asked)
+        ids = tokenizer.encode(before, add_special_tokens=False)
         before = tokenizer.decode(ids, skip_special_tokens=True)
         return functools.partial(_without, before=before)
 
@@ -129,8 +152,8 @@ class Reviews(Task):
     def _asked(self) -> list[Message]:
         """The messages before a review; none without an instruction.
 
-        The instruction is the system's message, so that the template's own, if it has one, does not
-        stand there: a forward pass over it would cost as much as one over the review.
+        The instruction is the system's message, so that the template's own, if it has one, is
+        left out: a forward pass over it would cost as much as one over the review.
         """
         instruction = self.config.instruction
         return [{"role": "system", "content": instruction}] if instruction else []
@@ -139,7 +162,8 @@ class Reviews(Task):
         return {"prompt": self._asked, "response": text}
 
     def _reviews(self, split: str, drops: DropCounts) -> list[reviews.Review]:
-        loaded = reviews.load_reviews(split, domains=self.config.domains, drops=drops)
+        domains = self.config.domains or ("movie", "amazon")
+        loaded = reviews.load_reviews(split, domains=domains, drops=drops)
         return loaded[: self.config.limit or None]
 
 

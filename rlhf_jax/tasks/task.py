@@ -20,12 +20,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rlhf_jax.data import prepare
+from rlhf_jax.data.convert import texts_of
 from rlhf_jax.data.examples import Examples, StreamedExamples
-from rlhf_jax.data.preferences import texts_of
-from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, EncodedPrompt, Row
+from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, EncodedPrompt, Kind, Row
+from rlhf_jax.data.splits import check_split
 
 STREAM = "stream:"
-_COUNTED = {"sft": "SFT documents", "preference": "pairs", "prompt": "prompts"}
+_COUNTED: dict[Kind, str] = {"sft": "SFT documents", "preference": "pairs", "prompt": "prompts"}
 _TOKENIZER_ROWS = 20_000
 
 # The tasks by the word before the first colon of a source.
@@ -37,12 +38,12 @@ class TaskConfig:
     """Which task, and which of its rows.
 
     Attributes:
-      source: What the user types: "reviews", "hh:FOLDER", "jsonl:FILE", "stream:hh", ...
-      domains: Of reviews: which of them.
-      limit: The most rows; 0 is all of them. Pairs have a count of their own.
-      instruction: Of reviews: what the system asks of the assistant; empty is plain text.
-      min_gap: The least difference of the ratings of a pair that is drawn.
-      seed: Of pairs and prompts that are drawn.
+      source: what the user types: "reviews", "hh:FOLDER", "jsonl:FILE", "stream:hh", ...
+      domains: of reviews: which of them; empty is films and products.
+      limit: the most rows; 0 is all of them. Pairs have a count of their own.
+      instruction: of reviews: what the system asks of the assistant; empty is plain text.
+      min_gap: the least difference of the ratings of a pair that is drawn.
+      seed: of pairs and prompts that are drawn.
     """
 
     source: str
@@ -61,16 +62,19 @@ class Task(abc.ABC):
     `open_stream` and `convert_stream`.
 
     Args:
-      config: Which rows.
+      config: which rows.
 
     Attributes:
-      judges: Names of the judges that may speak of the task; none if nothing but a reward model or
+      reads: the keys of a `TaskConfig` that decide its rows, besides the source, the limit and the
+        seed. Reading `min_gap` is to draw pairs of rated texts.
+      judges: names of the judges that may speak of the task; none if nothing but a reward model or
         a judge that the user names can.
-      can_stream: Whether `stream:` may be put before the source.
-      where: What follows the colon in the source: `FOLDER` of `hh:FOLDER`.
-      streamed: Whether training rows are read as the run trains.
+      can_stream: whether `stream:` may be put before the source.
+      where: what follows the colon in the source: `FOLDER` of `hh:FOLDER`.
+      streamed: whether training rows are read as the run trains.
     """
 
+    reads: ClassVar[tuple[str, ...]] = ()
     judges: tuple[str, ...] = ()
     can_stream: ClassVar[bool] = False
 
@@ -82,21 +86,27 @@ class Task(abc.ABC):
             able = " and ".join(name for name, task in TASKS.items() if task.can_stream)
             raise ValueError(f"source={config.source!r} cannot be streamed: only {able} can")
 
+        if "min_gap" in self.reads and not config.min_gap > 0:
+            raise ValueError(
+                f"data.min_gap={config.min_gap} must be above 0: of two texts that are rated alike "
+                "none is better"
+            )
+
     @abc.abstractmethod
-    def rows(self, kind: str, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
-        """Yields rows of a kind, in the shapes that `chat.encoded_rows` takes.
+    def rows(self, kind: Kind, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
+        """Yields rows of a kind, in the shapes of `data.schemas`; see `data.convert.rows_of_kind`.
 
         Args:
           kind: "sft", "preference" or "prompt".
           split: "train", "validation", "test" or "all".
-          drops: Counts what is left out.
-          count: How many are wanted, for tasks that draw; 0 is all of them.
+          drops: counts what is left out.
+          count: how many are wanted, for tasks that draw; 0 is all of them.
 
         Raises:
-          ValueError: The source has no rows of the kind, or a row is wrong.
+          ValueError: the source has no rows of the kind, or a row is wrong.
         """
 
-    def fingerprint(self, kind: str, split: str) -> list[Any] | None:
+    def fingerprint(self, split: str) -> list[Any] | None:
         """Returns what decides the rows, for the store of encoded rows; None keeps none."""
         return None
 
@@ -104,7 +114,7 @@ class Task(abc.ABC):
         """Opens the training rows as they stand in each of the files."""
         raise NotImplementedError(f"{type(self).__name__} cannot be streamed")
 
-    def convert_stream(self, kind: str, rows: Iterable[Row], drops: DropCounts) -> Iterable[Row]:
+    def convert_stream(self, kind: Kind, rows: Iterable[Row], drops: DropCounts) -> Iterable[Row]:
         """Brings rows of `open_stream` to a kind."""
         raise NotImplementedError(f"{type(self).__name__} cannot be streamed")
 
@@ -117,9 +127,9 @@ class Task(abc.ABC):
         """Returns what supervised fine-tuning learns from, with loss masks.
 
         Args:
-          tokenizer: With a chat template.
+          tokenizer: with a chat template.
           split: "train", "validation", "test" or "all"; only "train" is ever streamed.
-          max_length: The most tokens.
+          max_length: the most tokens.
         """
         return self._examples("sft", tokenizer, split, max_length, self.config.limit)
 
@@ -129,10 +139,10 @@ class Task(abc.ABC):
         """Returns pairs of responses, the better one first.
 
         Args:
-          tokenizer: With a chat template.
-          split: See `documents`.
-          max_length: The most tokens of a side.
-          count: The most pairs, where they are not streamed.
+          tokenizer: with a chat template.
+          split: see `documents`.
+          max_length: the most tokens of a side.
+          count: the most pairs, where they are not streamed.
         """
         return self._examples("preference", tokenizer, split, max_length, count)
 
@@ -140,6 +150,15 @@ class Task(abc.ABC):
         self, tokenizer: Any, split: str, *, max_length: int, count: int
     ) -> tuple[list[EncodedPair], np.ndarray]:
         """Returns pairs, and how people rated both sides, `[n, 2]`.
+
+        Raises:
+          ValueError: nobody rated them.
+        """
+        self.check_ratings()
+        raise NotImplementedError(f"{type(self).__name__} has ratings and no `rated`")
+
+    def check_ratings(self) -> None:
+        """Refuses to compare all texts of a batch where `rated` has nothing to give.
 
         Raises:
           ValueError: Nobody rated them.
@@ -160,9 +179,9 @@ class Task(abc.ABC):
         """Returns what a policy is asked, open for the assistant's words.
 
         Args:
-          tokenizer: With a chat template.
-          split: See `documents`.
-          max_length: The most tokens.
+          tokenizer: with a chat template.
+          split: see `documents`.
+          max_length: the most tokens.
         """
         return self._examples("prompt", tokenizer, split, max_length, self.config.limit)
 
@@ -170,9 +189,9 @@ class Task(abc.ABC):
         """Returns training responses whose scores a reward model brings to mean 0 and std 1.
 
         Args:
-          tokenizer: With a chat template.
-          max_length: The most tokens.
-          count: The most responses.
+          tokenizer: with a chat template.
+          max_length: the most tokens.
+          count: the most responses.
         """
         return [
             pair.chosen for pair in self._load("preference", tokenizer, "train", max_length, count)
@@ -183,7 +202,7 @@ class Task(abc.ABC):
         return lambda prompt: prompt
 
     def _examples(
-        self, kind: str, tokenizer: Any, split: str, max_length: int, count: int
+        self, kind: Kind, tokenizer: Any, split: str, max_length: int, count: int
     ) -> Examples[Any]:
         load = functools.partial(self._load, kind, tokenizer, split, max_length, count)
         if not self.streamed or split != "train":
@@ -197,15 +216,16 @@ class Task(abc.ABC):
         )
 
     def _load(
-        self, kind: str, tokenizer: Any, split: str, max_length: int, count: int
+        self, kind: Kind, tokenizer: Any, split: str, max_length: int, count: int
     ) -> Examples[Any]:
         """All rows of a split, encoded; prints what was kept and dropped."""
+        check_split(split)
         drops = DropCounts()
 
         def rows() -> Iterator[Row]:
             return itertools.islice(self.rows(kind, split, drops, count=count), count or None)
 
-        decides = self.fingerprint(kind, split)
+        decides = self.fingerprint(split)
         found = prepare.prepared(
             kind,
             rows,
@@ -220,12 +240,12 @@ class Task(abc.ABC):
         return Examples(found)
 
     def _encode_block(
-        self, kind: str, tokenizer: Any, max_length: int, rows: list[Row]
+        self, kind: Kind, tokenizer: Any, max_length: int, rows: list[Row]
     ) -> list[Any]:
         """A block of a stream, encoded; prints what was kept and dropped."""
         drops = DropCounts()
         converted = self.convert_stream(kind, rows, drops)
-        found = prepare.encode_block(kind, converted, tokenizer, max_length=max_length, drops=drops)
+        found = prepare.encode_rows(kind, converted, tokenizer, max_length=max_length, drops=drops)
         print(f"{kind} rows, the next {len(rows):,} of {self.config.source}: {drops.summary()}")
         return found
 
@@ -234,7 +254,7 @@ def make_task(config: TaskConfig) -> Task:
     """Returns the task that a source names.
 
     Raises:
-      ValueError: There is no such task, or it cannot be streamed.
+      ValueError: there is no such task, or it cannot be streamed.
     """
     name = config.source.removeprefix(STREAM).partition(":")[0]
     if name == "pyrit":

@@ -44,8 +44,8 @@ class Checkpointer:
     """Keeps the newest states of a run in `folder`, each step whole or not at all.
 
     Args:
-      folder: Created when missing.
-      keep: How many steps stay on disk. With two, one that is damaged costs the steps since the
+      folder: created when missing.
+      keep: how many steps stay on disk. With two, one that is damaged costs the steps since the
         one before it; with one it costs the run.
     """
 
@@ -106,7 +106,7 @@ class Checkpointer:
         none. Collective.
 
         Args:
-          like: A state with the shapes, types and shardings to restore to.
+          like: a state with the shapes, types and shardings to restore to.
 
         Returns:
           Step, state, position.
@@ -222,7 +222,7 @@ class Checkpointer:
 
 
 def _kind(leaf: Any) -> str:
-    """Type and shape: `float32[2, 3]`. Orbax would convert another type without a word."""
+    """Type and shape: `float32[2, 3]`. Orbax would convert another type silently."""
     return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 

@@ -22,11 +22,11 @@ class Holding:
     """One tree of arrays on the mesh.
 
     Attributes:
-      name: Such as `policy/moments`.
-      total: Bytes of the tree, each number counted once.
-      per_device: Bytes of it that one device holds.
-      whole: Path and bytes of each leaf that no axis of the mesh splits, largest first.
-      reason: Why they are whole; empty where there are none.
+      name: such as `policy/moments`.
+      total: bytes of the tree, each number counted once.
+      per_device: bytes of it that one device holds.
+      whole: path and bytes of each leaf that no axis of the mesh splits, largest first.
+      reason: why they are whole; empty where there are none.
     """
 
     name: str
@@ -40,10 +40,10 @@ def holding(name: str, tree: Any, shardings: Any, *, reason: str = "") -> Holdin
     """Measures a tree under shardings of the same structure.
 
     Args:
-      name: What to call it.
-      tree: Arrays, or their shapes and types.
-      shardings: A tree of `NamedSharding`.
-      reason: Why leaves are whole, if the mode says so; by default that no axis divides.
+      name: what to call it.
+      tree: arrays, or their shapes and types.
+      shardings: a tree of `NamedSharding`.
+      reason: why leaves are whole, if the mode decides it; by default because no axis divides.
     """
     total, per_device, whole = 0, 0, []
     devices = 1
@@ -71,10 +71,10 @@ def state_holdings(
     Gradients live only within a step.
 
     Args:
-      name: Of the model, such as `policy`.
-      state: The state or its shapes.
-      sharding: Mesh and mode.
-      accumulated: Gradients are summed over microbatches, in float32.
+      name: the model's name, such as `policy`.
+      state: the state or its shapes.
+      sharding: mesh and mode.
+      accumulated: gradients are summed over microbatches, in float32.
     """
     dtype = jnp.float32 if accumulated else None
     grads = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), state.model)
@@ -105,8 +105,8 @@ def describe(holdings: Iterable[Holding], *, most: int = 3) -> dict[str, str]:
     """Lines for a start-up banner: name -> bytes per device and what stayed whole.
 
     Args:
-      holdings: The trees.
-      most: How many leaves to name.
+      holdings: the trees.
+      most: how many leaves to name.
     """
     lines = {}
     for item in holdings:
@@ -120,7 +120,7 @@ def describe(holdings: Iterable[Holding], *, most: int = 3) -> dict[str, str]:
 
 
 def show(count: float) -> str:
-    """Bytes for people: `12.55 GiB`."""
+    """Bytes in a readable unit: `12.55 GiB`."""
     for unit in ("B", "KiB", "MiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -19,6 +19,7 @@ from rlhf_jax.runtime.host_memory import release_freed_memory
 from rlhf_jax.runtime.metrics import MetricsWriter, check_finite
 from rlhf_jax.runtime.progress import Progress, progress
 from rlhf_jax.runtime.run_info import to_json
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.training.checkpoint import Checkpointer, GracefulStop
 from rlhf_jax.training.record import check_settings, read_config
 
@@ -28,9 +29,9 @@ class LogConfig:
     """Where metrics go besides metrics.jsonl.
 
     Attributes:
-      tensorboard: Event files in the run folder.
-      wandb: Weights & Biases; needs its package and an account.
-      wandb_project: Project there.
+      tensorboard: event files in the run folder.
+      wandb: weights & Biases; needs its package and an account.
+      wandb_project: project there.
     """
 
     tensorboard: bool = False
@@ -43,12 +44,15 @@ class CheckpointConfig:
     """When states are saved.
 
     Attributes:
-      every: Steps between two checkpoints; 0 saves at the end and at a stop only.
-      keep: How many stay on disk; the newest of them that is whole is resumed.
+      every: steps between two checkpoints; 0 saves at the end and at a stop only.
+      keep: how many stay on disk; the newest of them that is whole is resumed.
     """
 
     every: int = 100
     keep: int = 2
+
+    def __post_init__(self):
+        check(self, every="[0, inf)", keep="[1, inf)")
 
 
 class Stopped(Exception):
@@ -66,15 +70,15 @@ class Run:
                 run.checkpoint(step, state, batches)
 
     Args:
-      workdir: The run folder; created where missing, and locked: another process that opens a run
+      workdir: the run folder; created where missing, and locked: another process that opens a run
         there gets an error that names this one.
-      total: Number of steps.
-      desc: Title of the progress bar.
-      show: Metrics that the progress bar shows.
-      settings: Every setting of the run, as a nested mapping: written to config.json, and compared
-        with what stands there when a run goes on.
-      log: Where metrics go besides metrics.jsonl.
-      checkpoint: When states are saved.
+      total: number of steps.
+      desc: title of the progress bar.
+      show: metrics that the progress bar shows.
+      settings: every setting of the run, as a nested mapping: written to config.json, and compared
+        with that file when a run is resumed.
+      log: where metrics go besides metrics.jsonl.
+      checkpoint: when states are saved.
     """
 
     def __init__(
@@ -176,7 +180,7 @@ class Run:
         return progress(self.total, self._desc, initial=self._next)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Hands in a step's metrics; they are fetched while the next step computes.
+        """Takes a step's metrics, which are fetched while the next step computes.
 
         Raises:
           NonFiniteError: the previous step's metrics were not finite.
@@ -221,7 +225,7 @@ class Run:
         return time.time() - self.started_at
 
     def command(self) -> str:
-        """The command that makes this run."""
+        """The command line of this run."""
         return read_config(self.workdir / "config.json")["command"]
 
     def finish(self, summary: Mapping[str, Any]) -> None:

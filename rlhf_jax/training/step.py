@@ -22,9 +22,9 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       step: scalar int32, updates made so far.
-      model: The module in its compute type, or the adapters that train beside a frozen one.
+      model: the module in its compute type, or the adapters that train beside a frozen one.
       master: float32 copy that the optimizer updates; None when the model is float32 itself.
-      opt_state: State of the optax optimizer.
+      opt_state: state of the optax optimizer.
     """
 
     step: jax.Array
@@ -82,11 +82,11 @@ def make_train_step(
         sums with weights that were made from the whole batch (see `reductions`). A metric whose
         name ends in `_max` or `_min` is merged by that instead.
       optimizer: optax transformation.
-      sharding: Where the trees live.
-      microbatches: Gradient accumulation: the batch is split into so many parts.
-      prepare: Runs on the whole batch before it is split: the place for whatever is normalised
+      sharding: where the trees live.
+      microbatches: gradient accumulation: the number of parts that the batch is split into.
+      prepare: runs on the whole batch before it is split: the place for whatever is normalised
         over the batch.
-      trunk: Frozen weights beside which the state's adapters train: `loss_fn` is given the model
+      trunk: frozen weights beside which the state's adapters train: `loss_fn` is given the model
         that they make together (see `models.lora`). None when the state holds a whole model.
 
     Returns:
@@ -100,21 +100,21 @@ def make_train_step(
         if microbatches == 1:
             (_, metrics), grads = grad_fn(model, batch, *constants)
             return grads, metrics
-        parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
+        parts = jax.tree.map(lambda x: split(x, microbatches), batch)
 
         def accumulate(total, part):
             (_, metrics), grads = grad_fn(model, part, *constants)
             total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
-            return _constrain(total, sharding.gradients(total)), metrics
+            return constrain(total, sharding.gradients(total)), metrics
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), model)
-        zeros = _constrain(zeros, sharding.gradients(zeros))
+        zeros = constrain(zeros, sharding.gradients(zeros))
         grads, metrics = jax.lax.scan(accumulate, zeros, parts)
         return grads, {name: _merge(name, stacked) for name, stacked in metrics.items()}
 
     def step(state: TrainState, batch, *constants):
         grads, metrics = compute_gradients(state.model, prepare(batch), constants)
-        grads = _constrain(grads, sharding.gradients(grads))
+        grads = constrain(grads, sharding.gradients(grads))
         weights = state.model if state.master is None else state.master
         grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, weights)
         metrics["optim/grad_norm"] = optax.tree.norm(grads)
@@ -126,7 +126,7 @@ def make_train_step(
             model = jax.tree.map(lambda w, m: w.astype(m.dtype), weights, state.model)
             master = weights
         new = TrainState(state.step + 1, model, master, opt_state)
-        return _constrain(new, state_shardings(new, sharding)), metrics
+        return constrain(new, state_shardings(new, sharding)), metrics
 
     compiled = jax.jit(sharding.bind(step), donate_argnums=0)
     return compiled if trunk is None else OnTrunk(compiled, trunk)
@@ -142,7 +142,7 @@ class OnTrunk:
         return self._compiled(*arguments, self._trunk)
 
     def lower(self, *arguments: Any) -> Any:
-        """As `jax.jit(...).lower`."""
+        """Like `jax.jit(...).lower`."""
         return self._compiled.lower(*arguments, self._trunk)
 
 
@@ -156,7 +156,7 @@ def _attaching(loss_fn: LossFn) -> LossFn:
     return loss_of_adapters
 
 
-def _split(x: jax.Array, parts: int) -> jax.Array:
+def split(x: jax.Array, parts: int) -> jax.Array:
     """`[B, ...]` -> `[parts, B / parts, ...]`, dealt out so that each device keeps its rows."""
     if x.shape[0] % parts:
         raise ValueError(f"a batch of {x.shape[0]} must be divisible by {parts} microbatches")
@@ -171,7 +171,8 @@ def _merge(name: str, stacked: jax.Array) -> jax.Array:
     return stacked.sum(axis=0)
 
 
-def _constrain(tree: Any, shardings: Any) -> Any:
+def constrain(tree: Any, shardings: Any) -> Any:
+    """The tree, whose arrays are to lie as the shardings say; inside of a jitted function."""
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
 
 
@@ -179,7 +180,7 @@ def divide(name: str, whole: int, part: int) -> int:
     """How many parts make the whole, such as minibatches of a buffer.
 
     Raises:
-      ValueError: there would be a rest.
+      ValueError: there would be a remainder.
     """
     if part < 1 or whole < 1:
         raise ValueError(f"{name}={whole} and what divides it ({part}) must be at least 1")

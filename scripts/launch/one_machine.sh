@@ -11,7 +11,7 @@ if [[ $# -lt 1 ]]; then
   echo "usage: $0 COMMAND..." >&2
   exit 2
 fi
-# JAX takes 75% of the memory unless told otherwise; the preflight names what a run needs.
+# JAX takes 75% of the memory by default; the preflight names what a run needs.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 
 for ((attempt = 0; attempt <= ${RESTARTS:-3}; attempt++)); do

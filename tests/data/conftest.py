@@ -6,6 +6,7 @@ import json
 import tarfile
 
 import pytest
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data.tokenizer import train_bpe
@@ -31,7 +32,7 @@ CHATML = (
 )
 # The same without the switch: the assistant's header is written only with its words.
 CHATML_NO_SWITCH = CHATML[: CHATML.index("{% if")]
-# Contents trimmed, two line breaks behind the header, BOS in front.
+# Contents trimmed, two line breaks after the header, BOS in front.
 HEADERS = (
     "{{ bos_token }}{% for m in messages %}{{ '<|head|>' + m['role'] + '<|/head|>\n\n' + "
     "m['content'] | trim + '<|eot|>' }}{% endfor %}"
@@ -83,6 +84,20 @@ def with_template(plain):
 
 
 @pytest.fixture
+def folding(plain):
+    """A tokenizer that folds case: texts that differ only in it have the same tokens."""
+    backend = type(plain.backend_tokenizer).from_str(plain.backend_tokenizer.to_str())
+    backend.normalizer = normalizers.Lowercase()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        chat_template=plain.chat_template,
+    )
+
+
+@pytest.fixture
 def local_index(tmp_path, monkeypatch):
     """Points pip at a folder and at nothing else; the cache is empty."""
     folder = tmp_path / "index"
@@ -126,3 +141,23 @@ def stretches(encoded, tokenizer, trained=True):
             found.append(tokenizer.decode(current))
             current = []
     return [*found, tokenizer.decode(current)] if current else found
+
+
+def sentencepiece_like(scheme="always"):
+    """A tokenizer that puts a space before every text."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    if scheme == "llama":
+        bpe.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        bpe.pre_tokenizer = pre_tokenizers.Split(Regex("▁*[^▁]+"), "isolated")
+    else:
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    special = ["<unk>", "<s>", "</s>"]
+    bpe.train_from_iterator(
+        [*TEXTS, "line\nbreak"],
+        trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )

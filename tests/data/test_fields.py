@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from rlhf_jax.data import sources
-from rlhf_jax.data.chat import encode_pairs, encode_sft
+from rlhf_jax.data import prepare
+from tests.tasks.rows import load_rows
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
@@ -15,7 +15,7 @@ def load(tmp_path, kind, bad):
     path = tmp_path / "rows.jsonl"
     rows = [GOOD | {"prompt": f"question {n}"} for n in range(7)]
     path.write_text("\n".join(json.dumps(row) for row in [*rows, bad]))
-    return sources.load_rows(kind, f"jsonl:{path}", "all")
+    return load_rows(kind, f"jsonl:{path}", "all")
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,8 @@ def test_the_row_of_the_file_and_the_field_are_named(tmp_path, kind, bad, messag
 
 def test_rows_from_elsewhere_are_checked_when_they_are_encoded(plain):
     with pytest.raises(ValueError, match=r"row 1: margin=nan must be a finite number"):
-        encode_pairs([GOOD, GOOD | {"margin": float("nan")}], plain, max_length=32)
+        prepare.encode_rows(
+            "preference", [GOOD, GOOD | {"margin": float("nan")}], plain, max_length=32
+        )
     with pytest.raises(ValueError, match=r"row 0: text must be text or a list"):
-        encode_sft([{"text": 3}], plain, max_length=32)
+        prepare.encode_rows("sft", [{"text": 3}], plain, max_length=32)

@@ -2,8 +2,9 @@ import io
 
 import numpy as np
 
-from rlhf_jax.data import chat
+from rlhf_jax.data.encode import encode_messages, encode_pair, encode_prompt, encode_text
 from rlhf_jax.data.inspect import legend, lengths_line, render, use_color
+from rlhf_jax.data.templates import ChatTokenizer as Chat
 
 GREEN, GREY, INVERTED, END = "\033[32m", "\033[90m", "\033[1;7m", "\033[0m"
 
@@ -24,7 +25,7 @@ def test_colour_only_on_a_terminal_without_no_color(monkeypatch):
 
 
 def test_document_shows_its_mask(plain):
-    encoded = chat.encode_text("the sea", " is wide", plain, 50)
+    encoded = encode_text("the sea", " is wide", Chat(plain), 50)
     assert render(encoded, plain, color=False) == "<bos>the sea[[ is wide<eos>]]"
     assert render(encoded, plain, color=True) == (
         f"{GREY}{INVERTED}<bos>{END}{GREY}the sea{END}"
@@ -42,19 +43,19 @@ def test_several_turns_show_each_stretch(plain):
         {"role": "user", "content": "c"},
         {"role": "assistant", "content": "d"},
     ]
-    encoded = chat.encode_messages(messages, plain, 50)
+    encoded = encode_messages(messages, Chat(plain), 50)
     assert render(encoded, plain, color=False) == "<bos>a\n[[b<eos>]]c\n[[d<eos>]]"
 
 
 def test_pair_shows_both_sides_and_the_margin(plain):
     row = {"prompt": "a", "chosen": " b", "rejected": " c", "margin": 1.5}
-    assert render(chat.encode_pair(row, plain, 50), plain, color=False) == (
+    assert render(encode_pair(row, Chat(plain), 50), plain, color=False) == (
         "chosen (margin 1.5):\n<bos>a[[ b<eos>]]\nrejected:\n<bos>a[[ c<eos>]]"
     )
 
 
 def test_prompt_shows_nothing_trained(plain):
-    assert render(chat.encode_prompt("a", plain, 9), plain, color=False) == "<bos>a"
+    assert render(encode_prompt("a", Chat(plain), 9), plain, color=False) == "<bos>a"
     empty = np.zeros(0, dtype=np.int32)
     assert render(empty, plain, color=False) == ""
 

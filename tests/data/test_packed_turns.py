@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.data import chat
+from rlhf_jax.data import prepare
 from rlhf_jax.data.batches import PackedBatches
-from rlhf_jax.data.preferences import as_sft
+from rlhf_jax.data.convert import as_sft
 from rlhf_jax.tasks import TaskConfig, make_task
 from tests import hh, tiny
 from tests.data import conftest as templates
@@ -23,7 +23,7 @@ def test_every_turn_of_the_assistant_is_trained_with_its_stop_token(with_templat
     tokenizer = with_template(getattr(templates, style))
     talk = "\n\nHuman: a?\n\nAssistant: b c\n\nHuman: d\n\nAssistant: e"
     row = as_sft({"chosen": talk, "rejected": talk + " no"})
-    (document,) = chat.encode_sft([row], tokenizer, max_length=99)
+    (document,) = prepare.encode_rows("sft", [row], tokenizer, max_length=99)
     stop = "<|im_end|>" if style == "CHATML" else "<|eot|>"
     assert stretches(document, tokenizer) == [f"b c{stop}", f"e{stop}"]
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax.data.packing import assign_buckets, bucket_lengths, first_fit, pack, spread
+from rlhf_jax.data.packing import assign_buckets, bucket_lengths, first_fit, lay_out, spread
 from rlhf_jax.data.schemas import Encoded
 
 lengths = st.lists(st.integers(1, 12), min_size=1, max_size=30)
@@ -17,6 +17,12 @@ def documents(sizes):
         Encoded(np.arange(100 * n, 100 * n + size, dtype=np.int32), np.arange(size) % 2 == 1)
         for n, size in enumerate(sizes, 1)
     ]
+
+
+def pack(encoded, length, *, pad_id=0):
+    """Documents in rows, first fit."""
+    rows = first_fit([len(document.tokens) for document in encoded], length)
+    return lay_out([[encoded[i] for i in row] for row in rows], length, pad_id=pad_id)
 
 
 def test_first_fit_by_hand():

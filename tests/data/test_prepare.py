@@ -6,14 +6,16 @@ import itertools
 import numpy as np
 import pytest
 
-from rlhf_jax.data import chat, prepare, sources
+from rlhf_jax.data import encode, prepare
 from rlhf_jax.data import store as token_store
 from rlhf_jax.data.batches import PackedBatches, PairBatches, PromptBatches
 from rlhf_jax.data.schemas import DropCounts, Encoded
+from rlhf_jax.tasks import TaskConfig, make_task
 from tests import hh
 from tests.data import conftest as templates
+from tests.tasks.rows import load_rows
 
-KINDS = {"sft": chat.encode_sft, "preference": chat.encode_pairs, "prompt": chat.encode_prompts}
+KINDS = ("sft", "preference", "prompt")
 
 
 @pytest.fixture
@@ -27,11 +29,10 @@ def load(source, plain, tmp_path):
 
     def run(kind="sft", *, split="train", tokenizer=plain, said=None, limit=0, **settings):
         options = {"max_length": 64, "in_memory": 10, "cache": tmp_path / "cache"} | settings
-        drops = options.pop("drops", DropCounts())
+        drops, task = options.pop("drops", DropCounts()), make_task(TaskConfig(source))
 
         def rows():
-            found = sources.iter_rows(kind, source, split, drops=drops)
-            return itertools.islice(found, limit or None)
+            return itertools.islice(task.rows(kind, split, drops), limit or None)
 
         return prepare.prepared(
             kind,
@@ -39,7 +40,7 @@ def load(source, plain, tmp_path):
             tokenizer,
             drops=drops,
             name=f"{source} ({split})",
-            decides=[sources.fingerprint(kind, source, split), split, limit],
+            decides=[task.fingerprint(split), split, limit],
             total=limit,
             say=(said if said is not None else []).append,
             **options,
@@ -57,7 +58,7 @@ def arrays(kind, row):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_store_holds_what_a_list_holds(load, source, plain, kind, tmp_path):
-    expected = KINDS[kind](sources.load_rows(kind, source, "train"), plain, max_length=64)
+    expected = prepare.encode_rows(kind, load_rows(kind, source, "train"), plain, max_length=64)
     few, many = load(kind, in_memory=100), load(kind)
     assert isinstance(few, list)
     assert isinstance(many, token_store.TokenStore)
@@ -114,7 +115,7 @@ def test_a_process_reads_its_share_of_a_store_and_no_more(load, monkeypatch):
 def test_rows_are_encoded_once(load, monkeypatch):
     said, drops, again = [], DropCounts(), DropCounts()
     first = load(said=said, drops=drops)
-    monkeypatch.setattr(chat, "encoded_rows", None)
+    monkeypatch.setattr(prepare, "encoded_rows", None)
     second = load(said=said, drops=again)
     assert drops == again == first.counts
     assert drops["kept"] == len(second) == 80
@@ -176,14 +177,14 @@ def test_rows_of_a_store_cannot_be_changed(load):
 
 
 def test_masks_are_checked_and_a_row_that_is_wrong_is_named(load, source, monkeypatch, tmp_path):
-    wrong = chat.encode_pair
+    wrong = encode.encode_pair
 
     def broken(*arguments):
         pair = wrong(*arguments)
         pair.chosen.loss_mask[-1] = False
         return pair
 
-    monkeypatch.setattr(chat, "encode_pair", broken)
+    monkeypatch.setattr(encode, "encode_pair", broken)
     with pytest.raises(ValueError, match="end without a stop token"):
         load("preference")
     assert not list((tmp_path / "cache").glob("*"))

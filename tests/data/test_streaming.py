@@ -3,16 +3,16 @@
 import itertools
 import json
 
-import datasets
 import numpy as np
 import pytest
 
-from rlhf_jax.data import prepare, sources
+from rlhf_jax.data import prepare
 from rlhf_jax.data.batches import PackedBatches, PairBatches, PromptBatches
 from rlhf_jax.data.schemas import DropCounts, Encoded
-from rlhf_jax.data.sets.hh import PARTS
 from rlhf_jax.data.streaming import StreamedBatches, drawn
+from rlhf_jax.tasks import TaskConfig, make_task
 from tests import hh
+from tests.tasks.rows import load_rows
 
 MAKERS = {
     "sft": (PackedBatches, {"batch_size": 4, "length": 64}),
@@ -35,15 +35,15 @@ def stream(source, plain):
 
     def make(kind="sft", *, seed=0, block_rows=32, name=source, **settings):
         batches, options = MAKERS[kind]
+        task = make_task(TaskConfig(source))
 
         def block(rows, block_seed):
-            drops = DropCounts()
-            converted = sources.convert_stream(kind, source, rows, drops)
-            found = prepare.encode_block(kind, converted, plain, max_length=64, drops=drops)
+            converted = task.convert_stream(kind, rows, DropCounts())
+            found = prepare.encode_rows(kind, converted, plain, max_length=64)
             return batches(found, seed=block_seed, **options) if found else None
 
         return StreamedBatches(
-            lambda: sources.open_stream(source),
+            task.open_stream,
             block,
             seed=seed,
             name=name,
@@ -73,8 +73,8 @@ def documents(batches, epoch):
 
 
 def test_an_epoch_holds_every_document_once_in_an_order_of_its_own(stream, source, plain):
-    rows = sources.load_rows("sft", source.removeprefix("stream:"), "train")
-    expected = prepare.encode_block("sft", rows, plain, max_length=64, drops=DropCounts())
+    rows = load_rows("sft", source.removeprefix("stream:"), "train")
+    expected = prepare.encode_rows("sft", rows, plain, max_length=64)
     batches = stream()
     # The epoch counts up with the first batch of the next one: that batch is taken with it.
     first = documents(batches, 0)
@@ -216,29 +216,5 @@ def test_blocks_without_rows_are_passed_over_and_a_stream_without_any_is_an_erro
         next(numbers(4))
 
 
-def test_the_hub_is_streamed_part_by_part(monkeypatch):
-    sides = ("chosen", "rejected")
-    texts = [{s: f"\n\nHuman: {n}\n\nAssistant: {s}" for s in sides} for n in range(3)]
-    asked = []
-
-    def load_dataset(name, *, data_dir, split, streaming):
-        asked.append((name, data_dir, split, streaming))
-        return datasets.Dataset.from_list(texts).to_iterable_dataset()
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    opened = sources.open_stream("stream:hh")
-    assert asked == [("Anthropic/hh-rlhf", part, "train", True) for part in PARTS]
-    found = sources.convert_stream("prompt", "stream:hh", drawn(opened, order()), DropCounts())
-    assert len(list(found)) == 3  # of every part the same: duplicates are dropped
-    del asked[:]
-    assert len(sources.load_rows("preference", "stream:hh:helpful-base", "train")) == 3
-    assert asked == [("Anthropic/hh-rlhf", "helpful-base", "train", True)]
-
-
 def order():
     return np.random.default_rng(0)
-
-
-def test_only_files_and_the_hub_can_be_streamed():
-    with pytest.raises(ValueError, match="'stream:reviews' cannot be streamed: only hh and jsonl"):
-        sources.open_stream("stream:reviews")

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.data import chat
-from rlhf_jax.data.templates import open_text, renderings_kept
+from rlhf_jax.data import prepare
+from rlhf_jax.data.encode import encode_messages, encode_prompt
+from rlhf_jax.data.templates import ChatTokenizer as Chat
+from rlhf_jax.data.templates import stop_tokens
 from tests.data import conftest as templates
-from tests.data.conftest import TALK, stretches
+from tests.data.conftest import TALK, sentencepiece_like, stretches
 
 ANSWERS = ["I like the sea.", "they are kind!"]
 
@@ -28,7 +30,7 @@ def family(request, plain, with_template):
 
 def test_every_turn_of_the_assistant_is_trained_with_its_stop_token(family):
     tokenizer, stop, before, messages = family
-    encoded = chat.encode_messages(messages, tokenizer, 500)
+    encoded = encode_messages(messages, Chat(tokenizer), 500)
     assert encoded.tokens.dtype == np.int32
     assert encoded.loss_mask.dtype == bool
     assert stretches(encoded, tokenizer) == [before + answer + stop for answer in ANSWERS]
@@ -39,23 +41,23 @@ def test_every_turn_of_the_assistant_is_trained_with_its_stop_token(family):
 
 def test_document_is_the_rendered_template_up_to_the_last_stop_token(family):
     tokenizer, stop, _, messages = family
-    encoded = chat.encode_messages(messages, tokenizer, 500)
+    encoded = encode_messages(messages, Chat(tokenizer), 500)
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer.decode(encoded.tokens) == rendered[: rendered.rindex(stop) + len(stop)]
 
 
 def test_prompt_is_a_prefix_of_the_whole_and_opens_the_turn(family):
     tokenizer, _, _, messages = family
-    encoded = chat.encode_messages(messages, tokenizer, 500)
+    encoded = encode_messages(messages, Chat(tokenizer), 500)
     starts = np.flatnonzero(encoded.loss_mask & ~np.append(False, encoded.loss_mask[:-1]))
     for turn, start in zip((-3, -1), starts, strict=True):
-        prompt = chat.encode_prompt(messages[:turn], tokenizer, 500)
+        prompt = encode_prompt(messages[:turn], Chat(tokenizer), 500)
         assert prompt.tolist() == encoded.tokens[:start].tolist()
 
 
 def test_stop_tokens_are_those_of_the_template_and_eos(family, with_template):
     tokenizer, stop, _, _ = family
-    stops = chat.stop_tokens(tokenizer)
+    stops = stop_tokens(tokenizer)
     assert stops[0] == tokenizer.convert_tokens_to_ids(stop)
     assert tokenizer.eos_token_id in stops
 
@@ -65,7 +67,7 @@ def test_thoughts_that_a_template_drops_from_earlier_turns(with_template):
     messages = [dict(message) for message in TALK]
     messages[2]["content"] = "hm</think>I like the sea."
     messages[4]["content"] = "well</think>they are kind!"
-    encoded = chat.encode_messages(messages, tokenizer, 500)
+    encoded = encode_messages(messages, Chat(tokenizer), 500)
     assert stretches(encoded, tokenizer) == [
         "I like the sea.<|im_end|>",
         "well</think>they are kind!<|im_end|>",
@@ -75,39 +77,86 @@ def test_thoughts_that_a_template_drops_from_earlier_turns(with_template):
 def test_template_that_never_stops_is_refused(with_template):
     tokenizer = with_template(templates.NEVER_STOPS)
     with pytest.raises(ValueError, match="stop token would be outside the loss mask"):
-        chat.encode_messages(TALK, tokenizer, 500)
+        encode_messages(TALK, Chat(tokenizer), 500)
 
 
 def test_template_that_stops_only_at_the_end_is_refused(with_template):
     only_last = "{% if loop.last %}{{ eos_token }}{% endif %}"
     template = templates.BRACKETS.replace("+ eos_token }}", "}}" + only_last)
     tokenizer = with_template(template)
-    assert stretches(chat.encode_messages(TALK[1:3], tokenizer, 500), tokenizer) == [
+    assert stretches(encode_messages(TALK[1:3], Chat(tokenizer), 500), tokenizer) == [
         " I like the sea.<eos>"
     ]
     with pytest.raises(ValueError, match="without its stop token '<eos>'"):
-        chat.encode_messages(TALK[1:], tokenizer, 500)
+        encode_messages(TALK[1:], Chat(tokenizer), 500)
 
 
 def test_template_that_refuses_a_role_is_one_line(with_template):
     tokenizer = with_template(templates.BRACKETS)
     with pytest.raises(ValueError, match=r"refuses the roles \[system.*only user and assistant"):
-        chat.encode_messages(TALK, tokenizer, 500)
+        encode_messages(TALK, Chat(tokenizer), 500)
 
 
 def test_changed_template_is_noticed(with_template):
     tokenizer = with_template(templates.CHATML)
-    first = chat.stop_tokens(tokenizer)
+    first = stop_tokens(tokenizer)
     tokenizer.chat_template = templates.HEADERS
-    assert chat.stop_tokens(tokenizer) != first
+    assert stop_tokens(tokenizer) != first
 
 
 def test_kept_renderings_are_of_the_whole_message(with_template):
     name = "{{ '(' + m['name'] + ')' if m['name'] else '' }}"
     tokenizer = with_template(templates.CHATML.replace("{% endfor %}", name + "{% endfor %}"))
     talk = [{"role": "user", "content": "a"}]
-    with renderings_kept(tokenizer):
-        texts = [open_text([{**talk[0], **more}], tokenizer) for more in ({}, {"name": "b"}, {})]
+    chat = Chat(tokenizer)
+    with chat.ahead([]):
+        texts = [chat.open_text([{**talk[0], **more}]) for more in ({}, {"name": "b"}, {})]
     assert texts[0] == texts[2]
     assert "(b)" in texts[1]
     assert "(b)" not in texts[0]
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "llama"])
+@pytest.mark.parametrize(("before", "piece"), [("the\n", "sea"), ("the sea", " and the people")])
+def test_later_pieces_gain_no_space(scheme, before, piece):
+    tokenizer = sentencepiece_like(scheme)
+    whole = tokenizer.encode(before + piece, add_special_tokens=False)
+    pieces = Chat(tokenizer).encode(before, first=True)
+    pieces += Chat(tokenizer).encode(piece, first=False)
+    assert pieces == whole
+
+
+def test_pieces_would_gain_a_space_without_care():
+    tokenizer = sentencepiece_like("llama")
+    alone = tokenizer.encode(" and", add_special_tokens=False)
+    assert "".join(tokenizer.convert_ids_to_tokens(alone)) == "▁▁and"
+    careful = Chat(tokenizer).encode(" and", first=False)
+    assert "".join(tokenizer.convert_ids_to_tokens(careful)) == "▁and"
+
+
+def test_pieces_of_byte_level_tokenizers_are_plain_encodings(plain):
+    for text in ("", " and", "\nand", "\n\n"):
+        assert Chat(plain).encode(text, first=False) == plain.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("scheme", ["byte level", "always", "first", "llama"])
+def test_pieces_encoded_at_once_are_those_encoded_one_by_one(plain, scheme, monkeypatch):
+    tokenizer = plain if scheme == "byte level" else sentencepiece_like(scheme)
+    texts = ["the sea", " and the people", "\nand", "I like 12", ""]
+    pieces = [(text, first) for text in texts for first in (True, False)]
+    alone = [Chat(tokenizer).encode(text, first=first) for text, first in pieces]
+    chat = Chat(tokenizer)
+    monkeypatch.setattr(chat, "_pieces_of", lambda row: pieces)
+    with chat.ahead([{}, {}]):
+        monkeypatch.setattr(chat, "_encode_alone", lambda text: [] if not text else None)
+        assert [chat.encode(text, first=first) for text, first in pieces] == alone
+    assert chat.encode("the sea", first=True) is None  # nothing is kept afterwards
+
+
+def test_nothing_is_written_to_the_tokenizer(with_template):
+    tokenizer = with_template(templates.CHATML)
+    before = set(vars(tokenizer))
+    rows = [{"messages": TALK}]
+    assert prepare.encode_rows("sft", rows, tokenizer, max_length=200)
+    assert stop_tokens(tokenizer)
+    assert set(vars(tokenizer)) == before

@@ -5,40 +5,17 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data import tokenizer as module
 from rlhf_jax.data.tokenizer import (
     PLAIN_TEMPLATE,
-    encode_piece,
     ensure_pad,
     ensure_template,
     load_tokenizer,
-    pieces_encoded,
     train_bpe,
 )
-from tests.data.conftest import CHATML, TEXTS
-
-
-def sentencepiece_like(scheme="always"):
-    """A tokenizer that puts a space before every text."""
-    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
-    if scheme == "llama":
-        bpe.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
-        bpe.pre_tokenizer = pre_tokenizers.Split(Regex("▁*[^▁]+"), "isolated")
-    else:
-        bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    special = ["<unk>", "<s>", "</s>"]
-    bpe.train_from_iterator(
-        [*TEXTS, "line\nbreak"],
-        trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+from tests.data.conftest import CHATML, TEXTS, sentencepiece_like
 
 
 def test_ids_and_size_of_a_trained_tokenizer(plain):
@@ -159,42 +136,3 @@ def test_template_is_given_only_where_there_is_none(with_template):
     other = with_template(CHATML)
     assert ensure_template(other) == "has a chat template"
     assert other.chat_template == CHATML
-
-
-@pytest.mark.parametrize("scheme", ["always", "first", "llama"])
-@pytest.mark.parametrize(("before", "piece"), [("the\n", "sea"), ("the sea", " and the people")])
-def test_later_pieces_gain_no_space(scheme, before, piece):
-    tokenizer = sentencepiece_like(scheme)
-    whole = tokenizer.encode(before + piece, add_special_tokens=False)
-    pieces = encode_piece(tokenizer, before, first=True)
-    pieces += encode_piece(tokenizer, piece, first=False)
-    assert pieces == whole
-
-
-def test_pieces_would_gain_a_space_without_care():
-    tokenizer = sentencepiece_like("llama")
-    alone = tokenizer.encode(" and", add_special_tokens=False)
-    assert "".join(tokenizer.convert_ids_to_tokens(alone)) == "▁▁and"
-    careful = encode_piece(tokenizer, " and", first=False)
-    assert "".join(tokenizer.convert_ids_to_tokens(careful)) == "▁and"
-
-
-def test_pieces_of_byte_level_tokenizers_are_plain_encodings(plain):
-    for text in ("", " and", "\nand", "\n\n"):
-        assert encode_piece(plain, text, first=False) == plain.encode(
-            text, add_special_tokens=False
-        )
-
-
-@pytest.mark.parametrize("scheme", ["byte level", "always", "first", "llama"])
-def test_pieces_encoded_at_once_are_those_encoded_one_by_one(plain, scheme, monkeypatch):
-    tokenizer = plain if scheme == "byte level" else sentencepiece_like(scheme)
-    texts = ["the sea", " and the people", "\nand", "I like 12", ""]
-    pieces = [(text, first) for text in texts for first in (True, False)]
-    alone = [encode_piece(tokenizer, text, first=first) for text, first in pieces]
-    with pieces_encoded(tokenizer, [*pieces, *pieces]):
-        monkeypatch.setattr(
-            "rlhf_jax.data.tokenizer._ids", lambda _, text: [] if not text else None
-        )
-        assert [encode_piece(tokenizer, text, first=first) for text, first in pieces] == alone
-    assert encode_piece(tokenizer, "the sea", first=True) is None  # nothing is kept afterwards

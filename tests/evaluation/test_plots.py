@@ -75,6 +75,11 @@ def test_one_set_of_axes_a_panel_with_its_title_unit_and_curve():
     assert not figure.legends
 
 
+def test_a_dollar_sign_in_a_folder_is_no_mathematics():
+    logs = {name: [_log(3, "reward/mean")] for name in ("runs/$x_$", "runs/y")}
+    draw_panels(logs, PPO_PANELS, title="runs/$x_$ and runs/y").canvas.draw()
+
+
 def test_panels_without_data_are_left_out():
     log = _log(5, "reward/mean", "loss/value") | {"policy/entropy": np.full(5, np.nan)}
     figure = draw_panels({"": [log]}, PPO_PANELS)
@@ -102,7 +107,7 @@ def test_more_runs_than_colours():
 def test_runs_share_axes_and_have_colours_and_a_legend():
     logs = {
         "PPO-max": [_log(9, "reward/mean")],
-        "vanilla": [_log(5, "reward/mean", "judge/win_rate", offset=10.0)],
+        "vanilla": [_log(5, "reward/mean", "win_rate/vader", offset=10.0)],
     }
     figure = draw_panels(logs, PPO_PANELS)
     reward, win_rate = figure.axes
@@ -118,7 +123,7 @@ def test_runs_share_axes_and_have_colours_and_a_legend():
 
 
 def test_level_of_chance_is_drawn():
-    figure = draw_panels({"": [_log(3, "reward/mean", "judge/win_rate")]}, PPO_PANELS)
+    figure = draw_panels({"": [_log(3, "reward/mean", "win_rate/vader")]}, PPO_PANELS)
     reward, win_rate = figure.axes
     assert len(reward.lines) == 1
     assert list(win_rate.lines[1].get_ydata()) == [0.5, 0.5]

@@ -86,7 +86,7 @@ def test_ctrl_c_outside_of_the_loop_is_one_line_and_programs_are_kept(tmp_path):
     )
     assert result.returncode == 130
     assert result.stderr.strip() == (
-        "interrupted: the same command goes on from the last checkpoint"
+        "interrupted: the same command resumes from the last checkpoint"
     )
     assert Path(result.stdout.splitlines()[-1]) == ROOT / "runs" / ".compilation_cache"
 

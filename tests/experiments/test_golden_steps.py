@@ -1,8 +1,8 @@
 """A golden first step of each stage: what a move of code must not change.
 
 Each stage runs at `tiny` (float32, one CPU device) for its first step through its own `main`; the
-numbers it logs, and the sum and norm of the weights it saves, are held against golden_steps.json to
-1e-6. A change that is meant to move them says so in its commit and writes the file anew:
+numbers it logs, and the sum and norm of the weights it saves, are compared with golden_steps.json
+to 1e-6. A change that is meant to move them says so in its commit and rewrites the file:
 
   python -m tests.experiments.test_golden_steps
 
@@ -28,7 +28,7 @@ from configs import sft as sft_configs
 from experiments import dpo, ppo_max, reward_model, sft
 from tests import conftest
 
-assert conftest  # its settings also hold when this file writes the numbers anew
+assert conftest  # its settings also hold when this file rewrites the numbers
 
 GOLDEN = Path(__file__).with_name("golden_steps.json")
 STAGES = ("sft", "reward_model", "ppo_max", "dpo")

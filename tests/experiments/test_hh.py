@@ -1,14 +1,14 @@
 """What every stage reads from a folder in the format of HH-RLHF, loaded or streamed."""
 
+import importlib
 import itertools
 
 import numpy as np
 import pytest
 
-from configs import common, dpo, ppo_max, reward_model, sft
-from experiments import inspect_data
-from experiments.settings import DataConfig
-from rlhf_jax.data import chat, prepare
+from configs import dpo, ppo_max, reward_model, sft
+from experiments import command, inspect_data
+from rlhf_jax.data import prepare
 from rlhf_jax.data.batches import (
     fixed_prompts,
     once_packed,
@@ -18,7 +18,6 @@ from rlhf_jax.data.batches import (
 )
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.runtime import distributed
-from rlhf_jax.runtime.settings import typed
 from tests import hh
 
 STAGES = {"sft": sft, "reward_model": reward_model, "ppo_max": ppo_max, "dpo": dpo}
@@ -39,7 +38,9 @@ def configs(request, folder):
 
 
 def task_of(config):
-    return typed(DataConfig, common.resolve(config).data.to_dict()).task(config.seed)
+    name = config.experiment
+    settings = importlib.import_module(f"experiments.{name}").Settings
+    return command.open_config(name, config, settings).task()
 
 
 @pytest.fixture
@@ -133,10 +134,10 @@ def test_other_processes_open_what_process_0_has_encoded(configs, tokenizer, mon
     monkeypatch.setattr(prepare, "IN_MEMORY", 50)
     events = []
     monkeypatch.setattr(distributed, "barrier", events.append)
-    first = task_of(configs["sft"]).documents(tokenizer, "train", max_length=96)
+    first = task_of(configs["sft"]).documents(tokenizer, "train", max_length=96).loaded()
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    monkeypatch.setattr(chat, "encoded_rows", lambda *_, **__: events.append("encoded"))
-    second = task_of(configs["sft"]).documents(tokenizer, "train", max_length=96)
+    monkeypatch.setattr(prepare, "encoded_rows", lambda *_, **__: events.append("encoded"))
+    second = task_of(configs["sft"]).documents(tokenizer, "train", max_length=96).loaded()
     assert len(first) == len(second) == 120
     assert events == ["sft rows are encoded"] * 2
     assert second.rows.counts == first.rows.counts

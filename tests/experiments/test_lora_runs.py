@@ -87,7 +87,7 @@ def test_four_models_stand_on_one_trunk(chain, reward_folder, tmp_path):
 
 
 def test_a_reward_model_of_its_own_keeps_its_weights(chain, tmp_path):
-    """Trained in every weight: the critic's adapters stand beside the reward model's trunk."""
+    """Trained in every weight: the critic's adapters use the reward model's trunk."""
     policy, reference, reward, critic = load_all(ppo_config(chain, chain.reward_model, tmp_path))
     assert reference is policy.trunk
     assert critic.trunk is reward.trunk
@@ -98,7 +98,7 @@ def test_a_reward_model_of_its_own_keeps_its_weights(chain, tmp_path):
 def test_adapters_beside_other_weights_are_not_taken_for_ours(
     chain, reward_folder, finished, tmp_path
 ):
-    """The trained policy is another trunk than the one the reward model was trained beside."""
+    """The trained policy is not the trunk that the reward model was trained on."""
     config = ppo_config(chain, reward_folder, tmp_path)
     config.inputs.model = str(finished / "model")
     policy, reference, reward, _ = load_all(config)
@@ -188,11 +188,11 @@ def test_sft_and_dpo_train_adapters(chain, tmp_path):
 @pytest.mark.parametrize(
     ("main", "configs", "changes", "message"),
     [
-        (sft.main, sft_configs, (), "trains beside a model that is there: set inputs.model"),
+        (sft.main, sft_configs, (), "needs a model to adapt: set inputs.model"),
         (ppo_max.main, ppo_configs, ("trpo", "train.minibatch=16"), "set lora.rank=0"),
     ],
 )
-def test_what_adapters_cannot_do_is_told(tmp_path, main, configs, changes, message):
+def test_what_adapters_cannot_do_is_one_line(tmp_path, main, configs, changes, message):
     config = configs.get_config(",".join([*CHANGES, *changes]))
     config.workdir = str(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:

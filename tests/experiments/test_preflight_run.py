@@ -50,7 +50,7 @@ def test_llama_7b_without_files_or_network():
 
 def test_what_the_paper_run_holds_by_hand():
     """bfloat16 weights on every device; an eighth of master, moments and frozen models."""
-    settings = settings_of("paper_en,model.attention=xla")  # cudnn wants its wheel
+    settings = settings_of("paper_en,model.attention=xla")  # cudnn needs its wheel
     how = Sharding(make_mesh(8), settings.sharding.mode)
     held = {item.name: item.per_device for item in run_of(settings, how).holdings()}
     del held["experience buffer"]
@@ -118,7 +118,7 @@ def test_frozen_models_are_gathered_in_the_layer_loop(tiny_report):
 
 
 def test_what_does_not_fit_ends_with_status_one(monkeypatch, tmp_path, capsys):
-    """A device of three MiB beside the reserve; the remedies are compiled and told."""
+    """A device of three MiB beside the reserve; the remedies are compiled and reported."""
     monkeypatch.chdir(tmp_path)
     small = dataclasses.replace(CHIPS["host"], memory=verdict.RESERVE + 3 * 2**20)
     monkeypatch.setitem(CHIPS, "host", small)

@@ -132,7 +132,7 @@ def test_wrong_sizes_are_refused(tmp_path, experiment, configs, change, message)
 
 
 def test_a_model_whose_tokenizer_has_neither_pad_nor_template(chain, tmp_path, caplog):
-    """One unused row of the embedding becomes the pad token, and the user is told."""
+    """One unused row of the embedding becomes the pad token, and the log says so."""
     folder = tmp_path / "model"
     shutil.copytree(chain.sft, folder)
     tokenizer = load_tokenizer(chain.sft)
@@ -161,5 +161,5 @@ def test_a_model_whose_tokenizer_has_neither_pad_nor_template(chain, tmp_path, c
     saved = load_tokenizer(tmp_path / "run" / "model")
     assert saved.pad_token_id == len(bare) != saved.eos_token_id
     assert saved.chat_template
-    told = " ".join(record.getMessage() for record in caplog.records)
-    assert "no pad token; pad is now the new" in told and "no chat template; now" in told
+    logged = " ".join(record.getMessage() for record in caplog.records)
+    assert "no pad token; pad is now the new" in logged and "no chat template; now" in logged

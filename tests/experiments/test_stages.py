@@ -1,4 +1,4 @@
-"""Tokenizers that do not fit the models of a stage are told before any weights are read."""
+"""Tokenizers that do not fit the models of a stage are refused before any weights are read."""
 
 import json
 import shutil

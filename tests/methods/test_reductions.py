@@ -1,4 +1,4 @@
-"""Reducers: weights against loops, and what may stand where nothing counts."""
+"""Reducers: weights against loops, and what may be where nothing counts."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Log-probabilities and scalar heads: values, what the backward pass keeps, where scores stand."""
+"""Log-probabilities and scalar heads: values, what the backward pass keeps, where scores lie."""
 
 import jax
 import jax.extend.core as jex_core

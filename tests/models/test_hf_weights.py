@@ -208,7 +208,7 @@ def test_layers_can_be_spread_too(tmp_path):
 
 
 def test_slices_only_are_read(saved, monkeypatch):
-    """Of a tensor spread over 8 devices, no read is larger than an eighth."""
+    """No read of a tensor spread over 8 devices is larger than an eighth."""
     sizes = []
     read = hf_files.TensorFiles.read
 
@@ -249,8 +249,9 @@ print(held / 2**20, resident("VmHWM") - before)
 def test_host_memory_stays_below_one_tensor_and_one_shard(tmp_path):
     """1 GiB of bfloat16 into eighths: what the host holds beside the shards themselves.
 
-    The devices are of the host, so the peak holds the shards of all 8: 1 GiB. Beside them one
-    tensor of one layer (2,048 x 5,632 or the embedding, 32 MiB) and one shard (27 MiB) may stand.
+    The devices are of the host, so the peak holds the shards of all 8: 1 GiB. Beside them
+    there may be one tensor of one layer (2,048 x 5,632 or the embedding, 32 MiB) and one shard
+    (27 MiB).
     """
     config = ModelConfig(8192, 2048, 10, 16, 5632, dtype="bfloat16", tie_embeddings=False)
     abstract = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
@@ -594,7 +595,7 @@ class FakeTokenizer:
         (folder / "tokenizer.json").write_text("{}")
 
 
-def test_the_tokenizer_is_saved_along(tmp_path):
+def test_the_tokenizer_is_saved_too(tmp_path):
     save_model(random_model(), tmp_path / "model", FakeTokenizer())
     raw = json.loads((tmp_path / "model/config.json").read_text())
     assert (raw["eos_token_id"], raw["pad_token_id"]) == (2, 0) and "bos_token_id" not in raw

@@ -250,7 +250,7 @@ def test_attaching_copies_nothing():
     tuning = make()
     model = tuning.model(tuning.start)
     assert set(pointers(model)) == set(pointers(tuning.trunk)) | set(pointers(tuning.start))
-    # Merging makes the adapted matrices anew and shares the rest.
+    # Merging makes new adapted matrices and shares the rest.
     merged = tuning.merged(drawn(tuning))
     new = set(pointers(merged)) - set(pointers(tuning.trunk))
     assert len(new) == len(lora.TARGETS)
@@ -308,11 +308,11 @@ def test_targets_choose_the_matrices():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": -1}, r"lora.rank=-1 must be 0 \(every weight trains\) or more"),
+        ({"rank": -1}, "rank=-1 must be at least 0"),
         ({"rank": 2, "targets": ("q", "w")}, "must name one or more of q, k, v, o, gate, up, down"),
         ({"rank": 2, "targets": ()}, "must name one or more"),
     ],
 )
-def test_wrong_settings_are_told(settings, message):
+def test_wrong_settings_are_one_line(settings, message):
     with pytest.raises(ValueError, match=message):
         LoRAConfig(**settings)

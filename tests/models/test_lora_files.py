@@ -80,7 +80,7 @@ def test_adapters_of_another_model_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_fingerprint_tells_models_apart(dtype):
+def test_a_fingerprint_distinguishes_models(dtype):
     model = tiny.language_model(tiny.model_config(dtype=dtype))
     known = fingerprint(model)
     assert known == fingerprint(jax.tree.map(np.array, model))

@@ -217,9 +217,9 @@ def test_initial_weights():
     ("change", "message"),
     [
         ({"num_heads": 4, "num_kv_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
-        ({"dtype": "float16"}, "dtype='float16' must be one of"),
-        ({"remat": "some"}, "remat='some' must be one of"),
-        ({"attention": "flash"}, "attention='flash' must be one of"),
+        ({"dtype": "float16"}, "dtype='float16' is unknown; use one of"),
+        ({"remat": "some"}, "remat='some' is unknown; use one of"),
+        ({"attention": "flash"}, "attention='flash' is unknown; use one of"),
     ],
 )
 def test_wrong_settings_are_one_line(change, message):

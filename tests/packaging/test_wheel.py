@@ -1,4 +1,4 @@
-"""The wheel, as it is installed by those who have no checkout."""
+"""The wheel, as those without a checkout install it."""
 
 import os
 import shutil
@@ -101,7 +101,5 @@ def test_it_holds_types_and_licence_and_nothing_else(installed):
     assert list(info.rglob("LICENSE"))
 
 
-# The program is to be handed over once the methods are in the library. Until then this skips.
-@pytest.mark.skipif(not TRAIN.exists(), reason="tests/packaging/train_by_import.py is not there")
 def test_every_stage_trains_through_imports_alone(installed):
     installed.python(str(TRAIN))

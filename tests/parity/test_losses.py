@@ -1,6 +1,6 @@
-"""Losses against code that others wrote: rlax, and TRL's PPO, DPO, CPO and ORPO on torch.
+"""Losses against other people's code: rlax, and TRL's PPO, DPO, CPO and ORPO on torch.
 
-TRL keeps most formulas inside its trainers. They are called here as they stand: methods on a bare
+TRL keeps most formulas inside its trainers. They are called here unchanged: methods on a bare
 object that has the attributes they read, and two passages of `PPOTrainer.train` cut out by name.
 Needs the [parity] extra: `pytest -m parity tests/parity`.
 """

@@ -92,7 +92,7 @@ def test_flops_with_their_loops():
 
 
 def test_loops_that_are_not_counted_are_named():
-    """The inner loop tells its trip count, the outer one does not."""
+    """The inner loop states its trip count, the outer one does not."""
     assert Module(HLO, devices=8).unknown_loops == {"until"}
 
 
@@ -223,11 +223,11 @@ def test_the_program_with_the_highest_peak_decides():
     assert "fits: peak 70.00 GiB a device in large, 28.00 GiB free" in verdict.summary(result)
 
 
-def test_where_loops_are_not_counted_only_the_memory_is_told():
+def test_where_loops_are_not_counted_only_the_memory_is_reported():
     """Rather than the work of one layer as that of all."""
-    told = make_verdict(program())
-    assert told.to_json()["samples_per_second_at_most"] == 12 / (2 * 3)
-    assert "samples/s" in verdict.text(told)
+    counted = make_verdict(program())
+    assert counted.to_json()["samples_per_second_at_most"] == 12 / (2 * 3)
+    assert "samples/s" in verdict.text(counted)
     result = make_verdict(program(), program("score", counted=False))
     numbers = result.to_json()
     assert not numbers["counted"] and "samples_per_second_at_most" not in numbers

@@ -8,7 +8,7 @@ from tests.references.tokens import masked_whiten
 
 
 def span(where):
-    """First and one-past-last real position; the real tokens stand together."""
+    """First and one-past-last real position; the real tokens are contiguous."""
     real = [t for t, m in enumerate(where) if m]
     return (real[0], real[-1] + 1) if real else (0, 0)
 
@@ -92,7 +92,7 @@ def rolling_discounted_sum(rewards, where, discount):
     return out
 
 
-def normalize_advantages(advantages, where, clip):
+def normalize_advantages(advantages, where, clip=np.inf):
     return np.clip(masked_whiten(advantages, where), -clip, clip)
 
 

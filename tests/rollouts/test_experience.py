@@ -1,4 +1,4 @@
-"""Scoring a rollout: what each model is asked, at which token, and how scores become rewards."""
+"""Scoring a rollout: what each model reads, at which token, and how scores become rewards."""
 
 import dataclasses
 import functools

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from jax._src.ad_checkpoint import saved_residuals
 from jax.extend import core as jex_core
-from tests.test_experience import evaluation, padded_pair
 
 from rlhf_jax import losses
 from rlhf_jax.methods import ppo
@@ -16,6 +15,7 @@ from rlhf_jax.rollouts import experience
 from rlhf_jax.rollouts.experience import AdvantageConfig, Evaluation, Experience, RewardConfig
 from rlhf_jax.rollouts.rollout import Rollout
 from tests import tiny
+from tests.rollouts.test_experience import evaluation, padded_pair
 
 CONFIG = PPOConfig(normalize_advantages=True, entropy_coef=0.1, value_clip_eps=0.2)
 
@@ -100,7 +100,7 @@ def vocabulary_rows(jaxpr) -> list[int]:
 
 
 def test_logits_of_the_policy_are_made_for_responses_only_and_none_is_kept():
-    """Forward and backward pass of the whole loss; 8 responses of 7 tokens behind 6 of prompts."""
+    """Forward and backward pass of the whole loss; 8 responses of 7 tokens after prompts of 6."""
     model = tiny.language_model()
     batch = ppo.prepare((build(tiny.rollout(), evaluation()), None), config=CONFIG)
     rows = vocabulary_rows(jax.make_jaxpr(jax.grad(policy_loss_of))(model, batch).jaxpr)

@@ -14,7 +14,7 @@ from rlhf_jax.runtime import compiler_guard
 from rlhf_jax.runtime.compiler_guard import FLAG, NAME, guard_cpu_compiler
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# What XLA does when it is told nothing, said by a user who so keeps the guard away.
+# XLA's default, set by a user, which keeps the guard away.
 AS_IT_IS = f"--{NAME}=+individual_dot"
 
 # The versions of jax, of those that were tried, in which a case is wrong without the guard.
@@ -69,7 +69,7 @@ def run(program: str, flags: str, *arguments: str) -> subprocess.CompletedProces
 
 
 def report_of(flags: str) -> dict:
-    """What a process says that calls the guard after it has imported jax."""
+    """The report of a process that calls the guard after it has imported jax."""
     return json.loads(run("report(guard_cpu_compiler())", flags).stdout)
 
 
@@ -90,8 +90,8 @@ def test_a_setting_of_the_user_stays_with_its_wrong_numbers():
 
 
 COMMAND = """
-from experiments import harness, ppo_max, preflight  # what they import must not start jax
-harness.cli(lambda config: report(None), default="configs/sft.py:tiny")
+from experiments import command, ppo_max, preflight  # what they import must not start jax
+command.cli(lambda config: report(None), default="configs/sft.py:tiny")
 """
 
 
@@ -119,7 +119,7 @@ print(*(f"{w.category.__name__} {w.message}" for w in caught), sep="\\n")
 
 def test_a_call_that_comes_too_late_warns():
     (warning,) = run(LATE, "").stdout.splitlines()
-    assert warning.startswith("RuntimeWarning jax had started before XLA could be told: ")
+    assert warning.startswith("RuntimeWarning jax had started before XLA_FLAGS could be set: ")
     assert warning.endswith(f"set XLA_FLAGS={FLAG} before Python starts")
 
 

@@ -215,7 +215,7 @@ def documents(count: int) -> list[Encoded]:
 
 
 def packed(items):
-    """Twenty documents, one a row."""
+    """Twenty documents, one per row."""
     return PackedBatches(items, batch_size=8, length=6, seed=1, packed=False)
 
 

@@ -85,7 +85,8 @@ ctypes.memset(block, 1, 2**28)
 ctypes.memset(above, 1, 2**20)
 libc.free(block)
 before = held()
-assert not release_freed_memory(above=1.0) and held() == before
+assert not release_freed_memory(above=1.0)
+assert held() > before - 2**24  # the 256 MiB are still here, whatever the interpreter does
 assert release_freed_memory(above=0.0)
 print(before // 2**20, held() // 2**20)
 """

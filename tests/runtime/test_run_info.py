@@ -32,7 +32,7 @@ def repository(tmp_path):
     return folder
 
 
-def test_run_info_tells_what_it_ran_on():
+def test_run_info_says_what_it_ran_on():
     info = run_info({"seed": 3})
     assert info["versions"]["jax"] == jax.__version__
     assert info["versions"]["numpy"] == np.__version__

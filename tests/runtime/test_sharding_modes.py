@@ -66,9 +66,9 @@ class Step(NamedTuple):
     """One policy step with the ptx loss.
 
     Attributes:
-      state: The new state, on its devices.
-      metrics: Of the step.
-      gradients: Name of a weight -> spec of its gradient, as the compiled step hands it over.
+      state: the new state, on its devices.
+      metrics: metrics of the step.
+      gradients: name of a weight -> spec of its gradient, as the compiled step hands it over.
     """
 
     state: TrainState
@@ -274,7 +274,7 @@ def _name(block: str) -> str:
 
 
 def test_frozen_models_are_gathered_layer_by_layer():
-    """The gathers stand in the loop over layers, one layer large; whole stacks never appear."""
+    """The gathers are in the loop over layers, one layer large; whole stacks never appear."""
     how = make_sharding("zero2")
     model, scalar = tiny.language_model(CONFIG), tiny.scalar_model(CONFIG)
     model = jax.device_put(model, how.frozen(model))

@@ -1,5 +1,5 @@
 """The tokenizers of the data tests."""
 
-from tests.data.conftest import plain, with_template
+from tests.data.conftest import folding, plain, with_template
 
-__all__ = ["plain", "with_template"]
+__all__ = ["folding", "plain", "with_template"]

@@ -67,3 +67,12 @@ def write_jsonl(path: Path) -> str:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return f"jsonl:{path}"
+
+
+def write(numbers: dict[str, dict[str, list[str]]]) -> None:
+    """Writes the file anew, one line a part."""
+    cases = []
+    for name, parts in numbers.items():
+        lines = [f"  {json.dumps(part)}: {json.dumps(found)}" for part, found in parts.items()]
+        cases.append(f"{json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n}")
+    FILE.write_text("{\n" + ",\n".join(cases) + "\n}\n")

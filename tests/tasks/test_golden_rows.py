@@ -1,6 +1,6 @@
 """Tasks give the rows, tokens, masks and counts that are written in golden_rows.json.
 
-A change that is meant to move them says so in its commit and writes the file anew:
+A change that is meant to move them says so in its commit and rewrites the file:
 
   python -m tests.tasks.test_golden_rows
 """
@@ -168,4 +168,4 @@ if __name__ == "__main__":
         for case_name, parts in GOLDEN.items():
             made = Case(case_name, Path(place))
             written[case_name] = {part: made.numbers(part) for part in parts}
-    golden.FILE.write_text(json.dumps(written, indent=0) + "\n")
+    golden.write(written)

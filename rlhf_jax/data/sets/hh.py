@@ -1,6 +1,6 @@
 """Anthropic/hh-rlhf: from the hub, from a saved data set, or from a folder of its files.
 
-What stands behind `hh:` in a source names the place and the parts, `PLACE:PART+PART`, either of
+What follows `hh:` in a source names the place and the parts, `PLACE:PART+PART`, either of
 which may be left out:
     hh                              all four parts, from the hub
     hh:helpful-base+harmless-base   two of them
@@ -34,15 +34,15 @@ def readers(where: str, name: str, *, streaming: bool = False) -> list[Reader]:
     """Returns one reader for each file or part that holds rows of `name`.
 
     Args:
-        where: what stands behind `hh:`, see the module.
-        name: "train" or "test".
-        streaming: rows of the hub are read over the network as they are needed, and nothing is
-            written to the cache of `datasets`. Local files are read that way in any case.
+      where: what follows `hh:`, see the module.
+      name: "train" or "test".
+      streaming: rows of the hub are read over the network as they are needed, and nothing is
+        written to the cache of `datasets`. Local files are read that way in any case.
 
     Raises:
-        ValueError: a part that does not exist.
-        FileNotFoundError: the folder has no such file.
-        AssetError: no network and no cache; names the ways out.
+      ValueError: a part that does not exist.
+      FileNotFoundError: the folder has no such file.
+      AssetError: no network and no cache; names the ways out.
     """
     folder, parts = _place_and_parts(where)
     if not folder:
@@ -78,7 +78,7 @@ def files(folder: str, parts: tuple[str, ...], name: str) -> list[Path]:
     """Returns the files of a copy; of FILE.jsonl and FILE.jsonl.gz side by side the first.
 
     Raises:
-        FileNotFoundError: the folder, or one of the parts in it, has no such file.
+      FileNotFoundError: the folder, or one of the parts in it, has no such file.
     """
     found: dict[Path, Path] = {}
     for ending in (".jsonl.gz", ".jsonl"):
@@ -95,7 +95,7 @@ def files(folder: str, parts: tuple[str, ...], name: str) -> list[Path]:
 
 
 def _place_and_parts(where: str) -> tuple[str, tuple[str, ...]]:
-    """Splits what stands behind `hh:` into a folder ("" is the hub) and parts."""
+    """Splits what follows `hh:` into a folder ("" is the hub) and parts."""
     folder, colon, last = where.rpartition(":")
     names = tuple(name.strip() for name in re.split(r"[+,]", last) if name.strip())
     if set(names) & set(PARTS) or (colon and not Path(where).exists()):

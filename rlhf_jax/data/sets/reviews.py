@@ -7,7 +7,7 @@ people from -4 (extremely negative) to 4 (extremely positive): the ground truth 
 scores, and of comparisons once two texts are put side by side; it is not the HH-RLHF data set.
 
 A text goes to train, validation or test by a hash of its letters and digits, so that no text is in
-two splits, whatever else is loaded beside it.
+two splits, whatever else is loaded.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Review(NamedTuple):
     """A text and what people said of it.
 
     Attributes:
-        domain: one of DOMAINS.
-        text: cleaned; never empty.
-        rating: the mean of the votes, in [-4, 4].
-        std: the standard deviation of the votes.
-        votes: how many people voted.
+      domain: one of DOMAINS.
+      text: cleaned; never empty.
+      rating: the mean of the votes, in [-4, 4].
+      std: the standard deviation of the votes.
+      votes: how many people voted.
     """
 
     domain: str
@@ -57,8 +57,8 @@ def load_reviews(
     """Returns the reviews of a split ("train", "validation", "test", or "all").
 
     Raises:
-        ValueError: an unknown split or domain, or a rating that is not a finite number.
-        archives.AssetError: the archive cannot be fetched.
+      ValueError: an unknown split or domain, or a rating that is not a finite number.
+      archives.AssetError: the archive cannot be fetched.
     """
     unknown = [d for d in domains if d not in DOMAINS]
     if unknown:
@@ -91,13 +91,13 @@ def parse_reviews(
     """Reads the two files of a domain, joined by their first column.
 
     Args:
-        domain: the name that the reviews get.
-        texts: lines of id, mean rating, text, separated by tabs.
-        votes: lines of id, mean, standard deviation, JSON list of the votes.
-        drops: counts texts that the two files rate differently (199 of the tweets).
+      domain: the name that the reviews get.
+      texts: lines of id, mean rating, text, separated by tabs.
+      votes: lines of id, mean, standard deviation, JSON list of the votes.
+      drops: counts texts that the two files rate differently (199 of the tweets).
 
     Raises:
-        ValueError: a rating is NaN or infinite, or a row lacks a field.
+      ValueError: a rating is NaN or infinite, or a row lacks a field.
     """
     drops = DropCounts() if drops is None else drops
     cast = {fields[0]: fields for fields in _table(votes, 4, f"{domain} votes")}
@@ -154,10 +154,10 @@ def prompt_rows(
     """Returns {"prompt"} rows: the opening words of each review, equal prompts once.
 
     Args:
-        reviews: their order is kept.
-        words: the least and the most words of a prompt (uniform between them).
-        seed: of the number of words.
-        drops: counts reviews that have no word left to write, and repeated prompts.
+      reviews: their order is kept.
+      words: the least and the most words of a prompt (uniform between them).
+      seed: of the number of words.
+      drops: counts reviews that have no word left to write, and repeated prompts.
     """
     low, high = words
     if not 1 <= low <= high:
@@ -191,17 +191,17 @@ def preference_rows(
     Drawn without repetition by `comparisons.score_pairs`: a domain weighs as much as it has texts.
 
     Args:
-        reviews: texts with finite ratings.
-        min_gap: the least difference of mean ratings; must be positive.
-        num_pairs: how many; fewer come back where fewer exist.
-        seed: of the draw.
-        drops: counts pairs of identical texts.
+      reviews: texts with finite ratings.
+      min_gap: the least difference of mean ratings; must be positive.
+      num_pairs: how many; fewer come back where fewer exist.
+      seed: of the draw.
+      drops: counts pairs of identical texts.
 
     Returns:
-        Rows {"prompt": "", "chosen", "rejected", "margin", "domain"}; margin = rating gap.
+      Rows {"prompt": "", "chosen", "rejected", "margin", "domain"}; margin = rating gap.
 
     Raises:
-        ValueError: a rating is NaN or infinite (names the row), or min_gap <= 0.
+      ValueError: a rating is NaN or infinite (names the row), or min_gap <= 0.
     """
     comparisons.check_scores([r.rating for r in reviews], [r.text for r in reviews])
     drops = DropCounts() if drops is None else drops
@@ -219,12 +219,6 @@ def preference_rows(
         rows.append({"prompt": "", "chosen": chosen.text, "rejected": rejected.text})
         rows[-1] |= {"margin": margin, "domain": chosen.domain}
     return rows
-
-
-def count_pairs(reviews: Sequence[Review], *, min_gap: float = 1.0) -> int:
-    """Returns how many pairs `preference_rows` can draw from."""
-    ratings, domains = [r.rating for r in reviews], [r.domain for r in reviews]
-    return comparisons.count_pairs(ratings, domains, min_gap=min_gap)
 
 
 def _table(content: str, width: int, what: str) -> list[list[str]]:

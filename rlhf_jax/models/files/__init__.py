@@ -1,1 +1,1 @@
-"""Model files of others: Hugging Face folders, GGUF, PEFT adapters."""
+"""Model files that other libraries read: Hugging Face folders, GGUF, PEFT adapters."""

@@ -1,8 +1,8 @@
 """Llama-family GGUF files: weights, tokenizer and chat template, through the `gguf` package.
 
 GGUF is what llama.cpp runs: one file with metadata, vocabulary and, mostly quantised, tensors.
-Quantised weights are read as the float32 numbers that they stand for; training them further is
-fine, but they are not the weights of before the quantisation.
+Quantised weights are read as the float32 numbers that they encode; training them further is fine,
+but they are not the weights from before the quantisation.
 
     python -m rlhf_jax.models.files.gguf MODEL.gguf FOLDER     # once; then load FOLDER
 """
@@ -61,20 +61,20 @@ def load_gguf(
     """Loads a model and its tokenizer.
 
     Args:
-      path: The file.
-      dtype: Type in memory, "float32" or "bfloat16".
-      remat: See `ModelConfig`.
-      attention: See `ModelConfig`.
-      max_length: Replaces the longest context that the file states.
-      shardings: As for `hf_weights.load_model`.
+      path: the file.
+      dtype: type in memory, "float32" or "bfloat16".
+      remat: see `ModelConfig`.
+      attention: see `ModelConfig`.
+      max_length: replaces the longest context that the file states.
+      shardings: as for `hf_weights.load_model`.
 
     Returns:
       The model, and a `transformers` tokenizer whose pad token is not its end of sequence.
 
     Raises:
-      ValueError: The file is truncated or no GGUF, or holds a model or tokenizer that is not
+      ValueError: the file is truncated or no GGUF, or holds a model or tokenizer that is not
         supported; one line says which.
-      MissingPackageError: The `gguf` package is not installed.
+      MissingPackageError: the `gguf` package is not installed.
     """
     file = _GGUF(Path(path))
     config = file.config(dtype=dtype, remat=remat, attention=attention, max_length=max_length)
@@ -100,9 +100,9 @@ def gguf_to_hf(path: str | Path, folder: str | Path, *, dtype: str = "float32") 
     """Writes a GGUF file as a Hugging Face folder, which loads in a fraction of the time.
 
     Args:
-      path: The file.
-      folder: Where to, see `hf_weights.save_model`.
-      dtype: Type on file; bfloat16 is half the size and rounds what the quantised numbers mean.
+      path: the file.
+      folder: where to write, see `hf_weights.save_model`.
+      dtype: type on file; bfloat16 is half the size and rounds what the quantised numbers mean.
     """
     model, tokenizer = load_gguf(path)
     save_model(model, folder, tokenizer, dtype=dtype)
@@ -149,7 +149,7 @@ class _GGUF:
         """The configuration.
 
         Raises:
-          ValueError: A value is absent, or says what the decoder has no code for.
+          ValueError: a value is absent, or says what the decoder has no code for.
         """
         heads, width = self.get("attention.head_count"), self.get("embedding_length")
         head_dim = self.get("attention.key_length", width // heads)
@@ -201,7 +201,7 @@ class _GGUF:
         return self.tensors[name]
 
     def _rope_scaling(self, head_dim: int, theta: float) -> RopeScaling | None:
-        """Linear scaling stands in the metadata; that of Llama 3 in a tensor of divisors."""
+        """Linear scaling is in the metadata; that of Llama 3 in a tensor of divisors."""
         kind = self.get("rope.scaling.type", "none")
         if kind == "linear":
             return RopeScaling("linear", factor=self.get("rope.scaling.factor"))
@@ -225,7 +225,7 @@ def split_halves(weight: np.ndarray, heads: int) -> np.ndarray:
 
     Args:
       weight: `[heads * H, ...]`.
-      heads: Number of heads.
+      heads: number of heads.
     """
     pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)

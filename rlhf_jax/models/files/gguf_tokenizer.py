@@ -1,14 +1,14 @@
-"""Tokenizers out of GGUF metadata: byte-level BPE with its pre-tokenizer, and SentencePiece BPE."""
+"""Tokenizers from GGUF metadata: byte-level BPE with its pre-tokenizer, and SentencePiece BPE."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# Of `tokenizer.ggml.token_type`.
+# Values of `tokenizer.ggml.token_type`.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 
-# How text is cut before the merges, as a regular expression: by `tokenizer.ggml.pre`.
+# `tokenizer.ggml.pre` -> how text is cut before the merges, as a regular expression.
 LLAMA3_CUT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -21,15 +21,15 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], where: str) -> Any:
     """Builds the tokenizer of a GGUF file.
 
     Args:
-      metadata: Key -> value.
-      where: The file, for messages.
+      metadata: key -> value.
+      where: the file, for messages.
 
     Returns:
       A `transformers.PreTrainedTokenizerFast` with the file's special tokens and chat template; a
       pad token that is the end of sequence, or none, is replaced by an unused token.
 
     Raises:
-      ValueError: The metadata hold no tokenizer, or one of a kind that is not supported.
+      ValueError: the metadata hold no tokenizer, or one of a kind that is not supported.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -127,7 +127,7 @@ def _sentence_piece(get: Any, where: str) -> Any:
 def merges_of_scores(
     tokens: list[str], scores: list[float], types: list[int]
 ) -> list[tuple[str, str]]:
-    """The merges that SentencePiece's scores stand for.
+    """The merges that SentencePiece's scores imply.
 
     SentencePiece joins the neighbours whose union has the best score; a list of merges that is
     sorted by the score of the union does the same.
@@ -155,7 +155,7 @@ def _add_special(backend: Any, tokens: list[str], types: list[int]) -> None:
 
 
 def _put_first(backend: Any, bos: str, bos_id: int) -> None:
-    """Has BOS put in front of every text that is encoded with special tokens."""
+    """Puts BOS in front of every text that is encoded with special tokens."""
     from tokenizers import processors
 
     backend.post_processor = processors.TemplateProcessing(

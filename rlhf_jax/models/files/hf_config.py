@@ -34,7 +34,7 @@ def architecture_of(raw: dict[str, Any], where: str) -> tuple[str, str]:
     """Family and kind of a `config.json`: `("llama", "ForCausalLM")`.
 
     Raises:
-      ValueError: An architecture that is not supported; the message lists those that are.
+      ValueError: an architecture that is not supported; the message lists those that are.
     """
     supported = {
         (family.prefix + kind).lower(): (model_type, kind)
@@ -61,16 +61,16 @@ def config_from_hf(
     """Reads a parsed `config.json`.
 
     Args:
-      raw: The parsed file.
-      where: The name of the file, for messages.
-      max_length: Replaces the file's `max_position_embeddings`.
+      raw: the parsed file.
+      where: the name of the file, for messages.
+      max_length: replaces the file's `max_position_embeddings`.
 
     Returns:
       The configuration; `dtype` is the file's where it is float32 or bfloat16, and float32, which
       loses nothing, for float16 and for files that say nothing.
 
     Raises:
-      ValueError: A key is missing, or the model has a part that the decoder does not.
+      ValueError: a key is missing, or the model has a part that the decoder does not.
     """
     model_type, _ = architecture_of(raw, where)
     family = FAMILIES[model_type]
@@ -107,7 +107,7 @@ def config_to_hf(config: ModelConfig, kind: str = CAUSAL_LM) -> dict[str, Any]:
     """Writes the `config.json` of a model; the inverse of `config_from_hf`.
 
     Raises:
-      ValueError: Both `qkv_bias` and `qk_norm`, which no supported family has.
+      ValueError: both `qkv_bias` and `qk_norm`, which no supported family has.
     """
     if config.qkv_bias and config.qk_norm:
         raise ValueError("qkv_bias=True with qk_norm=True has no Hugging Face architecture")

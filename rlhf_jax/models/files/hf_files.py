@@ -31,14 +31,14 @@ OWN_FILES = re.compile(
 
 
 def find_folder(path_or_name: str | Path, patterns: Iterable[str]) -> Path:
-    """A local folder as it is; anything else is looked up on the Hugging Face hub.
+    """Returns a local folder; anything else is looked up on the Hugging Face hub.
 
     Args:
-      path_or_name: A folder, or a name such as "HuggingFaceTB/SmolLM2-135M".
-      patterns: The files to fetch from the hub.
+      path_or_name: a folder, or a name such as "HuggingFaceTB/SmolLM2-135M".
+      patterns: the files to fetch from the hub.
 
     Raises:
-      ValueError: Neither a folder nor a hub name, or neither the hub nor its cache has it.
+      ValueError: neither a folder nor a hub name, or neither the hub nor its cache has it.
     """
     folder = Path(path_or_name).expanduser()
     if folder.is_dir():
@@ -52,7 +52,7 @@ def find_folder(path_or_name: str | Path, patterns: Iterable[str]) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as error:  # The hub's client raises a dozen types, some of its HTTP library.
+    except Exception as error:  # The hub's client raises a dozen types, some from its HTTP library.
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"{name} is no local folder, and neither the Hugging Face hub nor its cache gave it "
@@ -64,7 +64,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-      ValueError: No such file, or not a JSON object.
+      ValueError: no such file, or not a JSON object.
     """
     if not file.is_file():
         raise ValueError(f"{file.parent} holds no {file.name}; it is not a Hugging Face folder")
@@ -84,10 +84,10 @@ class TensorFiles:
     pages of the memory map never add up.
 
     Args:
-      folder: The folder.
+      folder: the folder.
 
     Raises:
-      ValueError: No safetensors, a file that the index names is absent, or one is truncated.
+      ValueError: no safetensors, a file that the index names is absent, or one is truncated.
     """
 
     def __init__(self, folder: Path):
@@ -147,7 +147,7 @@ def write_tensors(
         file.touch()
         mode = file.stat().st_mode
         save_file(pending, file, metadata={"format": "pt"})
-        file.chmod(mode)  # safetensors leaves it to the owner alone
+        file.chmod(mode)  # safetensors lets only the owner read it
         parts.append((file, list(pending)))
         pending.clear()
 

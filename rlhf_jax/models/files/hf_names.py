@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-# Leaf of `Transformer` or `ScalarModel` -> name on file; "*" stands for the number of the layer.
+# Leaf of `Transformer` or `ScalarModel` -> name on file; "*" is the number of the layer.
 NAMES = {
     "embedding": "model.embed_tokens.weight",
     "layers.attention_norm": "model.layers.*.input_layernorm.weight",
@@ -36,12 +36,12 @@ IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
 class Leaf(NamedTuple):
-    """One leaf of a model and where it stands on file.
+    """One leaf of a model and its place on file.
 
     Attributes:
-      path: Dotted attributes, "layers.q".
-      shape: In the model; leaves of "layers" have the axis L first.
-      table: Path -> name on file.
+      path: dotted attributes, "layers.q".
+      shape: in the model; leaves of "layers" have the axis L first.
+      table: path -> name on file.
     """
 
     path: str
@@ -100,13 +100,13 @@ def check_tensors(
     """Accounts for every tensor.
 
     Args:
-      found: Name on file -> (type, shape).
-      leaves: What the model needs.
-      where: The file or folder, for the message.
-      types: The types that can be read.
+      found: name on file -> (type, shape).
+      leaves: what the model needs.
+      where: the file or folder, for the message.
+      types: the types that can be read.
 
     Raises:
-      ValueError: Tensors are unknown, missing, misshapen or of another type; one message lists
+      ValueError: tensors are unknown, missing, misshapen or of another type; one message lists
         them all.
     """
     wanted = {name: leaf.file_shape for leaf in leaves for name in leaf.names}
@@ -143,7 +143,7 @@ def collapse(names: Iterable[str]) -> list[str]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """`[0, 1, 2, 5]` -> "{0-2,5}"; a single number stands bare."""
+    """`[0, 1, 2, 5]` -> "{0-2,5}"; a single number has no braces."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

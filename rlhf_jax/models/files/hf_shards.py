@@ -27,12 +27,12 @@ def assemble(
     """Fills an abstract model.
 
     Args:
-      model: A `jax.eval_shape` of a model.
-      leaves: The leaves that are on file.
-      read: Reads a slice of a tensor.
-      shardings: A tree of `jax.sharding.Sharding` like the model's, a function that makes one from
+      model: a `jax.eval_shape` of a model.
+      leaves: the leaves that are on file.
+      read: reads a slice of a tensor.
+      shardings: a tree of `jax.sharding.Sharding` like the model's, a function that makes one from
         `model`, or None for the default device.
-      drawn: Path -> value of the leaves that are not on file.
+      drawn: path -> value of the leaves that are not on file.
 
     Returns:
       The model with its arrays.
@@ -61,10 +61,10 @@ def read_leaf(
     """Assembles one leaf on its devices.
 
     Args:
-      read: Reads a slice of a tensor.
-      leaf: The leaf.
-      dtype: Its type in memory.
-      sharding: Its sharding, or None for the default device, uncommitted.
+      read: reads a slice of a tensor.
+      leaf: the leaf.
+      dtype: its type in memory.
+      sharding: its sharding, or None for the default device, uncommitted.
 
     Returns:
       The array; the host never holds more than one shard and one slice of one tensor.

@@ -37,11 +37,11 @@ def load_config(path_or_name: str | Path, *, max_length: int | None = None) -> M
     """Reads the configuration of a folder or hub name.
 
     Args:
-      path_or_name: A folder, or a hub name such as "HuggingFaceTB/SmolLM2-135M".
-      max_length: Replaces the longest context that the file states.
+      path_or_name: a folder, or a hub name such as "HuggingFaceTB/SmolLM2-135M".
+      max_length: replaces the longest context that the file states.
 
     Raises:
-      ValueError: No such folder or name, or a model that is not supported.
+      ValueError: no such folder or name, or a model that is not supported.
     """
     folder = hf_files.find_folder(path_or_name, hf_files.CONFIG_PATTERNS)
     file = folder / "config.json"
@@ -63,17 +63,17 @@ def load_model(
     and one tensor of one layer at a time.
 
     Args:
-      path_or_name: A folder, or a hub name.
-      dtype: Type in memory, "float32" or "bfloat16"; None is the type of the file (float32 where
+      path_or_name: a folder, or a hub name.
+      dtype: type in memory, "float32" or "bfloat16"; None is the type of the file (float32 where
         that is float16 or not stated).
-      remat: See `ModelConfig`.
-      attention: See `ModelConfig`.
-      max_length: Replaces the longest context that the file states.
-      shardings: A tree of `jax.sharding.Sharding` like the model's, or a function that makes one
+      remat: see `ModelConfig`.
+      attention: see `ModelConfig`.
+      max_length: replaces the longest context that the file states.
+      shardings: a tree of `jax.sharding.Sharding` like the model's, or a function that makes one
         from the model's `jax.eval_shape`. None puts everything on the default device.
 
     Raises:
-      ValueError: A folder, file or tensor is not as it must be; one line says which.
+      ValueError: a folder, file or tensor is invalid; one line says which.
     """
     opened = _Opened(path_or_name, dtype, remat, attention, max_length)
     if opened.kind == SCALAR:
@@ -101,17 +101,17 @@ def load_scalar_model(
     its trunk is then marked as tied, which only `trunk.logits` would read.
 
     Args:
-      path_or_name: A folder or hub name; `...ForSequenceClassification` with one label, or
+      path_or_name: a folder or hub name; `...ForSequenceClassification` with one label, or
         `...ForCausalLM`.
-      key: Random key of the new head; needed for, and only read with, `...ForCausalLM`.
-      dtype: As for `load_model`.
-      remat: As for `load_model`.
-      attention: As for `load_model`.
-      max_length: As for `load_model`.
-      shardings: As for `load_model`, like the tree of a `ScalarModel`.
+      key: random key of the new head; needed for, and only read with, `...ForCausalLM`.
+      dtype: as for `load_model`.
+      remat: as for `load_model`.
+      attention: as for `load_model`.
+      max_length: as for `load_model`.
+      shardings: as for `load_model`, like the tree of a `ScalarModel`.
 
     Raises:
-      ValueError: As for `load_model`; or a language model and no key.
+      ValueError: as for `load_model`; or a language model and no key.
     """
     opened = _Opened(path_or_name, dtype, remat, attention, max_length)
     if opened.kind == CAUSAL_LM and key is None:
@@ -142,19 +142,19 @@ def save_model(
     `qkv_bias`, Qwen3 with `qk_norm`, else Llama (a Mistral without sliding window is a Llama).
 
     A `ScalarModel` becomes `...ForSequenceClassification` with one label. The format has no
-    bias: ours stands in `config.json` as `{"rlhf_jax": {"score_bias": x}}`, and other tools give
+    bias: ours is kept in `config.json` as `{"rlhf_jax": {"score_bias": x}}`, and other tools give
     numbers that are lower by this constant. The language-model head of an untied trunk is kept
     as `lm_head.weight`, which other tools leave out.
 
     Args:
-      model: The model.
-      folder: Where to; must be new, empty, or hold a saved model.
-      tokenizer: A `transformers` tokenizer, or None. Its special tokens go into `config.json`.
-      dtype: Type on file of the decoder's weights; None is the model's.
-      max_shard_bytes: Larger models are split into files of at most this size.
+      model: the model.
+      folder: where to write; must be new, empty, or hold a saved model.
+      tokenizer: a `transformers` tokenizer, or None. Its special tokens go into `config.json`.
+      dtype: type on file of the decoder's weights; None is the model's.
+      max_shard_bytes: larger models are split into files of at most this size.
 
     Raises:
-      ValueError: The folder holds other files, or the tokenizer has more tokens than the model.
+      ValueError: the folder holds other files, or the tokenizer has more tokens than the model.
     """
     trunk = model.trunk if isinstance(model, ScalarModel) else model
     config = dataclasses.replace(trunk.config, dtype=dtype or trunk.config.dtype)
@@ -176,12 +176,12 @@ def check_vocabulary(tokenizer: Any, config: ModelConfig, where: str = "") -> No
     """Checks that every token has a row in the embedding.
 
     Args:
-      tokenizer: Of transformers.
-      config: Of the model.
-      where: Folder of the model, for the message.
+      tokenizer: one of transformers.
+      config: the model's configuration.
+      where: folder of the model, for the message.
 
     Raises:
-      ValueError: The tokenizer has more tokens than `config.vocab_size`.
+      ValueError: the tokenizer has more tokens than `config.vocab_size`.
     """
     size = len(tokenizer)
     if size > config.vocab_size:
@@ -201,7 +201,7 @@ def _special_tokens(tokenizer: Any) -> dict[str, int]:
 def _tensors_of(
     model: Transformer | ScalarModel, config: ModelConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors as they stand on file, one leaf on the host at a time."""
+    """The tensors in the form that files have, one leaf on the host at a time."""
     for leaf, value in leaves_on_file(model):
         if not value.is_fully_addressable:
             raise ValueError("save_model needs all shards on one host; gather the model first")

@@ -1,8 +1,8 @@
 """Adapters as files of the PEFT library, which other tools open beside the model they are for.
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`; A is `[r, in]` and B is
-`[out, r]` on file. What PEFT has no word for stands in the metadata of the safetensors: the bias of
-a scalar head, and the fingerprint of the weights that the adapters were trained beside.
+`[out, r]` on file. What PEFT has no name for is kept in the metadata of the safetensors: the bias
+of a scalar head, and the fingerprint of the weights that the adapters were trained beside.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def save_adapters(trained: Any, folder: str | Path, *, base: str, fingerprint: s
 
     Args:
       trained: `Adapters`, or a `ScalarModel` that has them in place of its trunk.
-      folder: Where to, whole or not at all; adapters that are there are replaced.
-      base: Folder or hub name of the frozen model.
-      fingerprint: Of the frozen model, see `fingerprint`.
+      folder: where to write, whole or not at all; adapters that are there are replaced.
+      base: folder or hub name of the frozen model.
+      fingerprint: that of the frozen model, see `fingerprint`.
     """
     scalar = isinstance(trained, ScalarModel)
     adapters = trained.trunk if scalar else trained
@@ -77,8 +77,8 @@ def load_adapters(folder: str | Path, trunk: Transformer) -> Any:
     """Reads what `save_adapters` wrote.
 
     Args:
-      folder: The folder.
-      trunk: The model that they are for.
+      folder: the folder.
+      trunk: the model that they are for.
 
     Returns:
       `Adapters`, or a `ScalarModel` that has them in place of its trunk; arrays on the host.
@@ -117,7 +117,7 @@ def load_adapters(folder: str | Path, trunk: Transformer) -> Any:
     if not scalar:
         return adapters
     model = ScalarModel(trunk)
-    model.trunk = adapters  # type: ignore[assignment]  # adapters stand for their trunk
+    model.trunk = adapters  # type: ignore[assignment]  # adapters in place of their trunk
     model.kernel = nnx.Param(tensors[_HEAD][0])
     model.bias = nnx.Param(jnp.float32(metadata.get("score_bias", 0.0)))
     return model

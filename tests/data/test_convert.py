@@ -1,12 +1,6 @@
 import pytest
 
-from rlhf_jax.data.preferences import (
-    as_preference,
-    as_prompt,
-    as_sft,
-    convert_hh,
-    parse_transcript,
-)
+from rlhf_jax.data.convert import as_preference, as_prompt, as_sft, convert_hh
 from rlhf_jax.data.schemas import DropCounts
 
 START = "\n\nHuman: hello\n\nAssistant: hi\n\nHuman: how are\n\nyou?"
@@ -18,12 +12,14 @@ PROMPT = [
 ]
 
 
-def test_transcript_becomes_messages():
-    assert parse_transcript(START) == PROMPT
-    joined = parse_transcript("\n\nHuman: a\n\nHuman: b\n\nAssistant: \n\nAssistant: c")
-    assert joined == [{"role": "user", "content": "a\n\nb"}, {"role": "assistant", "content": "c"}]
-    with pytest.raises(ValueError, match=r"must begin with .*, not 'hello'"):
-        parse_transcript("hello")
+def test_turns_of_one_speaker_in_a_transcript_are_joined():
+    talk = "\n\nHuman: a\n\nHuman: b\n\nAssistant: \n\nAssistant: c\n\nHuman: d"
+    row = convert_hh({side: f"{talk}\n\nAssistant: {side}" for side in ("chosen", "rejected")})
+    assert row["prompt"] == [
+        {"role": "user", "content": "a\n\nb"},
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": "d"},
+    ]
 
 
 def test_hh_prompt_ends_with_the_last_shared_question():
@@ -61,7 +57,7 @@ def test_hh_prompt_is_found_in_oddly_formatted_text(chosen, rejected, answers):
 def test_hh_prompt_that_quotes_a_dialogue_is_the_same_for_both():
     quote = "\n\nHuman: continue this:\n\nHuman: hi\n\nAssistant: hello\n\nHuman: and?"
     row = convert_hh({side: f"{quote}\n\nAssistant: {side}" for side in ("chosen", "rejected")})
-    assert row["prompt"] == parse_transcript(quote)
+    assert [turn["content"] for turn in row["prompt"]] == ["continue this:\n\nhi", "hello", "and?"]
     assert (row["chosen"], row["rejected"]) == ("chosen", "rejected")
 
 

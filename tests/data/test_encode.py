@@ -1,27 +1,35 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.data import chat
+from rlhf_jax.data import encode, prepare
+from rlhf_jax.data.encode import (
+    encode_messages,
+    encode_pair,
+    encode_prompt,
+    encode_response,
+    encode_text,
+)
 from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair
+from rlhf_jax.data.templates import ChatTokenizer as Chat
 from tests.data import conftest as templates
 from tests.data.conftest import TALK, stretches
 
 
 def test_what_follows_the_last_answer_is_left_out(plain):
     more = [*TALK, {"role": "user", "content": "thanks"}]
-    whole = chat.encode_messages(TALK, plain, 500)
-    assert chat.encode_messages(more, plain, 500).tokens.tolist() == whole.tokens.tolist()
+    whole = encode_messages(TALK, Chat(plain), 500)
+    assert encode_messages(more, Chat(plain), 500).tokens.tolist() == whole.tokens.tolist()
 
 
 def test_long_conversations_lose_the_oldest_turn_and_keep_the_system_message(with_template):
     tokenizer = with_template(templates.CHATML)
-    whole = chat.encode_messages(TALK, tokenizer, 500)
-    short = chat.encode_messages([TALK[0], *TALK[3:]], tokenizer, 500)
+    whole = encode_messages(TALK, Chat(tokenizer), 500)
+    short = encode_messages([TALK[0], *TALK[3:]], Chat(tokenizer), 500)
     drops = DropCounts()
-    cut = chat.encode_messages(TALK, tokenizer, len(whole.tokens) - 1, drops)
+    cut = encode_messages(TALK, Chat(tokenizer), len(whole.tokens) - 1, drops)
     assert cut.tokens.tolist() == short.tokens.tolist()
     assert drops == {"kept": 1, "truncated": 1}
-    assert chat.encode_messages(TALK, tokenizer, len(whole.tokens)).tokens.shape == (
+    assert encode_messages(TALK, Chat(tokenizer), len(whole.tokens)).tokens.shape == (
         whole.tokens.shape
     )
 
@@ -38,18 +46,18 @@ def test_no_more_turns_are_dropped_than_must(with_template, style):
         for n, size in enumerate(sizes)
     ]
     suffixes = [[m for turn in turns[n:] for m in turn] for n in range(len(turns))]
-    lengths = [len(chat.encode_messages(some, tokenizer, 999).tokens) for some in suffixes]
+    lengths = [len(encode_messages(some, Chat(tokenizer), 999).tokens) for some in suffixes]
     for limit in range(lengths[-1], lengths[0] + 1):
         best = next(n for n, length in enumerate(lengths) if length <= limit)
-        found = tokenizer.decode(chat.encode_messages(suffixes[0], tokenizer, limit).tokens)
+        found = tokenizer.decode(encode_messages(suffixes[0], Chat(tokenizer), limit).tokens)
         assert [n for n in range(len(turns)) if f"q{n}" in found] == list(range(best, len(turns)))
 
 
 def test_last_question_loses_its_beginning_next(with_template):
     tokenizer = with_template(templates.CHATML)
     messages = [TALK[0], {"role": "user", "content": "a b c d e f g h"}, TALK[4]]
-    whole = chat.encode_messages(messages, tokenizer, 500)
-    cut = chat.encode_messages(messages, tokenizer, len(whole.tokens) - 4)
+    whole = encode_messages(messages, Chat(tokenizer), 500)
+    cut = encode_messages(messages, Chat(tokenizer), len(whole.tokens) - 4)
     assert 0 < len(whole.tokens) - len(cut.tokens) - 4 + 1 <= 2
     text = tokenizer.decode(cut.tokens)
     assert "f g h<|im_end|>" in text
@@ -60,17 +68,17 @@ def test_last_question_loses_its_beginning_next(with_template):
 
 def test_response_that_does_not_fit_is_dropped(plain):
     drops = DropCounts()
-    assert chat.encode_messages(TALK, plain, 6, drops) is None
-    assert chat.encode_text("some", " long response here", plain, 6, drops) is None
-    assert chat.encode_response(TALK[:2], "long response here", plain, 6, drops) is None
+    assert encode_messages(TALK, Chat(plain), 6, drops) is None
+    assert encode_text("some", " long response here", Chat(plain), 6, drops) is None
+    assert encode_response(TALK[:2], "long response here", Chat(plain), 6, drops) is None
     assert drops == {"response longer than max_length": 3}
 
 
 def test_text_is_bos_prompt_response_eos(plain):
-    encoded = chat.encode_text("the sea", " is wide", plain, 50)
+    encoded = encode_text("the sea", " is wide", Chat(plain), 50)
     assert plain.decode(encoded.tokens) == "<bos>the sea is wide<eos>"
     assert stretches(encoded, plain) == [" is wide<eos>"]
-    prompt = chat.encode_prompt("the sea", plain, 50)
+    prompt = encode_prompt("the sea", Chat(plain), 50)
     assert prompt.dtype == np.int32
     assert encoded.tokens[: len(prompt)].tolist() == prompt.tolist()
     assert not encoded.loss_mask[: len(prompt)].any()
@@ -78,51 +86,51 @@ def test_text_is_bos_prompt_response_eos(plain):
 
 
 def test_text_alone_is_all_trained_but_its_first_token(plain):
-    (encoded,) = chat.encode_sft([{"text": "the sea"}], plain, max_length=50)
+    (encoded,) = prepare.encode_rows("sft", [{"text": "the sea"}], plain, max_length=50)
     assert encoded.loss_mask.tolist() == [False] + [True] * (len(encoded.tokens) - 1)
     plain_without_bos = type(plain)(tokenizer_object=plain.backend_tokenizer, eos_token="<eos>")
-    encoded = chat.encode_text("", "the sea", plain_without_bos, 50)
+    encoded = encode_text("", "the sea", Chat(plain_without_bos), 50)
     assert plain.decode(encoded.tokens) == "the sea<eos>"
     assert not encoded.loss_mask[0]
 
 
 def test_bos_that_marks_turns_does_not_start_plain_text(with_template):
     tokenizer = with_template(templates.CHATML)
-    assert tokenizer.decode(chat.encode_prompt("the sea", tokenizer, 50)) == "<bos>the sea"
+    assert tokenizer.decode(encode_prompt("the sea", Chat(tokenizer), 50)) == "<bos>the sea"
     tokenizer.bos_token = "<|im_start|>"
-    assert tokenizer.decode(chat.encode_prompt("the sea", tokenizer, 50)) == "the sea"
+    assert tokenizer.decode(encode_prompt("the sea", Chat(tokenizer), 50)) == "the sea"
 
 
-def test_long_text_prompt_loses_its_beginning_behind_bos(plain):
+def test_long_text_prompt_loses_its_beginning_after_bos(plain):
     drops = DropCounts()
-    whole = chat.encode_text("a b c d e f", " g", plain, 50)
-    cut = chat.encode_text("a b c d e f", " g", plain, len(whole.tokens) - 2, drops)
+    whole = encode_text("a b c d e f", " g", Chat(plain), 50)
+    cut = encode_text("a b c d e f", " g", Chat(plain), len(whole.tokens) - 2, drops)
     assert cut.tokens.tolist() == [plain.bos_token_id, *whole.tokens[3:].tolist()]
     assert drops == {"kept": 1, "truncated": 1}
-    prompt = chat.encode_prompt("a b c d e f", plain, 4, drops)
-    full = chat.encode_prompt("a b c d e f", plain, 50)
+    prompt = encode_prompt("a b c d e f", Chat(plain), 4, drops)
+    full = encode_prompt("a b c d e f", Chat(plain), 50)
     assert prompt.tolist() == [plain.bos_token_id, *full[-3:].tolist()]
     assert drops == {"kept": 2, "truncated": 2}
-    assert chat.encode_prompt("a", plain, 1, drops) is None
+    assert encode_prompt("a", Chat(plain), 1, drops) is None
     assert drops["prompt longer than max_length"] == 1
 
 
 def test_empty_rows_are_dropped_and_counted(plain):
     drops = DropCounts()
-    assert chat.encode_text("a", "  ", plain, 50, drops) is None
-    assert chat.encode_messages(TALK[:2], plain, 50, drops) is None
-    assert chat.encode_messages([*TALK[:4], {**TALK[4], "content": ""}], plain, 50, drops) is None
-    assert chat.encode_prompt(" ", plain, 50, drops) is None
-    assert chat.encode_prompt([], plain, 50, drops) is None
+    assert encode_text("a", "  ", Chat(plain), 50, drops) is None
+    assert encode_messages(TALK[:2], Chat(plain), 50, drops) is None
+    assert encode_messages([*TALK[:4], {**TALK[4], "content": ""}], Chat(plain), 50, drops) is None
+    assert encode_prompt(" ", Chat(plain), 50, drops) is None
+    assert encode_prompt([], Chat(plain), 50, drops) is None
     assert drops == {"empty response": 2, "no assistant turn": 1, "empty prompt": 2}
 
 
 @pytest.mark.parametrize("prompt", ["the sea", TALK[:4]])
 def test_pair_shares_its_prompt(plain, prompt):
     row = {"prompt": prompt, "chosen": " is wide", "rejected": " and cold and", "margin": 1.5}
-    pair = chat.encode_pair(row, plain, 500)
+    pair = encode_pair(row, Chat(plain), 500)
     assert pair.margin == 1.5
-    ids = chat.encode_prompt(prompt, plain, 500).tolist()
+    ids = encode_prompt(prompt, Chat(plain), 500).tolist()
     for side, text in ((pair.chosen, " is wide"), (pair.rejected, " and cold and")):
         assert side.tokens[: len(ids)].tolist() == ids
         assert stretches(side, plain) == [text + "<eos>"]
@@ -132,8 +140,8 @@ def test_pair_shares_its_prompt(plain, prompt):
 def test_pair_is_truncated_alike_for_both(plain, prompt):
     row = {"prompt": prompt, "chosen": "yes", "rejected": "no, not today, not here, never"}
     drops = DropCounts()
-    whole = chat.encode_pair(row, plain, 500)
-    pair = chat.encode_pair(row, plain, len(whole.rejected.tokens) - 1, drops)
+    whole = encode_pair(row, Chat(plain), 500)
+    pair = encode_pair(row, Chat(plain), len(whole.rejected.tokens) - 1, drops)
     heads = [side.tokens[~side.loss_mask].tolist() for side in (pair.chosen, pair.rejected)]
     assert heads[0] == heads[1]
     assert len(heads[0]) < (~whole.chosen.loss_mask).sum()
@@ -148,13 +156,25 @@ def test_pairs_that_teach_nothing_are_dropped_and_counted(plain):
         {"prompt": "a", "chosen": " b", "rejected": " what do you think of the sea"},
     ]
     drops = DropCounts()
-    assert len(chat.encode_pairs(rows, plain, max_length=6, drops=drops)) == 1
+    assert len(prepare.encode_rows("preference", rows, plain, max_length=6, drops=drops)) == 1
     assert drops == {
         "kept": 1,
         "identical chosen and rejected": 1,
         "empty response": 1,
         "response longer than max_length": 1,
     }
+
+
+@pytest.mark.parametrize("prompt", ["the sea", TALK[:4]])
+def test_pairs_that_differ_as_texts_but_not_as_tokens_are_dropped(folding, prompt):
+    drops = DropCounts()
+    row = {"prompt": prompt, "chosen": "It is wide", "rejected": "it is WIDE"}
+    assert encode_pair(row, Chat(folding), 99, drops) is None
+    assert drops == {"identical tokens": 1}
+    # Of a pair that is dropped nothing is counted as truncated.
+    whole = encode_pair(row | {"rejected": "it is cold"}, Chat(folding), 99)
+    assert encode_pair(row, Chat(folding), len(whole.chosen.tokens) - 1, drops) is None
+    assert drops == {"identical tokens": 2}
 
 
 @pytest.mark.parametrize("margin", [float("nan"), float("inf")])
@@ -164,27 +184,26 @@ def test_margin_that_is_not_finite_names_the_row(plain, margin):
         {"prompt": "a", "chosen": " b", "rejected": " c", "margin": margin},
     ]
     with pytest.raises(ValueError, match=f"row 1: margin={margin} must be a finite number"):
-        chat.encode_pairs(rows, plain, max_length=20)
+        prepare.encode_rows("preference", rows, plain, max_length=20)
 
 
 def test_missing_fields_are_named_with_those_found(plain):
     with pytest.raises(ValueError, match=r"row 0: .*: \['rejected'\]; found: chosen, prompt"):
-        chat.encode_pairs([{"prompt": "a", "chosen": "b"}], plain, max_length=20)
+        prepare.encode_rows("preference", [{"prompt": "a", "chosen": "b"}], plain, max_length=20)
     with pytest.raises(ValueError, match=r"row 0: .*missing: \['response'\]; found: prompt"):
-        chat.encode_sft([{"prompt": "a"}], plain, max_length=20)
+        prepare.encode_rows("sft", [{"prompt": "a"}], plain, max_length=20)
     with pytest.raises(ValueError, match=r"row 0: an SFT row needs messages, .*; found: question"):
-        chat.encode_sft([{"question": "a"}], plain, max_length=20)
+        prepare.encode_rows("sft", [{"question": "a"}], plain, max_length=20)
     with pytest.raises(ValueError, match=r"row 0: .*missing: \['prompt'\]; found: none"):
-        chat.encode_prompts([{}], plain, max_length=20)
+        prepare.encode_rows("prompt", [{}], plain, max_length=20)
     with pytest.raises(ValueError, match=r"message 0 needs role and content; found: \['role'\]"):
-        chat.encode_messages([{"role": "user"}], plain, 20)
+        encode_messages([{"role": "user"}], Chat(plain), 20)
     with pytest.raises(ValueError, match="role 'bot' must be one of"):
-        chat.encode_messages([{"role": "bot", "content": "a"}], plain, 20)
+        encode_messages([{"role": "bot", "content": "a"}], Chat(plain), 20)
 
 
-def test_nothing_left_says_what_was_dropped(plain):
-    with pytest.raises(ValueError, match=r"no row is left.*kept 0 of 1, dropped 1 \(1 empty resp"):
-        chat.encode_sft([{"text": " "}], plain, max_length=20)
+def test_a_block_may_leave_nothing(plain):
+    assert prepare.encode_rows("sft", [{"text": " "}], plain, max_length=20) == []
 
 
 def document(tokens, mask):
@@ -193,35 +212,50 @@ def document(tokens, mask):
 
 def test_all_zero_loss_mask_is_an_error():
     with pytest.raises(ValueError, match="loss mask is zero on all of 2 documents"):
-        chat.check_masks([document([1, 5, 2], [0, 0, 0])] * 2, [2])
-    chat.check_masks([document([1, 5, 2], [0, 0, 0]), document([1, 5, 2], [0, 1, 1])], [2])
+        prepare.check_masks([document([1, 5, 2], [0, 0, 0])] * 2, [2])
+    prepare.check_masks([document([1, 5, 2], [0, 0, 0]), document([1, 5, 2], [0, 1, 1])], [2])
 
 
 def test_data_sets_are_checked(plain, monkeypatch):
     silent = document([1, 5, 2], [0, 0, 0])
-    monkeypatch.setattr(chat, "encode_text", lambda *_: silent)
+    monkeypatch.setattr(encode, "encode_text", lambda *_: silent)
     with pytest.raises(ValueError, match="loss mask is zero on all of 1 documents"):
-        chat.encode_sft([{"text": "a"}], plain, max_length=20)
-    monkeypatch.setattr(chat, "encode_pair", lambda *_: EncodedPair(silent, silent, 0.0))
+        prepare.encode_rows("sft", [{"text": "a"}], plain, max_length=20)
+    monkeypatch.setattr(encode, "encode_pair", lambda *_: EncodedPair(silent, silent, 0.0))
     with pytest.raises(ValueError, match="loss mask is zero on all of 2 documents"):
-        chat.encode_pairs([{}], plain, max_length=20)
+        prepare.encode_rows("preference", [{}], plain, max_length=20)
 
 
 def test_stop_token_outside_the_mask_is_an_error():
     right = document([1, 5, 2, 6, 7, 2], [0, 1, 1, 0, 1, 1])
     wrong = document([1, 5, 2, 6, 7, 2], [0, 1, 1, 0, 1, 0])
-    chat.check_masks([right, right], [2])
+    prepare.check_masks([right, right], [2])
     with pytest.raises(ValueError, match=r"document 1: .* position 4 end without a stop token"):
-        chat.check_masks([right, wrong], [2])
+        prepare.check_masks([right, wrong], [2])
     # The end of one document and the start of the next are no stretch.
     with pytest.raises(ValueError, match=r"document 0: .* position 1 end"):
-        chat.check_masks([document([1, 5], [0, 1]), document([2, 2], [1, 1])], [2])
+        prepare.check_masks([document([1, 5], [0, 1]), document([2, 2], [1, 1])], [2])
+
+
+@pytest.mark.parametrize("style", ["CHATML", "HEADERS"])
+def test_an_opening_begins_the_turn_and_is_never_cut(with_template, style):
+    tokenizer = with_template(getattr(templates, style))
+    whole = encode_prompt(TALK[:4], Chat(tokenizer), 500)
+    opened = encode_prompt(TALK[:4], Chat(tokenizer), 500, opening="they are")
+    assert opened[: len(whole)].tolist() == whole.tolist()
+    assert tokenizer.decode(opened[len(whole) :]) == "they are"
+    drops = DropCounts()
+    cut = encode_prompt(TALK[:4], Chat(tokenizer), len(opened) - 1, drops, opening="they are")
+    assert drops == {"kept": 1, "truncated": 1}
+    assert len(cut) < len(opened) and tokenizer.decode(cut).endswith("they are")
+    assert encode_prompt(TALK[:1], Chat(tokenizer), 12, drops, opening="a b c " * 9) is None
+    assert drops["prompt longer than max_length"] == 1
 
 
 def test_prompts_with_and_without_messages(plain):
     rows = [{"prompt": "the sea"}, {"prompt": TALK[:2]}, {"prompt": ""}]
     drops = DropCounts()
-    prompts = chat.encode_prompts(rows, plain, max_length=30, drops=drops)
+    prompts = prepare.encode_rows("prompt", rows, plain, max_length=30, drops=drops)
     assert [plain.decode(ids) for ids in prompts] == [
         "<bos>the sea",
         "<bos>be kind\nwhat do you think?\n",

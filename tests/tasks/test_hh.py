@@ -1,12 +1,16 @@
 """HH-RLHF from a folder, from a saved data set and from the hub."""
 
 import datasets
+import numpy as np
 import pytest
 
 from rlhf_jax.data.schemas import DropCounts
 from rlhf_jax.data.sets import archives
-from rlhf_jax.data.sources import load_rows
+from rlhf_jax.data.sets.hh import PARTS
+from rlhf_jax.data.streaming import drawn
+from rlhf_jax.tasks import TaskConfig, make_task
 from tests.data.conftest import write_jsonl
+from tests.tasks.rows import load_rows
 
 
 def hh(number):
@@ -138,3 +142,23 @@ def test_hh_without_network_and_cache_is_one_line(monkeypatch, tmp_path):
     assert "cannot load Anthropic/hh-rlhf: " in message
     assert "hh:FOLDER" in message
     assert "HF_DATASETS_OFFLINE=1" in message
+
+
+def test_the_hub_is_streamed_part_by_part(monkeypatch):
+    sides = ("chosen", "rejected")
+    texts = [{s: f"\n\nHuman: {n}\n\nAssistant: {s}" for s in sides} for n in range(3)]
+    asked = []
+
+    def load_dataset(name, *, data_dir, split, streaming):
+        asked.append((name, data_dir, split, streaming))
+        return datasets.Dataset.from_list(texts).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    task = make_task(TaskConfig("stream:hh"))
+    opened = task.open_stream()
+    assert asked == [("Anthropic/hh-rlhf", part, "train", True) for part in PARTS]
+    found = task.convert_stream("prompt", drawn(opened, np.random.default_rng(0)), DropCounts())
+    assert len(list(found)) == 3  # of every part the same: duplicates are dropped
+    del asked[:]
+    assert len(load_rows("preference", "stream:hh:helpful-base", "train")) == 3
+    assert asked == [("Anthropic/hh-rlhf", "helpful-base", "train", True)]
