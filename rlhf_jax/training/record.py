@@ -25,6 +25,7 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """
     there = path.exists()
     distributed.barrier("the run folder has been looked at")
+    settings = json.loads(json.dumps(settings, default=str))  # as they come back from disk
     if there:
         before, now = (_flat(c) for c in (read_config(path)["config"], settings))
         changed = sorted(
