@@ -166,6 +166,7 @@ def remat_run(policy: str):
     return tiny.jit(jax.grad(sum_of_states))(model), jaxpr, kept
 
 
+@pytest.mark.slow
 def test_remat_policies_keep_less_and_give_the_same_gradient():
     none, dots, full = (remat_run(policy) for policy in ("none", "dots", "full"))
     assert full[2] < dots[2] < none[2]
@@ -235,6 +236,7 @@ def test_unknown_keys_are_refused():
         RopeScaling("yarn")
 
 
+@pytest.mark.slow
 def test_first_layers_are_the_model_whose_other_layers_add_nothing():
     model = tiny.language_model(tiny.model_config(num_layers=3))
     silent = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))
