@@ -1,21 +1,47 @@
 """Judges: scores of responses by something that no policy was trained against.
 
 A reward model that is optimised stops being a measure (Gao et al. 2022, arXiv 2210.10760). A judge
-stays out of training and shows when the reward keeps rising while the responses get worse.
+stays out of training and shows when the reward keeps rising while the responses get worse. Each can
+be fooled in its own way, so a report shows more than one, and says how often each agrees with
+people (`rlhf_jax.evaluation.agreement`).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import Protocol
+from importlib import metadata
+from typing import Any, Protocol
 
 import numpy as np
 
+VADER, LANGUAGE_MODEL = "vader", "language_model"
+# What `make_judge` takes, as it is listed to users.
+NAMES = (VADER, LANGUAGE_MODEL, f"{LANGUAGE_MODEL}:FOLDER_OR_HUB_NAME")
+
 
 class Judge(Protocol):
-    """Scores texts, higher is better; `name` heads its column in a report."""
+    """Scores texts, higher is better.
+
+    Attributes:
+      name: Heads its column in a report.
+      scale: What its number is: "VADER, -1 to 1".
+    """
 
     name: str
+
+    @property
+    def scale(self) -> str:
+        """What its number is: "VADER, -1 to 1"."""
+        ...
+
+    def describe(self) -> str:
+        """One line for reports: what it is, and what it cannot see."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Everything that its numbers depend on, as text: versions, digests, settings."""
+        ...
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Scores N texts.
@@ -27,6 +53,51 @@ class Judge(Protocol):
           float64 [N].
         """
         ...
+
+
+def make_judge(name: str, /, *, default_model: str = "", **settings: Any) -> Judge:
+    """Makes a judge from its name, as a config or a command line gives it.
+
+    Args:
+      name: "vader"; "language_model" for `default_model`; or "language_model:" and a folder or a
+        name on the Hugging Face hub.
+      default_model: Folder or hub name of the model for "language_model" alone.
+      **settings: Keywords of the judge's class.
+
+    Raises:
+      ValueError: An unknown name or setting, no model, or a model that is missing: one line.
+      ImportError: The package vaderSentiment is missing.
+    """
+    kind, _, model = name.partition(":")
+    if kind == LANGUAGE_MODEL:
+        # Imported here: the VADER rule needs no model code.
+        from rlhf_jax.evaluation.language_model import LanguageModelJudge
+
+        _check_settings(name, LanguageModelJudge, settings)
+        if not (model or default_model):
+            raise ValueError(f"judge {name!r} names no model: write {NAMES[-1]}")
+        try:
+            return LanguageModelJudge(model or default_model, **settings)
+        except ValueError as error:
+            raise ValueError(f"judge {name!r}: {error}") from error
+    if name == VADER:
+        _check_settings(name, VaderJudge, settings)
+        return VaderJudge(**settings)
+    raise ValueError(f"unknown judge {name!r}; choose one of {', '.join(NAMES)}")
+
+
+def _check_settings(name: str, judge: Any, settings: dict[str, Any]) -> None:
+    """Raises ValueError for keywords that a class does not take."""
+    known = [
+        key
+        for key, parameter in inspect.signature(judge).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    for key in settings:
+        if key not in known:
+            raise ValueError(
+                f"judge {name!r} has no setting {key!r}; it has {', '.join(known) or 'none'}"
+            )
 
 
 class VaderJudge:
@@ -44,6 +115,7 @@ class VaderJudge:
     """
 
     name = "VADER"
+    scale = "VADER, -1 to 1"
 
     def __init__(self) -> None:
         try:
@@ -53,6 +125,17 @@ class VaderJudge:
                 "VaderJudge needs vaderSentiment: pip install vaderSentiment"
             ) from error
         self._analyzer = SentimentIntensityAnalyzer()
+
+    def describe(self) -> str:
+        """One line for reports: what it is, and what it cannot see."""
+        return (
+            "VADER judges sentiment by a rule that adds up rated words. It does not see grammar, "
+            "truth or relevance, and a heap of praising words scores highest."
+        )
+
+    def fingerprint(self) -> str:
+        """Its numbers depend on the lexicon and the rules of the package alone."""
+        return f"vaderSentiment {metadata.version('vaderSentiment')}"
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Scores N texts.
