@@ -77,7 +77,8 @@ def build(
 
     config = scales[scale]()
     config.experiment, config.scale, config.variants = experiment, scale, tuple(changes)
-    config.label = ", ".join(changes) or config.label
+    if "label" in config:
+        config.label = ", ".join(changes) or config.label
     for name in changes:
         variants[name](config)
     for assignment in assignments:
@@ -204,7 +205,6 @@ def shared() -> ConfigDict:
     config.experiment = ""  # set by the config file
     config.scale = ""  # set from the argument
     config.variants = ()  # set from the argument
-    config.label = ""  # name of the result in reports and plots; the variants, if there are any
     config.sharding = ConfigDict()
     config.sharding.devices = 0  # 0 is all of them
     config.sharding.mode = "zero2"  # what is spread over devices, see runtime/sharding.py
@@ -223,7 +223,7 @@ def shared() -> ConfigDict:
     config.log.wandb_project = "rlhf_jax"
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 100  # steps; 0 saves at the end and at a stop only
-    config.checkpoint.keep = 1  # checkpoints that stay on disk
+    config.checkpoint.keep = 2  # checkpoints that stay on disk; the newest whole one is resumed
     return config
 
 

@@ -32,7 +32,7 @@ def _task(scale: str) -> ConfigDict:
     """Pairs of the reward model, prompts and sampling of PPO-max, at one of their scales."""
     pairs, prompts = reward_model.get_config(scale), ppo_max.get_config(scale)
     config = common.shared()
-    config.label = "DPO"
+    config.label = "DPO"  # how the report calls the result; the variants, if there are any
     config.inputs = ConfigDict()
     # Folder of the SFT policy: training starts there, and it is the reference. Empty is the SFT
     # model of the same scale.

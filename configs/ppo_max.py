@@ -42,7 +42,7 @@ from configs import common
 
 def _quickstart() -> ConfigDict:
     config = common.shared()
-    config.label = "PPO-max"
+    config.label = "PPO-max"  # how the report calls the result; the variants, if there are any
     config.inputs = ConfigDict()
     config.inputs.model = ""  # folder the policy starts from; empty is the SFT model of the scale
     config.inputs.policy_variant = ""  # variant of configs/sft.py that the policy starts from

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from rlhf_jax.evaluation import plots, report
+from rlhf_jax.runtime.files import write_whole
 
 
 def parse_runs(arguments: list[str]) -> dict[str, list[str]]:
@@ -41,7 +42,7 @@ def main(arguments: list[str], out: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     figure = plots.compare_runs(runs, folder / "curves.png")
     tables = [f"### {label}\n\n{report.seeds_table(folders)}" for label, folders in runs.items()]
-    (folder / "table.md").write_text("\n\n".join(tables) + "\n")
+    write_whole(folder / "table.md", "\n\n".join(tables) + "\n")
     print("\n\n".join(tables))
     print(f"\n{figure}")
 
@@ -53,5 +54,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     try:
         main(options.runs, options.out)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -18,19 +18,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from configs import common
-from experiments import command, reporting, stages
-from experiments.settings import EvalConfig, Shared, judge_names
+from experiments import command, folders, reporting, stages
+from experiments.settings import (
+    AnswersConfig,
+    PairData,
+    PromptData,
+    Shared,
+    check_label,
+    judge_names,
+)
 from rlhf_jax.data.batches import PairBatches, fixed_prompts, once_pairs
 from rlhf_jax.data.templates import stop_tokens
 from rlhf_jax.evaluation.comparison import Interval, bootstrap_interval, paired_outcomes
-from rlhf_jax.evaluation.judges import Judge, judge_pairs, make_judges
+from rlhf_jax.evaluation.judges import Judge, judge_pairs
 from rlhf_jax.evaluation.panels import DPO_PANELS, PPO_PANELS
 from rlhf_jax.evaluation.plots import plot_dpo
 from rlhf_jax.methods import dpo, reward_model
@@ -41,6 +47,7 @@ from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.rollouts.respond import AgainstBaseline, Respondent
 from rlhf_jax.rollouts.rollout import SamplingConfig, make_generate
 from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -68,17 +75,39 @@ class Compare:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PairsAndPrompts(PairData, PromptData):
+    """Pairs to learn from and to draw curves with, and prompts to answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchedAnswersConfig(AnswersConfig):
+    """Answers, `batch` prompts at a time."""
+
+    batch: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, batch="[1, inf)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Shared):
     """Every key of configs/dpo.py."""
 
+    label: str
     inputs: Inputs
+    data: PairsAndPrompts
     compare: Compare
     train: PairTrainConfig
     dpo: DPOConfig
     sampling: SamplingConfig
     optimizer: OptimizerConfig
-    eval: EvalConfig
+    eval: BatchedAnswersConfig
     judges: tuple[str, ...]
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_label(self.label, ("SFT", "PPO-max"))
 
 
 def pair_set(
@@ -134,7 +163,7 @@ def policies_to_compare(
 ) -> tuple[dict[str, Transformer], tuple[str, ...]]:
     """SFT, DPO and PPO-max where it has been trained; notes for the report say what is missing."""
     policies, folder = {"SFT": reference, settings.label: policy}, settings.compare.ppo_max
-    if (Path(folder) / "config.json").exists():
+    if folders.is_whole(folder):
         loaded = stages.load_policy(folder, settings.model, sharding, frozen=True)
         return policies | {"PPO-max": loaded}, ()
     return policies, (f"PPO-max is not in this report: {folder} is missing; `{made_by}` makes it.",)
@@ -176,11 +205,11 @@ def main(config: ConfigDict) -> None:
     """Trains, compares with SFT and PPO-max and reports; resumes where an earlier run stopped."""
     distributed.require_one("DPO")
     settings = command.open_config("dpo", config, Settings)
-    if stages.is_finished(settings, "DPO"):
+    if not folders.claim(settings, "DPO"):
         return
     train, data, sharding = settings.train, settings.data, settings.sharding.make()
     task, devices = settings.task(), sharding.mesh.size
-    judges = make_judges(judge_names(settings.judges, task))
+    judges = stages.load_judges(judge_names(settings.judges, task))
 
     # 1. The SFT policy, frozen and to be trained; with adapters one copy serves as both.
     folder = stages.require(
@@ -210,7 +239,7 @@ def main(config: ConfigDict) -> None:
         for split, count in (("validation", data.validation_pairs), ("test", data.eval_pairs))
     )
     scorer = None
-    if (Path(settings.compare.reward_model) / "config.json").exists():
+    if folders.is_whole(settings.compare.reward_model):
         scorer = stages.load_scalar(
             settings.compare.reward_model, settings.model, sharding, frozen=True
         )

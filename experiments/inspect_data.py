@@ -20,11 +20,10 @@ from ml_collections import ConfigDict
 
 from configs import common
 from experiments import command
-from experiments.settings import DataConfig
+from experiments.settings import PairData, PromptData
 from rlhf_jax.data.inspect import legend, lengths_line, render, use_color
 from rlhf_jax.data.store import lengths_of
 from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
-from rlhf_jax.runtime.settings import typed
 from rlhf_jax.tasks import Task
 
 
@@ -48,30 +47,34 @@ def tokenizer_of(origin: Origin) -> Any:
         return load_tokenizer(folder)
     if folder:
         print(f"{folder} is missing: training the tokenizer of configs/sft.py:{origin.stage}")
-    sft = importlib.import_module("configs.sft").get_config(origin.stage)
+    config = importlib.import_module("configs.sft").get_config(origin.stage)
+    sft = command.open_config("sft", config, settings_of("sft"))
     if sft.inputs.model:
         return load_tokenizer(sft.inputs.model)
-    task = typed(DataConfig, sft.data.to_dict()).task(sft.seed)
-    return train_bpe(task.texts(), sft.tokenizer.vocab_size)
+    return train_bpe(sft.task().texts(), sft.tokenizer.vocab_size)
 
 
-def examples_of(task: Task, data: DataConfig, tokenizer: Any, split: str) -> Sequence[Any]:
+def settings_of(experiment: str) -> Any:
+    """The dataclass of its keys."""
+    return importlib.import_module(f"experiments.{experiment}").Settings
+
+
+def examples_of(task: Task, data: Any, tokenizer: Any, split: str) -> Sequence[Any]:
     """Pairs, prompts or documents: what the config's data section is for."""
-    if data.pairs:
+    if isinstance(data, PairData):
         pairs = task.preferences(tokenizer, split, max_length=data.max_length, count=data.pairs)
         return pairs.loaded()
-    if data.prompt_buckets:
+    if isinstance(data, PromptData):
         return task.prompts(tokenizer, split, max_length=data.longest_prompt).loaded()
     return task.documents(tokenizer, split, max_length=data.max_length).loaded()
 
 
 def main(config: ConfigDict, count: int, split: str) -> None:
     """Prints `count` examples of a split."""
-    config = common.resolve(config)
-    data = typed(DataConfig, config.data.to_dict())
-    origin = Origin(config.inputs.model, common.stage_argument("sft", config))
+    settings = command.open_config(config.experiment, config, settings_of(config.experiment))
+    origin = Origin(settings.inputs.model, common.stage_argument("sft", settings))
     tokenizer = tokenizer_of(origin)
-    examples = examples_of(data.task(config.seed), data, tokenizer, split)
+    examples = examples_of(settings.task(), settings.data, tokenizer, split)
     print(lengths_line(lengths_of(examples)))
     color = use_color(sys.stdout)
     print(f"\n{legend(color=color)}")

@@ -14,11 +14,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import common
-from experiments import command, reporting, stages
-from experiments.settings import EvalConfig, Shared, judge_names
+from experiments import command, folders, reporting, stages
+from experiments.settings import AnswersConfig, PromptData, Shared, check_label, judge_names
 from rlhf_jax.data.batches import fixed_prompts, packed_batches, prompt_batches
 from rlhf_jax.data.templates import stop_tokens
-from rlhf_jax.evaluation.judges import make_judges
 from rlhf_jax.methods.ppo import PPOConfig
 from rlhf_jax.methods.ppo_max import (
     KLConfig,
@@ -34,6 +33,7 @@ from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.rollouts.experience import AdvantageConfig, RewardConfig
 from rlhf_jax.rollouts.respond import AgainstBaseline, Respondent
 from rlhf_jax.rollouts.rollout import SamplingConfig, make_generate
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig
@@ -51,10 +51,23 @@ class Inputs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompts(PromptData):
+    """Prompts to answer, and rows of SFT text of `ptx_length` tokens for the ptx loss."""
+
+    ptx_length: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, ptx_length="[1, inf)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Shared):
     """Every key of configs/ppo_max.py."""
 
+    label: str
     inputs: Inputs
+    data: Prompts
     train: PPOTrainConfig
     sampling: SamplingConfig
     reward: RewardConfig
@@ -65,8 +78,13 @@ class Settings(Shared):
     trpo: TRPOConfig
     optimizer: OptimizerConfig
     critic_optimizer: OptimizerConfig
-    eval: EvalConfig
+    eval: AnswersConfig
     judges: tuple[str, ...]
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_label(self.label, ("SFT",))
+        self.method()
 
     def method(self) -> PPOMaxConfig:
         """Everything that decides the numbers, except models and data."""
@@ -184,7 +202,7 @@ def derived_numbers(settings: Settings, prompts: Any, sharding: Sharding) -> dic
 def main(config: ConfigDict) -> None:
     """Trains, compares with SFT and reports; resumes where an earlier run stopped."""
     settings = command.open_config("ppo_max", config, Settings)
-    if stages.is_finished(settings, "PPO"):
+    if not folders.claim(settings, "PPO"):
         return
     method_config, sharding, task = settings.method(), settings.sharding.make(), settings.task()
     method_config.check_devices(sharding.data)
@@ -236,7 +254,7 @@ def main(config: ConfigDict) -> None:
     )
 
     # 4. Prompts that no stage has seen, and SFT's responses to compare with.
-    judges = make_judges(judge_names(settings.judges, task))
+    judges = stages.load_judges(judge_names(settings.judges, task))
     eval_sampling = settings.eval.sampling.of(settings.sampling)
     generate = method.generate  # one program serves both where nothing differs
     if eval_sampling != settings.sampling:

@@ -35,6 +35,7 @@ from rlhf_jax.preflight.ppo_run import PPORun
 from rlhf_jax.preflight.programs import measure
 from rlhf_jax.preflight.topologies import Topology, make_devices, parse_topology
 from rlhf_jax.preflight.verdict import Verdict
+from rlhf_jax.runtime import files
 from rlhf_jax.runtime.sharding import Sharding, mesh_of
 from rlhf_jax.training.run import peak_memory_gib
 
@@ -180,7 +181,7 @@ def main(
     }
     path = Path(out or f"{settings.workdir}/preflight-{topology.replace(':', '-')}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**verdict.to_json(), "preflight": usage}, indent=2) + "\n")
+    files.write_whole(path, json.dumps({**verdict.to_json(), "preflight": usage}, indent=2) + "\n")
     print(f"{path}; {usage['seconds']:.0f} s, {usage['peak_memory_gib']:.1f} GiB of host memory")
     if verdict.missing > 0:
         for line in advise(settings, verdict, model):

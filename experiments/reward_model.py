@@ -18,19 +18,20 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import common
-from experiments import command, reporting, stages
-from experiments.settings import EvalConfig, Shared, judge_names
+from experiments import command, folders, reporting, stages
+from experiments.settings import EvalConfig, PairData, Shared, judge_names
 from rlhf_jax.data.batches import PairBatches, once_pairs, pair_batches
 from rlhf_jax.data.schemas import EncodedPair
 from rlhf_jax.data.streaming import StreamedBatches
 from rlhf_jax.evaluation import plots
 from rlhf_jax.evaluation.comparison import bootstrap_interval, pair_accuracy, paired_outcomes
-from rlhf_jax.evaluation.judges import judge_pairs, make_judges
+from rlhf_jax.evaluation.judges import judge_pairs
 from rlhf_jax.methods import reward_model
 from rlhf_jax.methods.pairwise import PairTrainConfig
-from rlhf_jax.methods.reward_model import RewardModelConfig
+from rlhf_jax.methods.reward_model import COMPARISONS, RewardModelConfig
 from rlhf_jax.runtime import distributed
 from rlhf_jax.runtime.metrics import read_metrics
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.training.step import create_state
@@ -44,6 +45,20 @@ class Inputs:
     layers: int
     build: bool
 
+    def __post_init__(self):
+        check(self, layers="[0, inf)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pairs(PairData):
+    """Pairs to learn from, and the responses whose scores get mean 0 and std 1."""
+
+    reference_texts: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, reference_texts="[2, inf)")  # one has no deviation
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
@@ -52,18 +67,28 @@ class LossConfig:
     lm_coef: float
     comparisons: str
 
+    def __post_init__(self):
+        check(self, lm_coef="[0, 1e6]", comparisons=COMPARISONS)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Shared):
     """Every key of configs/reward_model.py."""
 
     inputs: Inputs
+    data: Pairs
     train: PairTrainConfig
     loss: LossConfig
     normalize_scores: bool
     optimizer: OptimizerConfig
     eval: EvalConfig
     judges: tuple[str, ...]
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.method().check_batches(self.train)
+        if self.loss.comparisons == "batch":
+            self.task().check_ratings()
 
     def method(self) -> RewardModelConfig:
         """What the model minimises."""
@@ -73,11 +98,7 @@ class Settings(Shared):
 def training_batches(
     settings: Settings, task: Task, tokenizer: Any, devices: int
 ) -> tuple[PairBatches | StreamedBatches, np.ndarray | None]:
-    """Endless pairs, and ratings `[n, 2]` where all texts of a batch are to be compared.
-
-    Raises:
-      ValueError: the task has no ratings by which to compare all texts.
-    """
+    """Endless pairs, and ratings `[n, 2]` where all texts of a batch are to be compared."""
     data, ratings = settings.data, None
     asked: dict[str, int] = {"max_length": data.max_length, "count": data.pairs}
     pairs: Sequence[EncodedPair]
@@ -109,11 +130,10 @@ def draw_figures(workdir: Path, chosen: np.ndarray, rejected: np.ndarray) -> Non
 def main(config: ConfigDict) -> None:
     """Trains, normalises, evaluates and saves; resumes where an earlier run stopped."""
     settings = command.open_config("reward_model", config, Settings)
-    if stages.is_finished(settings, "reward model"):
+    if not folders.claim(settings, "reward model"):
         return
     train, sharding, task = settings.train, settings.sharding.make(), settings.task()
-    method = settings.method()
-    method.check_batches(train)
+    method, judges = settings.method(), stages.load_judges(judge_names(settings.judges, task))
 
     # 1. The SFT model with a new scalar head, and pairs that people have ranked.
     inputs, data = settings.inputs, settings.data
@@ -183,7 +203,6 @@ def main(config: ConfigDict) -> None:
     # 5. Compare with the judges on the same pairs, report.
     scores = reward_model.score_pairs(trained, once_pairs(test, **batching), sharding)
     chosen, rejected = (normalized(side) for side in scores)
-    judges = make_judges(judge_names(settings.judges, task))
     accuracies = {
         name: pair_accuracy(*judge_pairs(judge, test, tokenizer)) for name, judge in judges.items()
     }

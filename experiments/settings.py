@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
+from rlhf_jax.models.config import ATTENTIONS, DTYPES, REMATS
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.rollouts.rollout import SamplingConfig
-from rlhf_jax.runtime.sharding import Sharding, make_mesh
+from rlhf_jax.runtime.settings import check
+from rlhf_jax.runtime.sharding import MODES, Sharding, make_mesh
 from rlhf_jax.tasks import Task, TaskConfig, make_task
 from rlhf_jax.training.run import CheckpointConfig, LogConfig, Run
 
@@ -19,6 +22,9 @@ class ModelOptions:
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "xla"
+
+    def __post_init__(self):
+        check(self, dtype=DTYPES, remat=REMATS, attention=ATTENTIONS)
 
     def keywords(self) -> dict[str, Any]:
         """Keywords for the loaders of models."""
@@ -32,6 +38,9 @@ class ShardingConfig:
     devices: int = 0
     mode: str = "zero2"
     tensor: int = 1
+
+    def __post_init__(self):
+        check(self, devices="[0, inf)", mode=MODES, tensor="[1, inf)")
 
     def make(self) -> Sharding:
         """The mesh, and the mode."""
@@ -48,6 +57,16 @@ class EvalSampling:
     top_k: int = -1
     repetition_penalty: float = 0.0
 
+    def __post_init__(self):
+        check(
+            self,
+            max_new_tokens="[0, inf)",
+            temperature="[-1, 100]",
+            top_p="[0, 1]",
+            top_k="[-1, inf)",
+            repetition_penalty="[0, 100]",
+        )
+
     def of(self, sampling: SamplingConfig) -> SamplingConfig:
         """The settings of a run's own sampling with those that are given here instead."""
         unset = EvalSampling()
@@ -61,85 +80,136 @@ class EvalSampling:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """When and on what a run is measured.
+    """When a run is measured.
 
     Attributes:
       every: steps between two measurements.
-      prompts: validation prompts, for the curves.
-      final_prompts: test prompts, for the report.
-      samples: responses that the report shows.
-      batch: prompts that are answered at a time.
-      sampling: how responses are drawn, where not as in training.
     """
 
     every: int
-    prompts: int = 0
-    final_prompts: int = 0
-    samples: int = 0
-    batch: int = 0
-    sampling: EvalSampling = dataclasses.field(default_factory=EvalSampling)
 
     def __post_init__(self):
-        if self.every < 1:
-            raise ValueError(f"eval.every={self.every} must be at least 1")
+        check(self, every="[1, inf)")
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What a run reads; each experiment has those of the keys that it needs, see configs/.
+class AnswersConfig(EvalConfig):
+    """When a policy answers held-out prompts, and how many.
 
-    Raises:
-      ValueError: a length or number of examples below 1.
+    Attributes:
+      prompts: Validation prompts, for the curves.
+      final_prompts: Test prompts, for the report.
+      samples: Responses that the report shows.
+      sampling: How responses are drawn, where not as in training.
     """
 
+    prompts: int
+    final_prompts: int
+    samples: int
+    sampling: EvalSampling
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, prompts="[1, inf)", final_prompts="[1, inf)", samples="[0, inf)")
+        if self.samples > self.final_prompts:
+            raise ValueError(
+                f"eval.samples={self.samples} must be at most eval.final_prompts="
+                f"{self.final_prompts}: the report shows some of these"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a run reads: the keys that every experiment has, see `rlhf_jax.tasks`."""
+
     source: str
-    domains: tuple[str, ...] = ()
-    limit: int = 0
-    instruction: str = ""
-    max_length: int = 0
-    min_gap: float = 1.0
-    pairs: int = 0
-    eval_pairs: int = 0
-    validation_pairs: int = 0
-    reference_texts: int = 0
-    prompt_buckets: tuple[int, ...] = ()
-    ptx_length: int = 0
+    domains: tuple[str, ...]
+    limit: int
+    instruction: str
+
+    def __post_init__(self):
+        check(self, limit="[0, inf)")
+
+    def task(self, seed: int) -> Task:
+        """What a policy is asked, and who may judge it."""
+        names = {field.name for field in dataclasses.fields(TaskConfig)}
+        keys = {name: value for name, value in vars(self).items() if name in names}
+        return make_task(TaskConfig(**keys, seed=seed))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairData(DataConfig):
+    """Pairs of responses.
+
+    Attributes:
+      max_length: Tokens of a prompt with one response.
+      min_gap: The least difference of two ratings that make a pair.
+      pairs: To train on.
+      validation_pairs: Held out, for the curves.
+      eval_pairs: Held out, for the report.
+    """
+
+    max_length: int
+    min_gap: float
+    pairs: int
+    validation_pairs: int
+    eval_pairs: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            self,
+            max_length="[1, inf)",
+            min_gap="[0, 1e6]",
+            pairs="[1, inf)",
+            validation_pairs="[1, inf)",
+            eval_pairs="[1, inf)",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptData(DataConfig):
+    """Prompts.
+
+    Attributes:
+      prompt_buckets: Lengths to which they are padded.
+    """
+
+    prompt_buckets: tuple[int, ...]
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, prompt_buckets="[1, inf)")
 
     @property
     def longest_prompt(self) -> int:
         """The longest bucket, in tokens."""
         return max(self.prompt_buckets)
 
-    def task(self, seed: int) -> Task:
-        """What a policy is asked, and who may judge it."""
-        return make_task(
-            TaskConfig(
-                source=self.source,
-                domains=self.domains,
-                limit=self.limit,
-                instruction=self.instruction,
-                min_gap=self.min_gap,
-                seed=seed,
-            )
-        )
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shared:
-    """Keys that every experiment has."""
+    """Keys that every experiment has.
+
+    Raises:
+      ValueError: a seed below 0, or a source that names no task or has not what it is asked for.
+    """
 
     seed: int
     workdir: str
     experiment: str
     scale: str
     variants: tuple[str, ...]
-    label: str
     sharding: ShardingConfig
     model: ModelOptions
     lora: LoRAConfig
     log: LogConfig
     checkpoint: CheckpointConfig
     data: DataConfig
+
+    def __post_init__(self):
+        check(self, seed="[0, inf)")
+        self.task()
 
     def task(self) -> Task:
         """What the policy is asked, and who may judge it."""
@@ -155,6 +225,14 @@ class Shared:
             settings=dataclasses.asdict(self),
             log=self.log,
             checkpoint=self.checkpoint,
+        )
+
+
+def check_label(label: str, others: Collection[str]) -> None:
+    """Refuses a result that is called as one that the report has besides, or not at all."""
+    if not label.strip() or label in others:
+        raise ValueError(
+            f"label={label!r} must be a name of its own: the report also has {', '.join(others)}"
         )
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments import command, reporting, stages
-from experiments.settings import EvalConfig, Shared
+from experiments import command, folders, reporting, stages
+from experiments.settings import DataConfig, EvalConfig, Shared
 from rlhf_jax.data.batches import once_packed, packed_batches
 from rlhf_jax.data.examples import Examples
 from rlhf_jax.data.tokenizer import train_bpe
@@ -24,6 +24,7 @@ from rlhf_jax.methods import sft
 from rlhf_jax.methods.sft import SFTConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -47,6 +48,14 @@ class Sizes:
     intermediate_size: int
     max_length: int
 
+    def __post_init__(self):
+        check(self, **{field.name: "[1, inf)" for field in dataclasses.fields(self)})
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"sizes.hidden_size={self.hidden_size} must be divisible by 2 x sizes.num_heads="
+                f"{2 * self.num_heads}: every head has an even width"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
@@ -54,33 +63,47 @@ class TokenizerConfig:
 
     vocab_size: int
 
+    def __post_init__(self):
+        check(self, vocab_size="[259, inf)")  # bytes and special tokens, see `train_bpe`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Documents(DataConfig):
+    """Documents to learn from, of at most `max_length` tokens."""
+
+    max_length: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, max_length="[1, inf)")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Shared):
     """Every key of configs/sft.py."""
 
     inputs: Inputs
+    data: Documents
     sizes: Sizes
     tokenizer: TokenizerConfig
     train: SFTConfig
     optimizer: OptimizerConfig
     eval: EvalConfig
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora.rank and not self.inputs.model:
+            raise ValueError(
+                f"lora.rank={self.lora.rank} trains beside a model that is there: set "
+                "inputs.model, or lora.rank=0"
+            )
+
 
 def starting_point(settings: Settings, task: Task, sharding: Sharding) -> tuple[Any, Transformer]:
-    """The tokenizer and the model to train: a pretrained one, or both from scratch.
-
-    Raises:
-      ValueError: adapters without a pretrained model.
-    """
+    """The tokenizer and the model to train: a pretrained one, or both from scratch."""
     folder, options = settings.inputs.model, settings.model
     if folder:
         return stages.load_tokenizer(folder), stages.load_policy(folder, options, sharding)
-    if settings.lora.rank:
-        raise ValueError(
-            f"lora.rank={settings.lora.rank} needs a model to adapt: set inputs.model, or "
-            "lora.rank=0"
-        )
     tokenizer = train_bpe(task.texts(), settings.tokenizer.vocab_size)
     sizes = dataclasses.asdict(settings.sizes) | options.keywords()
     model_config = ModelConfig(vocab_size=len(tokenizer), **sizes)
@@ -99,7 +122,7 @@ def documents_line(documents: Examples, batches: Any) -> str:
 def main(config: ConfigDict) -> None:
     """Trains, evaluates and saves; resumes where an earlier run of the same config stopped."""
     settings = command.open_config("sft", config, Settings)
-    if stages.is_finished(settings, "SFT"):
+    if not folders.claim(settings, "SFT"):
         return
     train, sharding, task = settings.train, settings.sharding.make(), settings.task()
 

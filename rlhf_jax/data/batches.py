@@ -107,7 +107,9 @@ class PairBatches(Batches):
       seed: of the shuffling.
       pad_id: written into padding.
       num_buckets: the most shapes; the lengths waste the fewest tokens on these pairs.
-      multiple_of: B is a multiple of it (devices times microbatches).
+      multiple_of: B is a multiple of it (devices).
+      parts: microbatches: what does not divide by them as well is filled up, so that which pairs
+        make a batch does not depend on how it is split.
       buckets: the lengths T, in place of num_buckets.
 
     Raises:
@@ -125,10 +127,12 @@ class PairBatches(Batches):
         pad_id: int = 0,
         num_buckets: int = 4,
         multiple_of: int = 1,
+        parts: int = 1,
         buckets: Sequence[int] | None = None,
     ):
         super().__init__(len(pairs), seed)
         self._pairs, self._pad_id = pairs, pad_id
+        self._filled_to = multiple_of * positive("parts", parts)
         self._lengths = lengths_of(pairs)
         edges = tuple(buckets or bucket_lengths(self._lengths, num_buckets=num_buckets))
         self._bucket_of = assign_buckets(self._lengths, edges)
@@ -160,7 +164,8 @@ class PairBatches(Batches):
     def _collate(self, item: tuple[int, list[int]]) -> Arrays:
         bucket, members = item
         shape = self._shapes[bucket]
-        filler = [-1] * (shape.rows - len(members))
+        rows = -(-shape.rows // self._filled_to) * self._filled_to
+        filler = [-1] * (rows - len(members))
         mine = self._mine(members + filler)
         shape = Shape(len(mine), shape.length)
         batch = pad_pairs([self._pairs[i] for i in mine if i >= 0], shape, self._pad_id)
@@ -293,6 +298,7 @@ def pair_batches(
     seed: int,
     pad_id: int,
     multiple_of: int,
+    parts: int = 1,
     num_buckets: int = 3,
     longest: int | None = None,
 ) -> PairBatches | StreamedBatches:
@@ -306,6 +312,7 @@ def pair_batches(
       seed: of the shuffling.
       pad_id: written into padding.
       multiple_of: batches hold a multiple of so many pairs.
+      parts: microbatches, see `PairBatches`.
       num_buckets: the most lengths, chosen for these pairs; not for streamed ones.
       longest: the most tokens of a side. Of streamed pairs the lengths that fit best cannot be
       known: they take a quarter, a half and the whole of it.
@@ -319,6 +326,7 @@ def pair_batches(
         "max_pairs": max_pairs,
         "pad_id": pad_id,
         "multiple_of": multiple_of,
+        "parts": parts,
         "num_buckets": num_buckets,
     }
     if isinstance(examples, Examples) and examples.streamed:
@@ -370,6 +378,7 @@ def once_pairs(
     max_pairs: int,
     pad_id: int,
     multiple_of: int,
+    parts: int = 1,
     num_buckets: int = 3,
 ) -> list[Arrays]:
     """Returns all pairs once, for evaluation; for the settings see `pair_batches`."""
@@ -381,6 +390,7 @@ def once_pairs(
         seed=0,
         pad_id=pad_id,
         multiple_of=multiple_of,
+        parts=parts,
         num_buckets=num_buckets,
     )
     return list(batches.once())

@@ -106,7 +106,8 @@ def draw_panels(
     for axes in figure.axes[len(shown) :]:
         axes.remove()
     if title:
-        figure.suptitle(title, fontsize=12)
+        # A run folder may hold a dollar sign, which is no mathematics.
+        figure.suptitle(title, fontsize=12, parse_math=False)
     if len(runs) > 1:
         _add_run_legend(figure, list(runs))
     return figure
@@ -223,7 +224,11 @@ def _add_run_legend(figure: Figure, labels: Sequence[str]) -> None:
         Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2) for i in range(len(labels))
     ]
     columns = min(len(labels), 4)
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    legend = figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def new_figure(rows: int, columns: int, *, width: float, height: float) -> Figure:

@@ -22,6 +22,7 @@ from rlhf_jax.evaluation.panels import (
     draw_panels,
     new_figure,
 )
+from rlhf_jax.runtime.files import naming
 from rlhf_jax.runtime.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -190,5 +191,6 @@ def _as_list(run: PathLike | Sequence[PathLike]) -> list[PathLike]:
 def _save(figure: Figure, path: PathLike) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with naming(path):
+        figure.savefig(path, dpi=150)
     return path

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TextIO
 from tabulate import tabulate
 
 from rlhf_jax.evaluation.comparison import Interval, WinRate
+from rlhf_jax.runtime.files import read_json, write_whole
 from rlhf_jax.runtime.run_info import to_json
 
 # Policy -> metric -> value; an Interval prints with its ends, None as a dash.
@@ -83,7 +84,7 @@ def write_report(
         _section("Notes", "\n".join(f"- {note}" for note in notes)),
     ]
     path = workdir / "report.md"
-    path.write_text("\n\n".join(part for part in sections if part) + "\n", encoding="utf-8")
+    write_whole(path, "\n\n".join(part for part in sections if part) + "\n")
     run = {"title": title, "command": command, "hardware": hardware, "seeds": list(seeds)}
     results = {
         "summary": {policy: _plain(row) for policy, row in summary_table.items()},
@@ -139,7 +140,7 @@ def seeds_table(workdirs: Sequence[str | os.PathLike[str]]) -> str:
     if not workdirs:
         raise ValueError("seeds_table needs at least one folder with a report.json")
     paths = [Path(workdir) / "report.json" for workdir in workdirs]
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    reports = [read_json(path, "remove its folder's summary.json and run again") for path in paths]
     first = reports[0]["summary"]
     summary = {
         policy: {
@@ -281,8 +282,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _write_json(path: Path, numbers: Mapping[str, Any]) -> None:
-    text = json.dumps(to_json(numbers), indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(to_json(numbers), indent=2, ensure_ascii=False) + "\n")
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,12 @@ from rlhf_jax.losses.supervised import (
     slic_loss,
     unlikelihood_loss,
 )
-from rlhf_jax.losses.value import clipped_value_loss, explained_variance, value_loss
+from rlhf_jax.losses.value import (
+    clipped_value_loss,
+    explained_variance,
+    value_diagnostics,
+    value_loss,
+)
 
 __all__ = [
     "RunningMoments",
@@ -171,5 +176,6 @@ __all__ = [
     "unlikelihood_loss",
     "until_first_error",
     "update_moments",
+    "value_diagnostics",
     "value_loss",
 ]

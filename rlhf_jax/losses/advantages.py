@@ -3,7 +3,8 @@
 One index everywhere: r_t is the reward for token t, V_t = V(s_t) the value before it. `where`
 marks the real tokens of each row, which stand together; before and after may be padding of any
 value, NaN included. After the last real token the value is 0, or `bootstrap` if the response was
-cut off. (Several separate runs of real tokens in a row are several episodes.)
+cut off. Several separate runs of real tokens in a row are several episodes: all but the last of
+them have ended.
 
 Everything here is a constant of the losses, so no gradient flows through it.
 """
@@ -12,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
-from rlhf_jax.losses.masking import masked_fill
+from rlhf_jax.losses._numbers import select, widen
+from rlhf_jax.losses.masking import last_token_mask
 
 Scalar = float | jax.Array
 
@@ -35,7 +37,7 @@ def rewards_to_go(
       rewards: r, [..., T] float.
       discount: γ.
       where: True on real tokens, [..., T] bool.
-      bootstrap: value after the last real token, [...] float; None is 0.
+      bootstrap: value after the last real token of the row, [...] float; None is 0.
 
     Returns:
       [..., T], unreduced, 0 where masked, constant.
@@ -48,9 +50,10 @@ def rewards_to_go(
     """
     _check(where, bootstrap, rewards=rewards)
     check.scalars(discount=discount)
+    dtype, rewards = rewards.dtype, widen(select(where, rewards))
     ahead = _values_ahead(jnp.zeros_like(rewards), where, bootstrap)
-    first = masked_fill(rewards, where=where) + discount * ahead
-    return _discounted_sums(first, discount, where)
+    first = select(where, rewards + discount * ahead)
+    return _constant(_discounted_sums(first, discount, where), dtype)
 
 
 def total_return(
@@ -70,7 +73,7 @@ def total_return(
       rewards: r, [..., T] float.
       discount: γ.
       where: True on real tokens, [..., T] bool.
-      bootstrap: value after the last real token, [...] float; None is 0.
+      bootstrap: value after the last real token of the row, [...] float; None is 0.
 
     Returns:
       [...], one number a sequence, unreduced, constant.
@@ -83,11 +86,12 @@ def total_return(
     """
     _check(where, bootstrap, rewards=rewards)
     check.scalars(discount=discount)
-    position = jnp.cumsum(where, axis=-1, dtype=jnp.int32) - 1
-    weights = jnp.power(jnp.asarray(discount, rewards.dtype), jnp.maximum(position, 0))
+    dtype, rewards = rewards.dtype, widen(select(where, rewards))
+    position = jnp.maximum(jnp.cumsum(where, axis=-1, dtype=jnp.int32) - 1, 0)
+    weights = jax.lax.pow(jnp.full(where.shape, discount, rewards.dtype), position)
     ahead = _values_ahead(jnp.zeros_like(rewards), where, bootstrap)
-    received = masked_fill(rewards + discount * ahead, where=where)
-    return jax.lax.stop_gradient(jnp.sum(received * weights, axis=-1))
+    received = select(where, rewards + discount * ahead)
+    return _constant(jnp.sum(received * weights, axis=-1), dtype)
 
 
 def td_errors(
@@ -109,7 +113,7 @@ def td_errors(
       values: V, [..., T] float.
       discount: γ.
       where: True on real tokens, [..., T] bool.
-      bootstrap: value after the last real token, [...] float; None is 0.
+      bootstrap: value after the last real token of the row, [...] float; None is 0.
 
     Returns:
       [..., T], unreduced, 0 where masked, constant.
@@ -123,8 +127,8 @@ def td_errors(
     """
     _check(where, bootstrap, rewards=rewards, values=values)
     check.scalars(discount=discount)
-    ahead = _values_ahead(values, where, bootstrap)
-    return jax.lax.stop_gradient(masked_fill(rewards + discount * ahead - values, where=where))
+    deltas = _deltas(rewards, values, discount, where, bootstrap)
+    return _constant(deltas, jnp.result_type(rewards, values))
 
 
 def k_step_advantages(
@@ -149,7 +153,7 @@ def k_step_advantages(
       discount: γ.
       k: number of steps, at least 1, static under `jit`; a response that ends earlier ends the sum.
       where: True on real tokens, [..., T] bool.
-      bootstrap: value after the last real token, [...] float; None is 0.
+      bootstrap: value after the last real token of the row, [...] float; None is 0.
 
     Returns:
       [..., T], unreduced, 0 where masked, constant.
@@ -166,12 +170,8 @@ def k_step_advantages(
     check.scalars(discount=discount)
     check.integer(k=k)
     check.require(k >= 1, f"k={k} must be at least 1")
-    deltas = td_errors(rewards, values, discount=discount, where=where, bootstrap=bootstrap)
-
-    def one_step_more(_: int, sums: jax.Array) -> jax.Array:
-        return deltas + discount * masked_fill(_shift_left(sums), where=where)
-
-    return jax.lax.fori_loop(1, min(int(k), rewards.shape[-1]), one_step_more, deltas)
+    deltas = _deltas(rewards, values, discount, where, bootstrap)
+    return _constant(_k_steps(deltas, discount, k, where), jnp.result_type(rewards, values))
 
 
 def k_step_returns(
@@ -195,7 +195,7 @@ def k_step_returns(
       discount: γ.
       k: number of steps, at least 1, static under `jit`; a response that ends earlier ends the sum.
       where: True on real tokens, [..., T] bool.
-      bootstrap: value after the last real token, [...] float; None is 0.
+      bootstrap: value after the last real token of the row, [...] float; None is 0.
 
     Returns:
       [..., T], unreduced, 0 where masked, constant.
@@ -208,10 +208,13 @@ def k_step_returns(
     >>> print(k_step_returns(rewards, values, discount=1.0, k=1, where=where))
     [0.5 1. ]
     """
-    advantages = k_step_advantages(
-        rewards, values, discount=discount, k=k, where=where, bootstrap=bootstrap
-    )
-    return advantages + jax.lax.stop_gradient(masked_fill(values, where=where))
+    _check(where, bootstrap, rewards=rewards, values=values)
+    check.scalars(discount=discount)
+    check.integer(k=k)
+    check.require(k >= 1, f"k={k} must be at least 1")
+    deltas = _deltas(rewards, values, discount, where, bootstrap)
+    returns = _k_steps(deltas, discount, k, where) + widen(select(where, values))
+    return _constant(returns, jnp.result_type(rewards, values))
 
 
 def gae(
@@ -239,8 +242,8 @@ def gae(
       discount: γ.
       lambda_: λ, 0 (low variance) to 1 (no bias).
       where: True on real tokens, [..., T] bool.
-      bootstrap: value after the last real token, [...] float, for responses that were cut off;
-        None is 0.
+      bootstrap: value after the last real token of the row, [...] float, for responses that were
+        cut off; None is 0.
 
     Returns:
       [..., T], unreduced, 0 where masked, constant.
@@ -254,8 +257,9 @@ def gae(
     """
     _check(where, bootstrap, rewards=rewards, values=values)
     check.scalars(discount=discount, lambda_=lambda_)
-    deltas = td_errors(rewards, values, discount=discount, where=where, bootstrap=bootstrap)
-    return _discounted_sums(deltas, discount * lambda_, where)
+    deltas = _deltas(rewards, values, discount, where, bootstrap)
+    sums = _discounted_sums(deltas, discount * lambda_, where)
+    return _constant(sums, jnp.result_type(rewards, values))
 
 
 def _check(where: jax.Array, bootstrap: jax.Array | None, **rows: jax.Array) -> None:
@@ -265,35 +269,55 @@ def _check(where: jax.Array, bootstrap: jax.Array | None, **rows: jax.Array) -> 
         check.fits("where", where.shape[:-1], check.floats(bootstrap=bootstrap))
 
 
+def _constant(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Sums are in float32 at least until here."""
+    return jax.lax.stop_gradient(x.astype(dtype))
+
+
+def _deltas(
+    rewards: jax.Array,
+    values: jax.Array,
+    discount: Scalar,
+    where: jax.Array,
+    bootstrap: jax.Array | None,
+) -> jax.Array:
+    """δ_t, in float32 at least, 0 where masked."""
+    rewards, values = widen(select(where, rewards)), widen(select(where, values))
+    ahead = _values_ahead(values, where, bootstrap)
+    return select(where, rewards + discount * ahead - values)
+
+
+def _k_steps(deltas: jax.Array, discount: Scalar, k: int, where: jax.Array) -> jax.Array:
+    """Σ_{l<k} γ^l δ_{t+l}."""
+
+    def one_step_more(_: int, sums: jax.Array) -> jax.Array:
+        return deltas + discount * select(where, _shift_left(sums))
+
+    return jax.lax.fori_loop(1, min(int(k), deltas.shape[-1]), one_step_more, deltas)
+
+
 def _shift_left(x: jax.Array) -> jax.Array:
     """x_{t+1} at t; zero (False) at the end."""
     return jnp.concatenate([x[..., 1:], jnp.zeros_like(x[..., :1])], axis=-1)
 
 
 def _values_ahead(values: jax.Array, where: jax.Array, bootstrap: jax.Array | None) -> jax.Array:
-    """V_{t+1}, and the bootstrap (or 0) where the next token is not real."""
+    """V_{t+1}; 0 where the next token is not real, or the bootstrap after the last one."""
+    ahead = select(_shift_left(where), _shift_left(values))
     if bootstrap is None:
-        after_end = jnp.zeros_like(values)
-    else:
-        after_end = jnp.broadcast_to(bootstrap[..., None].astype(values.dtype), values.shape)
-    return jnp.where(_shift_left(where), _shift_left(values), after_end)
+        return ahead
+    bootstrap = select(jnp.any(where, axis=-1), bootstrap).astype(values.dtype)
+    return jnp.where(last_token_mask(where), bootstrap[..., None], ahead)
 
 
 def _discounted_sums(x: jax.Array, decay: Scalar, where: jax.Array) -> jax.Array:
-    """y_t = x_t + decay · y_{t+1} on real tokens, 0 elsewhere, in one pass from the end.
+    """y_t = x_t + decay · y_{t+1} on real tokens, 0 elsewhere, in one pass from the end."""
 
-    Numbers and mask go through the scan as one array of bits, all of them set where masked (a NaN
-    that no arithmetic makes): a second array to transpose would double the time on a CPU.
-    """
-    bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-    masked = jnp.array(jnp.iinfo(bits).max, bits)
-    packed = jnp.where(where, jax.lax.bitcast_convert_type(x, bits), masked)
-
-    def step(carry: jax.Array, now: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x_t = jax.lax.bitcast_convert_type(now, x.dtype)
-        carry = jnp.where(now != masked, x_t + decay * carry, 0).astype(x.dtype)
+    def step(carry: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x_t, real = now
+        carry = jnp.where(real, x_t + decay * carry, 0).astype(x.dtype)
         return carry, carry
 
-    start = jnp.zeros_like(x[..., 0])
-    _, sums = jax.lax.scan(step, start, jnp.moveaxis(packed, -1, 0), reverse=True)
-    return jax.lax.stop_gradient(jnp.moveaxis(sums, 0, -1))
+    time_major = (jnp.moveaxis(x, -1, 0), jnp.moveaxis(where, -1, 0))
+    _, sums = jax.lax.scan(step, jnp.zeros_like(x[..., 0]), time_major, reverse=True)
+    return jnp.moveaxis(sums, 0, -1)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
+from rlhf_jax.losses._numbers import widen
 
 Scalar = float | jax.Array
 
@@ -32,7 +33,8 @@ def batch_mean_baseline(scores: jax.Array) -> jax.Array:
     [2. 2.]
     """
     check.floats(scores=scores)
-    return jax.lax.stop_gradient(jnp.broadcast_to(jnp.mean(scores), scores.shape))
+    mean = jnp.mean(widen(scores)).astype(scores.dtype)
+    return jax.lax.stop_gradient(jnp.broadcast_to(mean, scores.shape))
 
 
 def leave_one_out_baseline(scores: jax.Array) -> jax.Array:
@@ -56,7 +58,7 @@ def leave_one_out_baseline(scores: jax.Array) -> jax.Array:
     [4. 3. 2.]
     """
     check.floats(scores=scores)
-    k, wide = _samples_per_prompt(scores), _widen(scores)
+    k, wide = _samples_per_prompt(scores), widen(scores)
     others = jnp.sum(wide, axis=-1, keepdims=True) - wide
     return jax.lax.stop_gradient((others / (k - 1)).astype(scores.dtype))
 
@@ -83,7 +85,7 @@ def group_mean_baseline(scores: jax.Array) -> jax.Array:
     """
     check.floats(scores=scores)
     _samples_per_prompt(scores)
-    mean = jnp.mean(scores, axis=-1, keepdims=True)
+    mean = jnp.mean(widen(scores), axis=-1, keepdims=True).astype(scores.dtype)
     return jax.lax.stop_gradient(jnp.broadcast_to(mean, scores.shape))
 
 
@@ -111,15 +113,10 @@ def group_advantages(scores: jax.Array, *, eps: Scalar = 1e-4) -> jax.Array:
     check.floats(scores=scores)
     check.scalars(eps=eps)
     _samples_per_prompt(scores)
-    wide = _widen(scores)
+    wide = widen(scores)
     mean = jnp.mean(wide, axis=-1, keepdims=True)
     std = jnp.std(wide, axis=-1, keepdims=True)
     return jax.lax.stop_gradient(((wide - mean) / (std + eps)).astype(scores.dtype))
-
-
-def _widen(scores: jax.Array) -> jax.Array:
-    """In float32 at least: differences of bfloat16 sums would be rounding."""
-    return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
 
 
 def _samples_per_prompt(scores: jax.Array) -> int:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
-from rlhf_jax.losses.masking import masked_mean
+from rlhf_jax.losses._numbers import select
 from rlhf_jax.losses.reward import preference_accuracy
 
 Scalar = float | jax.Array
@@ -217,13 +217,16 @@ def dpo_diagnostics(
     ref_rejected_log_probs: jax.Array,
     *,
     beta: Scalar,
-    where: jax.Array,
+    where: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """Implicit rewards of both sides, how often they rank the pair rightly, and the pull left.
+    """What the policy thinks of each pair: implicit rewards, right or wrong, and the pull left.
 
         margin = r̂(x, y⁺) − r̂(x, y⁻),   accuracy = 1[margin > 0] + ½ 1[margin = 0]
 
-    Source: Rafailov et al. 2023 (arXiv 2305.18290), §4. Means over the pairs that count.
+    Nothing is reduced: weigh them as the loss is weighed, or take `masked_mean`. They are
+    constant, the log-probabilities too: a loss takes those from its caller.
+
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), §4.
 
     Args:
       chosen_log_probs: log π_θ(y⁺|x), [...] float.
@@ -231,31 +234,39 @@ def dpo_diagnostics(
       ref_chosen_log_probs: log π_ref(y⁺|x), same shape.
       ref_rejected_log_probs: log π_ref(y⁻|x), same shape.
       beta: β.
-      where: True on the pairs that count, same shape, bool.
+      where: True on the pairs that count, same shape, bool; None is all.
 
     Returns:
-      scalars, constant: reward/chosen, reward/rejected, reward/margin, reward/accuracy (ties
-      count one half), dpo/gradient_coefficient. No pairs: 0.
+      [...] each, unreduced, constant: dpo/accuracy (ties count one half), dpo/margin,
+      dpo/chosen_log_prob, dpo/rejected_log_prob, dpo/chosen_reward, dpo/rejected_reward,
+      dpo/gradient_coefficient. 0 where masked.
 
     Raises:
       AssertionError: shapes differ, or a type is wrong.
 
     >>> log_probs = jnp.array([-5.0]), jnp.array([-7.0]), jnp.array([-6.0]), jnp.array([-6.0])
-    >>> print(dpo_diagnostics(*log_probs, beta=0.1, where=jnp.array([True]))["reward/margin"])
-    0.2
+    >>> print(dpo_diagnostics(*log_probs, beta=0.1)["dpo/margin"])
+    [0.2]
     """
-    _check_pair(chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs)
-    check.same_shape(check.floats(chosen_log_probs=chosen_log_probs), check.masks(where=where))
-    chosen = implicit_rewards(chosen_log_probs, ref_chosen_log_probs, beta=beta)
-    rejected = implicit_rewards(rejected_log_probs, ref_rejected_log_probs, beta=beta)
+    four = [chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs]
+    _check_pair(*four)
+    if where is not None:
+        check.same_shape({"chosen_log_probs": chosen_log_probs}, check.masks(where=where))
+        four = [select(where, x) for x in four]
+    chosen = implicit_rewards(four[0], four[2], beta=beta)
+    rejected = implicit_rewards(four[1], four[3], beta=beta)
     numbers = {
-        "reward/chosen": chosen,
-        "reward/rejected": rejected,
-        "reward/margin": chosen - rejected,
-        "reward/accuracy": preference_accuracy(chosen, rejected),
-        "dpo/gradient_coefficient": jax.nn.sigmoid(rejected - chosen),
+        "dpo/accuracy": preference_accuracy(chosen, rejected),
+        "dpo/margin": chosen - rejected,
+        "dpo/chosen_log_prob": jax.lax.stop_gradient(four[0]),
+        "dpo/rejected_log_prob": jax.lax.stop_gradient(four[1]),
+        "dpo/chosen_reward": chosen,
+        "dpo/rejected_reward": rejected,
+        "dpo/gradient_coefficient": dpo_gradient_coefficient(*four, beta=beta),
     }
-    return {name: masked_mean(number, where=where) for name, number in numbers.items()}
+    if where is None:
+        return numbers
+    return {name: select(where, number) for name, number in numbers.items()}
 
 
 def _log_ratio_margin(

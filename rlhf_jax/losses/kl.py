@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
+from rlhf_jax.losses._numbers import widen
 
 Scalar = float | jax.Array
 
@@ -99,9 +100,8 @@ def kl_divergence(logits_p: jax.Array, logits_q: jax.Array) -> jax.Array:
     0.223
     """
     check.same_shape(check.floats(logits_p=logits_p, logits_q=logits_q))
-    wide = jnp.promote_types(jnp.result_type(logits_p, logits_q), jnp.float32)
-    log_p = jax.nn.log_softmax(logits_p.astype(wide), axis=-1)
-    log_q = jax.nn.log_softmax(logits_q.astype(wide), axis=-1)
+    log_p = jax.nn.log_softmax(widen(logits_p), axis=-1)
+    log_q = jax.nn.log_softmax(widen(logits_q), axis=-1)
     possible = log_p > -jnp.inf
     log_p, log_q = jnp.where(possible, log_p, 0.0), jnp.where(possible, log_q, 0.0)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)  # impossible: 1 · (0 − 0)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
-from rlhf_jax.losses.masking import masked_fill
+from rlhf_jax.losses._numbers import select, widen
 
 Scalar = float | jax.Array
 
@@ -42,7 +42,7 @@ def select_log_probs(
     check.require(
         temperature > 0, f"temperature={temperature} must be positive; for greedy use argmax"
     )
-    logits = _widen(logits) / temperature
+    logits = widen(logits) / temperature
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
@@ -102,9 +102,9 @@ def sequence_log_prob(
     """
     check.same_shape(check.floats(log_probs=log_probs), check.masks(where=where))
     check.static(normalize=normalize)
-    total = jnp.sum(masked_fill(log_probs, where=where), axis=-1)
-    length = jnp.maximum(jnp.sum(where, axis=-1, dtype=jnp.float32), 1.0)
-    return (total / length).astype(total.dtype) if normalize else total
+    total = jnp.sum(widen(select(where, log_probs)), axis=-1)
+    length = jnp.maximum(jnp.sum(where, axis=-1, dtype=total.dtype), 1)
+    return (total / length if normalize else total).astype(log_probs.dtype)
 
 
 def entropy(logits: jax.Array) -> jax.Array:
@@ -128,10 +128,6 @@ def entropy(logits: jax.Array) -> jax.Array:
     [1.386 1.386]
     """
     check.floats(logits=logits)
-    log_p = jax.nn.log_softmax(_widen(logits), axis=-1)
+    log_p = jax.nn.log_softmax(widen(logits), axis=-1)
     log_p = jnp.where(log_p > -jnp.inf, log_p, 0.0)  # the term is then 1 · 0
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-
-
-def _widen(logits: jax.Array) -> jax.Array:
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
+from rlhf_jax.losses._numbers import select, widen
 
 Axis = int | Sequence[int] | None
 Scalar = float | jax.Array
@@ -38,7 +39,7 @@ def masked_fill(x: jax.Array, *, where: jax.Array, fill: Scalar = 0.0) -> jax.Ar
     """
     check.same_shape(check.floats(x=x), check.masks(where=where))
     check.scalars(fill=fill)
-    return jnp.where(where, x, jnp.asarray(fill, x.dtype))
+    return select(where, x, fill)
 
 
 def masked_sum(x: jax.Array, *, where: jax.Array, axis: Axis = None) -> jax.Array:
@@ -108,7 +109,7 @@ def masked_var(x: jax.Array, *, where: jax.Array, axis: Axis = None) -> jax.Arra
     """
     total, count = _sum_and_count(x, where, axis, keepdims=True)
     mean = jnp.broadcast_to(total / jnp.maximum(count, 1.0), x.shape)
-    squares = jnp.square(masked_fill(x, where=where).astype(mean.dtype) - mean)
+    squares = jnp.square(widen(select(where, x)) - mean)
     return masked_mean(squares, where=where, axis=axis).astype(x.dtype)
 
 
@@ -140,10 +141,10 @@ def masked_whiten(
     check.same_shape(check.floats(x=x), check.masks(where=where))
     check.scalars(eps=eps)
     check.static(shift_mean=shift_mean)
-    wide = masked_fill(x, where=where).astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = widen(select(where, x))
     mean, var = masked_mean(wide, where=where), masked_var(wide, where=where)
     white = (wide - mean) * jax.lax.rsqrt(var + eps)
-    return masked_fill(white if shift_mean else white + mean, where=where).astype(x.dtype)
+    return select(where, white if shift_mean else white + mean).astype(x.dtype)
 
 
 def last_token_mask(where: jax.Array) -> jax.Array:
@@ -174,6 +175,5 @@ def _sum_and_count(
     check.same_shape(check.floats(x=x), check.masks(where=where))
     check.static(axis=axis)
     axis = axis if axis is None or isinstance(axis, int) else tuple(axis)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    total = jnp.sum(jnp.where(where, x, 0).astype(wide), axis=axis, keepdims=keepdims)
-    return total, jnp.sum(where, axis=axis, keepdims=keepdims, dtype=wide)
+    total = jnp.sum(widen(select(where, x)), axis=axis, keepdims=keepdims)
+    return total, jnp.sum(where, axis=axis, keepdims=keepdims, dtype=total.dtype)

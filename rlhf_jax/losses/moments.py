@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
+from rlhf_jax.losses._numbers import select
 from rlhf_jax.losses.masking import masked_mean, masked_var
 
 
@@ -101,7 +102,7 @@ def update_moments(
     check.floats(values=values)
     where = jnp.ones(values.shape, bool) if where is None else where
     check.same_shape({"values": values}, check.masks(where=where))
-    values = jax.lax.stop_gradient(values).astype(jnp.float32)
+    values = jax.lax.stop_gradient(select(where, values)).astype(jnp.float32)
     count = jnp.sum(where, dtype=jnp.float32)
     mean, var = masked_mean(values, where=where), masked_var(values, where=where)
     return merge_moments(moments, RunningMoments(count, mean, var * count))

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
-from rlhf_jax.losses.kl import kl_estimate
-from rlhf_jax.losses.masking import masked_fill, masked_mean
+from rlhf_jax.losses._numbers import select
+from rlhf_jax.losses.kl import old_policy_kl
 
 Scalar = float | jax.Array
 
@@ -201,14 +201,19 @@ def entropy_bonus(entropies: jax.Array, *, weight: Scalar, max_entropy: Scalar) 
 
 
 def ppo_diagnostics(
-    log_probs: jax.Array, old_log_probs: jax.Array, *, clip_eps: Scalar, where: jax.Array
+    log_probs: jax.Array,
+    old_log_probs: jax.Array,
+    *,
+    clip_eps: Scalar,
+    where: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """How far the policy has moved from the one that sampled.
+    """How far the policy has moved from the one that sampled, at each token.
 
-        approx_kl = mean(ρ − 1 − log ρ)  (k3),   clip_fraction = mean(1[|ρ − 1| > ε])
+        approx_kl_t = ρ_t − 1 − log ρ_t  (k3),   clip_fraction_t = 1[|ρ_t − 1| > ε]
 
-    On the first minibatch, before any update, approx_kl is 0 and the ratio 1: anything else means
-    that sampler and trainer disagree.
+    Nothing is reduced: weigh them as the loss is weighed, or take `masked_mean`, and of the ratio
+    `jnp.max(ratio, where=where, initial=0)`. On the first minibatch, before any update, approx_kl
+    is 0 and the ratio 1: anything else means that sampler and trainer disagree.
 
     Source: Schulman, "Approximating KL Divergence" (2020); Huang et al. 2022, "The 37
     implementation details of PPO".
@@ -217,34 +222,30 @@ def ppo_diagnostics(
       log_probs: log π_θ, [..., T] float.
       old_log_probs: log π_old, same shape.
       clip_eps: ε of the loss.
-      where: True on real tokens, same shape, bool.
+      where: True on real tokens, same shape, bool; None is everywhere.
 
     Returns:
-      scalars, constant: policy/approx_kl, policy/clip_fraction, policy/ratio_max,
-      policy/ratio_min. Nothing counted: 0, 0, 1, 1.
+      [..., T] each, unreduced, constant: policy/approx_kl, policy/clip_fraction (0 or 1),
+      policy/ratio. Where masked: 0, 0, 1.
 
     Raises:
       AssertionError: shapes differ, or a type is wrong.
 
-    >>> log_probs, where = jnp.array([-1.0, -2.0]), jnp.ones(2, bool)
-    >>> print(ppo_diagnostics(log_probs, log_probs, clip_eps=0.2, where=where)["policy/ratio_max"])
-    1.0
+    >>> new, old = jnp.log(jnp.array([0.6, 0.4])), jnp.log(jnp.array([0.4, 0.4]))
+    >>> print(ppo_diagnostics(new, old, clip_eps=0.2)["policy/clip_fraction"])
+    [1. 0.]
     """
     _check(log_probs, old_log_probs)
-    check.same_shape({"log_probs": log_probs}, check.masks(where=where))
     check.scalars(clip_eps=clip_eps)
-    new = jax.lax.stop_gradient(masked_fill(log_probs, where=where))
-    old = jax.lax.stop_gradient(masked_fill(old_log_probs, where=where))
+    if where is not None:
+        check.same_shape({"log_probs": log_probs}, check.masks(where=where))
+        log_probs, old_log_probs = select(where, log_probs), select(where, old_log_probs)
+    new, old = jax.lax.stop_gradient((log_probs, old_log_probs))
     ratio = importance_weights(new, old)
-    outside = (jnp.abs(ratio - 1) > clip_eps).astype(jnp.float32)
-    anything = jnp.any(where)
-    largest = jnp.max(ratio, where=where, initial=-jnp.inf)
-    smallest = jnp.min(ratio, where=where, initial=jnp.inf)
     return {
-        "policy/approx_kl": masked_mean(kl_estimate(old, new, estimator="k3"), where=where),
-        "policy/clip_fraction": masked_mean(outside, where=where),
-        "policy/ratio_max": jnp.where(anything, largest, 1.0),
-        "policy/ratio_min": jnp.where(anything, smallest, 1.0),
+        "policy/approx_kl": old_policy_kl(new, old),
+        "policy/clip_fraction": (jnp.abs(ratio - 1) > clip_eps).astype(ratio.dtype),
+        "policy/ratio": ratio,
     }
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
-from rlhf_jax.losses.masking import masked_fill
+from rlhf_jax.losses._numbers import select, widen
 
 NEGATIVE, NEUTRAL, POSITIVE = 0, 1, 2
 
@@ -39,8 +39,11 @@ def step_label_loss(logits: jax.Array, labels: jax.Array, *, where: jax.Array) -
     check.same_shape(check.integers(labels=labels), check.masks(where=where))
     check.floats(logits=logits)
     check.fits("where", (*where.shape, *logits.shape[-1:]), {"logits": logits})
-    log_p = jax.nn.log_softmax(jnp.where(where[..., None], logits, 0), axis=-1)
-    return masked_fill(-jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0], where=where)
+    every_class = jnp.broadcast_to(where[..., None], logits.shape)
+    log_p = jax.nn.log_softmax(widen(select(every_class, logits)), axis=-1)
+    labels = select(where, labels, 0)[..., None]  # another label may be no class, and give NaN
+    losses = -jnp.take_along_axis(log_p, labels, axis=-1)[..., 0]
+    return select(where, losses).astype(logits.dtype)
 
 
 def outcome_loss(logits: jax.Array, correct: jax.Array, *, where: jax.Array) -> jax.Array:
@@ -69,11 +72,11 @@ def outcome_loss(logits: jax.Array, correct: jax.Array, *, where: jax.Array) -> 
     check.fits("where", where.shape[:-1], check.numbers(correct=correct))
     if correct.dtype != bool:
         check.floats(correct=correct)
-    logits = masked_fill(logits, where=where)
+    logits = select(where, logits)
     target = jnp.broadcast_to(correct[..., None].astype(logits.dtype), logits.shape)
     target = jax.lax.stop_gradient(target)
     losses = target * jax.nn.softplus(-logits) + (1 - target) * jax.nn.softplus(logits)
-    return masked_fill(losses, where=where)
+    return select(where, losses)
 
 
 def until_first_error(labels: jax.Array, *, where: jax.Array) -> jax.Array:
@@ -128,8 +131,9 @@ def step_scores(logits: jax.Array, *, neutral: str) -> jax.Array:
     check.require(
         neutral in ("positive", "negative"), f"neutral={neutral!r} must be positive or negative"
     )
-    p = jax.nn.softmax(logits, axis=-1)
-    return p[..., POSITIVE] + (p[..., NEUTRAL] if neutral == "positive" else 0)
+    p = jax.nn.softmax(widen(logits), axis=-1)
+    right = p[..., POSITIVE] + (p[..., NEUTRAL] if neutral == "positive" else 0)
+    return right.astype(logits.dtype)
 
 
 def aggregate_step_scores(probs: jax.Array, *, method: str, where: jax.Array) -> jax.Array:
@@ -157,5 +161,5 @@ def aggregate_step_scores(probs: jax.Array, *, method: str, where: jax.Array) ->
     """
     check.same_shape(check.floats(probs=probs), check.masks(where=where))
     check.require(method in ("product", "min"), f"method={method!r} must be product or min")
-    probs = masked_fill(probs, where=where, fill=1.0)
+    probs = select(where, probs, 1)
     return jnp.prod(probs, axis=-1) if method == "product" else jnp.min(probs, axis=-1)

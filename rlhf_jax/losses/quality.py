@@ -119,7 +119,8 @@ def figa_weights(
     check.fits("tokens", rows, {"other_tokens": other_tokens})
     check.scalars(weight=weight)
     touched = jnp.vectorize(_touched, signature="(t),(s),(t),(s)->(t)")
-    return jnp.where(touched(tokens, other_tokens, where, other_where), weight, 0.0)
+    changed = touched(tokens, other_tokens, where, other_where)
+    return jnp.where(changed, jnp.asarray(weight, jnp.float32), jnp.float32(0))
 
 
 def hindsight_loss_mask(is_output: jax.Array, *, where: jax.Array) -> jax.Array:
@@ -203,8 +204,8 @@ def _edit_distances(a: jax.Array, b: jax.Array, a_real: jax.Array, b_real: jax.A
 
     def next_row(row: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         token, real = now
-        substituted = row[:-1] + ~((b == token) & b_real & real)
-        deleted = row + real
+        substituted = row[:-1] + (~((b == token) & b_real & real)).astype(row.dtype)
+        deleted = row + real.astype(row.dtype)
         up = deleted.at[1:].min(substituted)
         row = jax.lax.cummin(up - inserted) + inserted
         return row, row

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
+from rlhf_jax.losses._numbers import select, widen
 from rlhf_jax.losses.log_probs import sequence_log_prob
-from rlhf_jax.losses.masking import masked_fill, masked_mean
+from rlhf_jax.losses.masking import masked_mean
 
 Scalar = float | jax.Array
 
@@ -98,7 +99,7 @@ def pairwise_ranking_loss(rewards: jax.Array, ranks: jax.Array, *, where: jax.Ar
     check.same_shape(
         check.floats(rewards=rewards), check.numbers(ranks=ranks), check.masks(where=where)
     )
-    rewards = masked_fill(rewards, where=where)
+    rewards, ranks = select(where, rewards), select(where, ranks)
     both = where[..., :, None] & where[..., None, :]
     above = both & (ranks[..., :, None] < ranks[..., None, :])
     losses = jax.nn.softplus(rewards[..., None, :] - rewards[..., :, None])
@@ -128,7 +129,7 @@ def plackett_luce_loss(rewards: jax.Array, *, where: jax.Array) -> jax.Array:
     1.792
     """
     check.same_shape(check.floats(rewards=rewards), check.masks(where=where))
-    rewards = masked_fill(rewards, where=where)
+    rewards = select(where, rewards)
     size = rewards.shape[-1]
     square = (*rewards.shape, size)
     k, j = (jax.lax.broadcasted_iota(jnp.int32, square, len(square) - n) for n in (2, 1))
@@ -199,11 +200,17 @@ def preference_accuracy(chosen_rewards: jax.Array, rejected_rewards: jax.Array) 
 
 
 def language_model_loss(
-    log_probs: jax.Array, *, where: jax.Array, normalize: bool = False
+    log_probs: jax.Array,
+    *,
+    where: jax.Array,
+    normalize: bool = False,
+    per_token: bool = False,
 ) -> jax.Array:
     """Negative log-likelihood of a response: SFT, ptx, and the LM term of the reward model.
 
         L = −Σ_t log p_LM(y_t | x, y_{<t})    (÷ |y| if normalize)
+
+    The terms of the sum, for another reduction: `per_token`.
 
     Source: arXiv 2307.04964, eq 2: L_RM = −λ log σ(r_w − r_l) − β_rm log p_LM(y_w | x), with
     λ = β_rm = 1. The deck prints + β_rm log(r′): r′ is the LM head, and the sign is a minus.
@@ -212,9 +219,10 @@ def language_model_loss(
       log_probs: log p_LM, [..., T] float, differentiated.
       where: True on response tokens, [..., T] bool.
       normalize: divide by the number of tokens; static under `jit`.
+      per_token: leave the sum to the caller; static under `jit`.
 
     Returns:
-      [...], one number a response, unreduced.
+      [...], one number a response, unreduced; with `per_token` [..., T], 0 where masked.
 
     Raises:
       AssertionError: shapes differ, or a type is wrong.
@@ -223,4 +231,13 @@ def language_model_loss(
     >>> print(language_model_loss(log_probs, where=where))
     3.0
     """
-    return -sequence_log_prob(log_probs, where=where, normalize=normalize)
+    check.static(per_token=per_token)
+    if not per_token:
+        return -sequence_log_prob(log_probs, where=where, normalize=normalize)
+    check.same_shape(check.floats(log_probs=log_probs), check.masks(where=where))
+    check.static(normalize=normalize)
+    losses = -select(where, log_probs)
+    if not normalize:
+        return losses
+    length = jnp.maximum(jnp.sum(where, axis=-1, keepdims=True, dtype=jnp.float32), 1)
+    return (widen(losses) / length).astype(losses.dtype)

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
+from rlhf_jax.losses._numbers import select, widen
 from rlhf_jax.losses.masking import (
     last_token_mask,
-    masked_fill,
-    masked_sum,
     masked_whiten,
 )
 from rlhf_jax.losses.moments import RunningMoments, check_moments
@@ -52,9 +51,10 @@ def kl_shaped_rewards(
     [-0.5  0.5]
     """
     _check_kl_reward(scores, log_probs, ref_log_probs, where, kl_coef)
-    penalty = masked_fill(-kl_coef * (log_probs - ref_log_probs), where=where)
-    score = jnp.where(last_token_mask(where), scores[..., None], 0)
-    return jax.lax.stop_gradient(penalty + score)
+    log_ratio = widen(select(where, log_probs)) - widen(select(where, ref_log_probs))
+    score = jnp.where(last_token_mask(where), widen(scores)[..., None], 0)
+    shaped = select(where, score - kl_coef * log_ratio)
+    return jax.lax.stop_gradient(shaped.astype(jnp.result_type(log_probs, scores)))
 
 
 def sequence_kl_reward(
@@ -90,8 +90,9 @@ def sequence_kl_reward(
     0.0
     """
     _check_kl_reward(scores, log_probs, ref_log_probs, where, kl_coef)
-    kl = masked_sum(log_probs - ref_log_probs, where=where, axis=-1)
-    return jax.lax.stop_gradient(scores - kl_coef * kl)
+    log_ratio = widen(select(where, log_probs)) - widen(select(where, ref_log_probs))
+    total = widen(scores) - kl_coef * jnp.sum(log_ratio, axis=-1)
+    return jax.lax.stop_gradient(total.astype(jnp.result_type(log_probs, scores)))
 
 
 def rolling_discounted_sum(rewards: jax.Array, *, discount: Scalar, where: jax.Array) -> jax.Array:
@@ -123,6 +124,7 @@ def rolling_discounted_sum(rewards: jax.Array, *, discount: Scalar, where: jax.A
     """
     check.same_shape(check.floats(rewards=rewards), check.masks(where=where))
     check.scalars(discount=discount)
+    dtype, rewards = rewards.dtype, widen(select(where, rewards))
 
     def step(carry: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         reward, real = now
@@ -131,7 +133,7 @@ def rolling_discounted_sum(rewards: jax.Array, *, discount: Scalar, where: jax.A
 
     time_major = (jnp.moveaxis(rewards, -1, 0), jnp.moveaxis(where, -1, 0))
     _, sums = jax.lax.scan(step, jnp.zeros_like(rewards[..., 0]), time_major)
-    return jax.lax.stop_gradient(jnp.moveaxis(sums, 0, -1))
+    return jax.lax.stop_gradient(jnp.moveaxis(sums, 0, -1).astype(dtype))
 
 
 def scale_rewards(rewards: jax.Array, moments: RunningMoments) -> jax.Array:
@@ -162,7 +164,7 @@ def scale_rewards(rewards: jax.Array, moments: RunningMoments) -> jax.Array:
     """
     check.floats(rewards=rewards)
     check_moments(moments=moments)
-    return jax.lax.stop_gradient((rewards / moments.std_or_one).astype(rewards.dtype))
+    return jax.lax.stop_gradient((widen(rewards) / moments.std_or_one).astype(rewards.dtype))
 
 
 def normalize_rewards(rewards: jax.Array, moments: RunningMoments, *, clip: Scalar) -> jax.Array:
@@ -193,11 +195,13 @@ def normalize_rewards(rewards: jax.Array, moments: RunningMoments, *, clip: Scal
     check.floats(rewards=rewards)
     check_moments(moments=moments)
     check.scalars(clip=clip)
-    normal = (rewards - moments.mean) / moments.std_or_one
+    normal = (widen(rewards) - moments.mean) / moments.std_or_one
     return jax.lax.stop_gradient(jnp.clip(normal, -clip, clip).astype(rewards.dtype))
 
 
-def normalize_advantages(advantages: jax.Array, *, where: jax.Array, clip: Scalar) -> jax.Array:
+def normalize_advantages(
+    advantages: jax.Array, *, where: jax.Array, clip: Scalar | None = None
+) -> jax.Array:
     """Advantage normalisation and clipping, over the real tokens of the minibatch.
 
         Ã = clip((A − Ā) / σ(A), −δ, δ)
@@ -209,7 +213,7 @@ def normalize_advantages(advantages: jax.Array, *, where: jax.Array, clip: Scala
     Args:
       advantages: A, [..., T] float.
       where: True on real tokens, same shape, bool.
-      clip: δ; `float("inf")` for none.
+      clip: δ; None for none.
 
     Returns:
       same shape, unreduced, 0 where masked, constant.
@@ -222,8 +226,11 @@ def normalize_advantages(advantages: jax.Array, *, where: jax.Array, clip: Scala
     [-0.5  0.5  0. ]
     """
     check.same_shape(check.floats(advantages=advantages), check.masks(where=where))
+    normal = jax.lax.stop_gradient(masked_whiten(advantages, where=where))
+    if clip is None:
+        return normal
     check.scalars(clip=clip)
-    return jax.lax.stop_gradient(jnp.clip(masked_whiten(advantages, where=where), -clip, clip))
+    return jnp.clip(normal, -clip, clip)
 
 
 def _check_kl_reward(

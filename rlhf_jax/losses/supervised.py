@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
+from rlhf_jax.losses._numbers import select
 from rlhf_jax.losses.log_probs import sequence_log_prob
 from rlhf_jax.losses.masking import masked_sum
 
@@ -53,11 +54,12 @@ def rrhf_loss(
     total, present = masked_sum(log_probs, where=where, axis=-1), jnp.any(where, axis=-1)
     length = jnp.maximum(jnp.sum(where, axis=-1, dtype=total.dtype), 1)
     p = total / length**length_power
+    scores = select(present, scores)
     both = present[..., :, None] & present[..., None, :]
     worse = both & (scores[..., :, None] < scores[..., None, :])
     excess = jax.nn.relu(p[..., :, None] - p[..., None, :])
     ranking = masked_sum(excess, where=worse, axis=(-2, -1))
-    best = jnp.argmax(jnp.where(present, scores, -jnp.inf), axis=-1)
+    best = jnp.argmax(select(present, scores, -jnp.inf), axis=-1)
     imitation = -jnp.take_along_axis(total, best[..., None], axis=-1)[..., 0]
     return rank_weight * ranking + imitation
 
@@ -141,7 +143,7 @@ def pro_loss(
     check.scalars(sft_weight=sft_weight)
     s = sequence_log_prob(log_probs, where=where, normalize=True)
     present = jnp.any(where, axis=-1)
-    rewards = jax.lax.stop_gradient(jnp.where(present, rewards, 0))
+    rewards = jax.lax.stop_gradient(select(present, rewards))
     square = (*s.shape, s.shape[-1])
     k, i = (jax.lax.broadcasted_iota(jnp.int32, square, len(square) - n) for n in (2, 1))
     worse = (i > k) & present[..., None, :]
@@ -152,7 +154,7 @@ def pro_loss(
     log_total = jax.nn.logsumexp(heat, axis=-1, where=worse | (i == k))
     ranking = jnp.where(jnp.any(worse, axis=-1) & present, log_total - s * largest, 0)
     pairs = jnp.square(jnp.sum(present, axis=-1, dtype=s.dtype) - 1)
-    imitation = -masked_sum(log_probs[..., 0, :], where=where[..., 0, :], axis=-1)
+    imitation = -masked_sum(log_probs, where=where, axis=-1)[..., 0]
     return jnp.sum(ranking, axis=-1) + sft_weight * pairs * imitation
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
+from rlhf_jax.losses._numbers import select
 from rlhf_jax.losses.masking import masked_fill, masked_var
 
 Scalar = float | jax.Array
@@ -64,6 +65,50 @@ def clipped_value_loss(
     old_values = jax.lax.stop_gradient(old_values)
     clipped = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
     return jnp.maximum(value_loss(values, returns), value_loss(clipped, returns))
+
+
+def value_diagnostics(
+    values: jax.Array,
+    old_values: jax.Array,
+    *,
+    clip_eps: Scalar,
+    where: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    """What the critic says, and where `clipped_value_loss` may hold it back, at each token.
+
+        clip_fraction_t = 1[|V_t − V_old,t| > ε]
+
+    Nothing is reduced: weigh them as the loss is weighed, or take `masked_mean`.
+
+    Source: Huang et al. 2022, "The 37 implementation details of PPO".
+
+    Args:
+      values: V, [..., T] float.
+      old_values: V_old at sampling time, same shape.
+      clip_eps: ε of the loss; `float("inf")` if it has none.
+      where: True on real tokens, same shape, bool; None is everywhere.
+
+    Returns:
+      [..., T] each, unreduced, constant: critic/value, critic/clip_fraction (0 or 1). 0 where
+      masked.
+
+    Raises:
+      AssertionError: shapes differ, or a type is wrong.
+
+    >>> values, old_values = jnp.array([1.0, 2.0]), jnp.array([0.9, 1.5])
+    >>> print(value_diagnostics(values, old_values, clip_eps=0.2)["critic/clip_fraction"])
+    [0. 1.]
+    """
+    check.same_shape(check.floats(values=values, old_values=old_values))
+    check.scalars(clip_eps=clip_eps)
+    if where is not None:
+        check.same_shape({"values": values}, check.masks(where=where))
+        values, old_values = select(where, values), select(where, old_values)
+    values, old_values = jax.lax.stop_gradient((values, old_values))
+    return {
+        "critic/value": values,
+        "critic/clip_fraction": (jnp.abs(values - old_values) > clip_eps).astype(values.dtype),
+    }
 
 
 def explained_variance(values: jax.Array, returns: jax.Array, *, where: jax.Array) -> jax.Array:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import os
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from rlhf_jax.methods.pairwise import PairTrainConfig, pair_weights
 from rlhf_jax.methods.reductions import weighted_sum
 from rlhf_jax.models.heads import next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.runtime.files import naming, put
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training.step import make_train_step
 
@@ -55,16 +58,13 @@ class DPOConfig:
     sft_coef: float = 0.0
 
     def __post_init__(self):
-        if self.objective not in OBJECTIVES:
-            raise ValueError(
-                f"dpo.objective={self.objective!r} is unknown; use one of {sorted(OBJECTIVES)}"
-            )
-        if not self.beta > 0:
-            raise ValueError(f"dpo.beta={self.beta} must be positive")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(
-                f"dpo.label_smoothing={self.label_smoothing} must be at least 0 and below 0.5"
-            )
+        check(
+            self,
+            objective=OBJECTIVES,
+            beta="(0, 1e6]",
+            label_smoothing="[0, 0.5)",
+            sft_coef="[0, 1e6]",
+        )
         if self.label_smoothing and self.objective != "dpo":
             raise ValueError(
                 f"dpo.label_smoothing={self.label_smoothing} is for dpo.objective='dpo', not "
@@ -105,7 +105,8 @@ def loss_fn(
     metrics = pair_metrics(log_probs, batch["ref_log_probs"], batch["pair_weights"], config=config)
     if not config.sft_coef:
         return metrics["loss/dpo"], metrics
-    return metrics["loss/dpo"] - config.sft_coef * metrics["dpo/chosen_log_prob"], metrics
+    imitation = -weighted_sum(log_probs[:, 0], batch["pair_weights"])
+    return metrics["loss/dpo"] + config.sft_coef * imitation, metrics
 
 
 def pair_metrics(
@@ -120,17 +121,9 @@ def pair_metrics(
       config: the loss.
     """
     four = (*log_probs.T, *ref_log_probs.T)
-    rewards = losses.implicit_rewards(log_probs, ref_log_probs, beta=config.beta)
-    chosen, rejected = rewards.T
     numbers = {
         "loss/dpo": config.loss(*four),
-        "dpo/accuracy": losses.preference_accuracy(chosen, rejected),
-        "dpo/margin": chosen - rejected,
-        "dpo/chosen_log_prob": log_probs[:, 0],
-        "dpo/rejected_log_prob": log_probs[:, 1],
-        "dpo/chosen_reward": chosen,
-        "dpo/rejected_reward": rejected,
-        "dpo/gradient_coefficient": losses.dpo_gradient_coefficient(*four, beta=config.beta),
+        **losses.dpo_diagnostics(*four, beta=config.beta),
     }
     return {name: weighted_sum(number, weights) for name, number in numbers.items()}
 
@@ -226,8 +219,8 @@ def reference_log_probs(
     for pair in pairs:
         hashed.update(pair.chosen.tokens.tobytes() + b"|" + pair.rejected.tokens.tobytes() + b"|")
     digest = hashed.hexdigest()
-    if path.exists():
-        saved = np.load(path)
+    saved = _load_arrays(path)
+    if saved is not None:
         if str(saved["digest"]) != digest:
             raise ValueError(
                 f"{path} holds log-probabilities of other pairs: the data has changed since the "
@@ -237,7 +230,20 @@ def reference_log_probs(
     start = time.time()
     log_probs = log_probs_of_pairs(reference, batches, len(pairs), sharding)
     scratch = path.with_suffix(".tmp.npz")
-    np.savez(scratch, log_probs=log_probs, digest=digest)
-    os.replace(scratch, path)
+    with naming(path):
+        np.savez(scratch, log_probs=log_probs, digest=digest)
+        put(scratch, path)
     print(f"{path.name}: {len(pairs):,} pairs in {time.time() - start:.1f} s", flush=True)
     return log_probs
+
+
+def _load_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """Both arrays of a cache; None where there is none, or a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as saved:
+            return {name: saved[name] for name in ("log_probs", "digest")}
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        print(f"{path} is damaged ({error}): computing it again", flush=True)
+        return None

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.runtime.settings import check
+
 
 @dataclasses.dataclass(frozen=True)
 class PairTrainConfig:
@@ -28,11 +30,11 @@ class PairTrainConfig:
     microbatches: int = 1
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(
-                    f"train.{field.name}={getattr(self, field.name)} must be at least 1"
-                )
+        check(self, **{field.name: "[1, inf)" for field in dataclasses.fields(self)})
+        if self.min_pairs > self.max_pairs:
+            raise ValueError(
+                f"train.min_pairs={self.min_pairs} must be at most train.max_pairs={self.max_pairs}"
+            )
 
     def batching(self, devices: int) -> dict[str, Any]:
         """The keywords of `data.batches.PairBatches` that these settings decide."""
@@ -40,7 +42,8 @@ class PairTrainConfig:
             "max_tokens": self.max_tokens,
             "min_pairs": self.min_pairs,
             "max_pairs": self.max_pairs,
-            "multiple_of": devices * self.microbatches,
+            "multiple_of": devices,
+            "parts": self.microbatches,
         }
 
 

@@ -45,6 +45,7 @@ from rlhf_jax.rollouts.experience import (
 from rlhf_jax.rollouts.respond import rollout_statistics
 from rlhf_jax.rollouts.rollout import Rollout, SamplingConfig, make_generate
 from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.training.step import TrainState, create_state, divide, make_train_step
@@ -80,17 +81,21 @@ class PPOTrainConfig:
     critic_init: str = "reward_model"
 
     def __post_init__(self):
-        for name in ("iterations", "prompts_per_iteration", "samples_per_prompt", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+        check(
+            self,
+            iterations="[1, inf)",
+            prompts_per_iteration="[1, inf)",
+            minibatch="[1, inf)",
+            samples_per_prompt="[1, inf)",
+            microbatches="[1, inf)",
+            epochs="[1, inf)",
+            critic_pretrain_iterations="[0, inf)",
+            critic_init=CRITIC_STARTS,
+        )
         divide("prompts x samples per prompt", self.rollout_batch, self.minibatch)
         divide("train.minibatch", self.minibatch, self.microbatches)
-        if self.critic_init not in CRITIC_STARTS:
-            raise ValueError(
-                f"train.critic_init={self.critic_init!r} must be one of {CRITIC_STARTS}"
-            )
         alone = self.critic_pretrain_iterations
-        if not 0 <= alone < self.iterations:
+        if alone >= self.iterations:
             raise ValueError(
                 f"train.critic_pretrain_iterations={alone} must be below train.iterations="
                 f"{self.iterations}: the policy would never train"
@@ -131,6 +136,14 @@ class KLConfig:
     target: float = 0.0
     horizon: int = 10_000
 
+    def __post_init__(self):
+        check(self, coef="[0, 1e6]", target="[0, 1e6]", horizon="[1, inf)")
+        if self.target and not self.coef:
+            raise ValueError(
+                f"kl.target={self.target} multiplies kl.coef, and kl.coef=0.0 stays 0: give it a "
+                "start, such as 0.05"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class PenaltyConfig:
@@ -144,6 +157,14 @@ class PenaltyConfig:
 
     coef: float = 1.0
     target: float = 0.0
+
+    def __post_init__(self):
+        check(self, coef="[0, 1e6]", target="[0, 1e6]")
+        if self.target and not self.coef:
+            raise ValueError(
+                f"penalty.target={self.target} multiplies penalty.coef, and penalty.coef=0.0 stays "
+                "0: give it a start, such as 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +203,13 @@ class PPOMaxConfig:
             raise ValueError(
                 f"advantage.method={self.advantage.method!r} needs a critic: set "
                 "train.critic_init to 'reward_model' or 'policy'"
+            )
+        batch, kl = self.train.rollout_batch, self.kl
+        # η changes by up to a fifth of batch / horizon at a time: η (1 - 0.2 · 5) is 0.
+        if kl.target and batch >= 5 * kl.horizon:
+            raise ValueError(
+                f"kl.horizon={kl.horizon} must be above a fifth of the {batch} responses of an "
+                "iteration: kl.coef would turn 0 or negative"
             )
 
     @property
@@ -377,19 +405,26 @@ class PPOMax:
         return state
 
     def settings_now(self, state: PPOState) -> dict[str, jax.Array]:
-        """What is scheduled or adapts: the learning rate and η."""
-        return {
-            "optim/learning_rate": self._schedule(state.policy.step),
-            "policy/kl_coef": state.kl_coef,
-        }
+        """What is scheduled or adapts: the learning rate, but for TRPO, and η."""
+        now = {"policy/kl_coef": state.kl_coef}
+        if self._schedule is not None:
+            now["optim/learning_rate"] = self._schedule(state.policy.step)
+        return now
 
 
 def make_optimizers(
     config: PPOMaxConfig,
-) -> tuple[tuple[optax.GradientTransformation, optax.GradientTransformation], optax.Schedule]:
-    """The optimizers of policy and critic, and the policy's learning rate by update."""
-    policy_optimizer, schedule = make_optimizer(config.optimizer, config.updates)
+) -> tuple[
+    tuple[optax.GradientTransformation, optax.GradientTransformation], optax.Schedule | None
+]:
+    """The optimizers of policy and critic, and the policy's learning rate by update.
+
+    TRPO has no rate, and an optimizer that holds no state: the trust region makes its steps.
+    """
     critic_optimizer, _ = make_optimizer(config.critic_optimizer, config.updates)
+    if config.ppo.objective == "trpo":
+        return (optax.identity(), critic_optimizer), None
+    policy_optimizer, schedule = make_optimizer(config.optimizer, config.updates)
     return (policy_optimizer, critic_optimizer), schedule
 
 
@@ -448,7 +483,13 @@ def make_updates(
     microbatches = config.train.microbatches
     temperature = config.sampling.policy_temperature
     if config.ppo.objective == "trpo":
-        policy_step = make_trust_region_step(config.ppo, config.trpo, temperature=temperature)
+        policy_step = make_trust_region_step(
+            config.ppo,
+            config.trpo,
+            sharding,
+            temperature=temperature,
+            microbatches=microbatches,
+        )
     else:
         policy_step = make_train_step(
             functools.partial(ppo.policy_loss, config=config.ppo, temperature=temperature),

@@ -16,11 +16,17 @@ import numpy as np
 import optax
 
 from rlhf_jax.evaluation.comparison import pair_accuracy
-from rlhf_jax.losses import bradley_terry_loss, masked_mean, preference_accuracy
+from rlhf_jax.losses import (
+    bradley_terry_loss,
+    language_model_loss,
+    masked_mean,
+    preference_accuracy,
+)
 from rlhf_jax.methods.pairwise import PairTrainConfig, pair_weights
 from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
 from rlhf_jax.models.heads import ScalarModel, hidden_at, last_real_index, log_probs_of
 from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training.step import make_train_step
 
@@ -43,8 +49,7 @@ class RewardModelConfig:
     min_gap: float = 0.0
 
     def __post_init__(self):
-        if self.comparisons not in COMPARISONS:
-            raise ValueError(f"loss.comparisons={self.comparisons!r} must be 'pairs' or 'batch'")
+        check(self, lm_coef="[0, 1e6]", comparisons=COMPARISONS, min_gap="[0, 1e6]")
 
     def check_batches(self, train: PairTrainConfig) -> None:
         """Checks that a loss which compares all texts of a batch gets them at once.
@@ -112,7 +117,9 @@ def loss_fn(
         return ranking, metrics
     chosen_hidden = hidden.reshape(pairs, 2, width, -1)[:, 0, :-1]
     log_probs, _ = log_probs_of(model.trunk, chosen_hidden, batch["tokens"][:, 0, 1:])
-    metrics["loss/lm"] = -weighted_sum(log_probs, batch["lm_weights"])
+    trained = batch["loss_mask"][:, 0, 1:] & batch["valid"][:, None]
+    nll = language_model_loss(log_probs, where=trained, per_token=True)
+    metrics["loss/lm"] = weighted_sum(nll, batch["lm_weights"])
     return ranking + config.lm_coef * metrics["loss/lm"], metrics
 
 

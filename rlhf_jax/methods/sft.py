@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
+from rlhf_jax.losses import language_model_loss
 from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
 from rlhf_jax.models.heads import next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training.step import divide, make_train_step
 
@@ -40,12 +41,14 @@ class SFTConfig:
     microbatches: int = 1
 
     def __post_init__(self):
-        if self.row_length < 1:
-            raise ValueError(f"train.row_length={self.row_length} must be at least 1")
-        if self.steps < 0 or not 0 <= self.epochs < math.inf:
-            raise ValueError(
-                f"train.steps={self.steps} and train.epochs={self.epochs} must be 0 or more"
-            )
+        check(
+            self,
+            minibatch="[1, inf)",
+            row_length="[1, inf)",
+            microbatches="[1, inf)",
+            steps="[0, inf)",
+            epochs="[0, inf)",
+        )
         if bool(self.steps) == bool(self.epochs):
             raise ValueError(
                 f"train.steps={self.steps}, train.epochs={self.epochs}: one says how long, the "
@@ -77,7 +80,8 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array]) -> tuple[jax.Array,
       batch: tokens and segments `[B, T]`, and the weights of `prepare`.
     """
     log_probs, _ = next_token_log_probs(model, batch["tokens"], batch["segments"])
-    loss = -weighted_sum(log_probs, batch["weights"])
+    nll = language_model_loss(log_probs, where=batch["loss_mask"][:, 1:], per_token=True)
+    loss = weighted_sum(nll, batch["weights"])
     return loss, {"loss/lm": loss}
 
 
@@ -111,7 +115,7 @@ def negative_log_likelihood(
     """Summed over trained tokens, in nats, and their number."""
     log_probs, _ = next_token_log_probs(model, batch["tokens"], batch["segments"])
     where = batch["loss_mask"][:, 1:]
-    return -jnp.sum(jnp.where(where, log_probs, 0.0)), where.sum()
+    return language_model_loss(log_probs, where=where).sum(), where.sum()
 
 
 def evaluate(model: Transformer, batches: Sequence[dict], sharding: Sharding) -> float:

@@ -2,6 +2,12 @@
 
 import dataclasses
 
+from rlhf_jax.runtime.settings import check
+
+DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "dots", "full")
+ATTENTIONS = ("xla", "cudnn")
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -80,6 +86,20 @@ class ModelConfig:
     attention: str = "xla"
 
     def __post_init__(self):
+        check(
+            self,
+            vocab_size="[1, inf)",
+            hidden_size="[1, inf)",
+            num_layers="[1, inf)",
+            num_heads="[1, inf)",
+            intermediate_size="[1, inf)",
+            num_kv_heads="[0, inf)",
+            head_dim="[0, inf)",
+            max_length="[1, inf)",
+            dtype=DTYPES,
+            remat=REMATS,
+            attention=ATTENTIONS,
+        )
         if not self.num_kv_heads:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if not self.head_dim:
@@ -88,10 +108,3 @@ class ModelConfig:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
-        for name, allowed in (
-            ("dtype", ("float32", "bfloat16")),
-            ("remat", ("none", "dots", "full")),
-            ("attention", ("xla", "cudnn")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")

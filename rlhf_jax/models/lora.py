@@ -24,6 +24,7 @@ from flax import nnx
 
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.runtime.settings import check
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -44,13 +45,7 @@ class LoRAConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))
-        if self.rank < 0:
-            raise ValueError(f"lora.rank={self.rank} must be 0 (every weight trains) or more")
-        unknown = sorted(set(self.targets) - set(TARGETS))
-        if unknown or not self.targets:
-            raise ValueError(
-                f"lora.targets={self.targets} must name one or more of {', '.join(TARGETS)}"
-            )
+        check(self, rank="[0, inf)", alpha="(0, 1e6]", targets=TARGETS)
 
 
 class LowRank(nnx.Module):

@@ -17,6 +17,7 @@ from rlhf_jax import losses
 from rlhf_jax.models.heads import ScalarModel, next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.rollouts.rollout import Rollout
+from rlhf_jax.runtime.settings import check
 
 ADVANTAGES = (
     "gae",
@@ -30,6 +31,7 @@ ADVANTAGES = (
     "grpo",
 )
 REWARD_TRANSFORMS = ("none", "scale", "scale_discounted", "normalize")
+RETURNS = ("gae", "monte_carlo")
 # Choices of Φ_t whose baseline is the critic; the others train no critic.
 CRITIC_ADVANTAGES = ("gae", "reward_to_go_baseline", "td", "k_step")
 
@@ -86,10 +88,12 @@ class RewardConfig:
     missing_eos_penalty: float = 0.0
 
     def __post_init__(self):
-        if self.transform not in REWARD_TRANSFORMS:
-            raise ValueError(
-                f"reward.transform={self.transform!r} is unknown; use one of {REWARD_TRANSFORMS}"
-            )
+        check(
+            self,
+            transform=REWARD_TRANSFORMS,
+            clip="[0, inf)",
+            missing_eos_penalty="[0, 1e6]",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +117,14 @@ class AdvantageConfig:
     returns: str = "gae"
 
     def __post_init__(self):
-        if self.method not in ADVANTAGES:
-            raise ValueError(
-                f"advantage.method={self.method!r} is unknown; use one of {ADVANTAGES}"
-            )
-        if self.returns not in ("gae", "monte_carlo"):
-            raise ValueError(f"advantage.returns={self.returns!r} must be 'gae' or 'monte_carlo'")
+        check(
+            self,
+            method=ADVANTAGES,
+            discount="[0, 1]",
+            lambda_="[0, 1]",
+            k="[1, inf)",
+            returns=RETURNS,
+        )
 
     @property
     def needs_critic(self) -> bool:

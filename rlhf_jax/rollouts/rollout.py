@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from rlhf_jax.losses import entropy, select_log_probs
 from rlhf_jax.models.transformer import KVCache, LayerWeights, Rope, Transformer
 from rlhf_jax.rollouts import sampling
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 
 
@@ -47,15 +48,14 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        for name, valid, rule in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("repetition_penalty", self.repetition_penalty > 0, "positive"),
-        ):
-            if not valid:
-                raise ValueError(f"sampling.{name}={getattr(self, name)} must be {rule}")
+        check(
+            self,
+            max_new_tokens="[1, inf)",
+            temperature="[0, 100]",  # above, nothing is left of the policy
+            top_p="(0, 1]",
+            top_k="[0, inf)",
+            repetition_penalty="(0, 100]",
+        )
 
     @property
     def policy_temperature(self) -> float:

@@ -7,13 +7,16 @@ it. With one process everything here is the identity.
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+T = TypeVar("T")
 
 # Seconds of silence after which a process counts as lost, and the others end.
 HEARTBEAT_SECONDS = 30
@@ -96,11 +99,16 @@ def any_process(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
-def from_main(flag: bool) -> bool:
-    """The flag of process 0, in every process."""
+def from_main(value: T) -> T:
+    """What process 0 says: anything that JSON can hold. Collective."""
     if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
+        return value
+    said = json.dumps(value).encode() if is_main() else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.array(len(said), np.int32)))
+    # Few sizes, so few programs.
+    block = np.zeros(-(-size // 4096) * 4096, np.uint8)
+    block[: len(said)] = np.frombuffer(said, np.uint8)
+    return json.loads(multihost_utils.broadcast_one_to_all(block).tobytes()[:size])
 
 
 def fetch(tree: Any) -> Any:

@@ -20,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from rlhf_jax.runtime.errors import MissingPackageError
+from rlhf_jax.runtime.files import naming, write_whole
 
 METRICS_FILE = "metrics.jsonl"
 _logger = logging.getLogger(__name__)
@@ -94,8 +95,9 @@ class MetricsWriter:
         scalars = {name: as_float(name, value) for name, value in metrics.items()}
         numbers = {name: finite_or_name(value) for name, value in scalars.items()}
         line = {"step": int(step), "time": round(time.time(), 3), **numbers}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
         for mirror in self._mirrors:
             mirror.write(int(step), scalars)
 
@@ -188,7 +190,7 @@ class _Wandb:
             id=run_id,
             resume="allow",
         )
-        id_file.write_text(f"{self._run.id}\n")
+        write_whole(id_file, f"{self._run.id}\n")
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)
@@ -236,6 +238,4 @@ def _trim(path: Path, resume_step: int) -> None:
         _logger.info(
             "%s: %d lines from step %d on dropped", path, len(lines) - len(kept), resume_step
         )
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(kept), encoding="utf-8")
-    os.replace(scratch, path)
+    write_whole(path, "".join(kept))

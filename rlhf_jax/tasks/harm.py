@@ -19,6 +19,8 @@ from rlhf_jax.tasks.task import Task
 class Harm(Task):
     """Prompts that ask for harm, and pairs of answers to them; see `data.sets.harm`."""
 
+    reads = ("min_gap",)
+
     def rows(self, kind: Kind, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
         """Yields prompts, or pairs whose chosen answer people found less harmful; see `Task.rows`.
 

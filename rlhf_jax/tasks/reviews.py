@@ -23,13 +23,21 @@ from rlhf_jax.data.examples import Examples
 from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, Kind, Message, Row
 from rlhf_jax.data.sets import reviews
 from rlhf_jax.data.templates import ChatTokenizer
-from rlhf_jax.tasks.task import Task
+from rlhf_jax.tasks.task import Task, TaskConfig
 
 
 class Reviews(Task):
     """Reviews of films and products, editorials and tweets; see `data.sets.reviews`."""
 
+    reads = ("domains", "instruction", "min_gap")
     judges = ("vader",)
+
+    def __init__(self, config: TaskConfig):
+        super().__init__(config)
+        if not set(config.domains) <= set(reviews.DOMAINS):
+            raise ValueError(
+                f"data.domains={config.domains} must name some of {', '.join(reviews.DOMAINS)}"
+            )
 
     def rows(self, kind: Kind, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
         """Yields texts, opening words, or pairs of texts of one domain; see `Task.rows`."""
@@ -68,8 +76,7 @@ class Reviews(Task):
         Raises:
           ValueError: there is no instruction, or the reviews are of several domains.
         """
-        if not self._asked:
-            return super().rated(tokenizer, split, max_length=max_length, count=count)
+        self.check_ratings()
         drops = DropCounts()
         loaded = self._reviews(split, drops)
         domains = {review.domain for review in loaded}
@@ -87,6 +94,11 @@ class Reviews(Task):
         pairs, ratings = self._drawn(sides, count, drops)
         print(f"pairs ({split}): {drops.summary()}")
         return pairs, ratings
+
+    def check_ratings(self) -> None:
+        """See `Task.check_ratings`: reviews in a chat are rated as they stand."""
+        if not self._asked:
+            super().check_ratings()
 
     def _drawn(
         self, sides: list[tuple[Encoded, float]], count: int, drops: DropCounts

@@ -65,6 +65,8 @@ class Task(abc.ABC):
       config: which rows.
 
     Attributes:
+      reads: the keys of a `TaskConfig` that decide its rows, besides the source, the limit and the
+        seed. Reading `min_gap` is to draw pairs of rated texts.
       judges: names of the judges that may speak of the task; none if nothing but a reward model or
         a judge that the user names can.
       can_stream: whether `stream:` may be put before the source.
@@ -72,6 +74,7 @@ class Task(abc.ABC):
       streamed: whether training rows are read as the run trains.
     """
 
+    reads: ClassVar[tuple[str, ...]] = ()
     judges: tuple[str, ...] = ()
     can_stream: ClassVar[bool] = False
 
@@ -82,6 +85,12 @@ class Task(abc.ABC):
         if self.streamed and not self.can_stream:
             able = " and ".join(name for name, task in TASKS.items() if task.can_stream)
             raise ValueError(f"source={config.source!r} cannot be streamed: only {able} can")
+
+        if "min_gap" in self.reads and not config.min_gap > 0:
+            raise ValueError(
+                f"data.min_gap={config.min_gap} must be above 0: of two texts that are rated alike "
+                "none is better"
+            )
 
     @abc.abstractmethod
     def rows(self, kind: Kind, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
@@ -149,6 +158,15 @@ class Task(abc.ABC):
 
         Raises:
           ValueError: nobody rated them.
+        """
+        self.check_ratings()
+        raise NotImplementedError(f"{type(self).__name__} has ratings and no `rated`")
+
+    def check_ratings(self) -> None:
+        """Refuses to compare all texts of a batch where `rated` has nothing to give.
+
+        Raises:
+          ValueError: Nobody rated them.
         """
         raise ValueError(
             f"loss.comparisons='batch' needs ratings: data.source={self.config.source!r} has none "

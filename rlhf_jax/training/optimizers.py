@@ -5,6 +5,10 @@ import dataclasses
 import jax
 import optax
 
+from rlhf_jax.runtime.settings import check
+
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -33,13 +37,23 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
 
+    def __post_init__(self):
+        check(
+            self,
+            learning_rate="[0, 1e6]",
+            schedule=SCHEDULES,
+            warmup_fraction="[0, 1]",
+            end_fraction="[0, 1]",
+            b1="[0, 1)",
+            b2="[0, 1)",
+            eps="(0, 1e6]",  # 0 divides by 0 where a gradient is 0
+            weight_decay="[0, 1e6]",
+            max_grad_norm="[0, inf)",
+        )
+
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate as a function of the step, 0-based.
-
-    Raises:
-      ValueError: unknown schedule.
-    """
+    """Learning rate as a function of the step, 0-based."""
     peak = config.learning_rate
     warmup = int(config.warmup_fraction * total_steps)
     rest = max(total_steps - warmup, 1)
@@ -49,13 +63,9 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         after = optax.linear_schedule(peak, peak * config.end_fraction, rest)
     elif config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, rest, alpha=config.end_fraction)
-    elif config.schedule == "inverse_sqrt":
+    else:
         start = max(warmup, 1)
         after = lambda step: peak * (start / (start + step)) ** 0.5  # noqa: E731
-    else:
-        raise ValueError(
-            f"schedule={config.schedule!r} is unknown; use constant, linear, cosine or inverse_sqrt"
-        )
     if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(0.1 * peak, peak, warmup), after], [warmup])

@@ -13,15 +13,15 @@ from typing import Any
 
 import jax
 
-from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime import distributed, lock
+from rlhf_jax.runtime.files import write_whole
 from rlhf_jax.runtime.host_memory import release_freed_memory
 from rlhf_jax.runtime.metrics import MetricsWriter, check_finite
 from rlhf_jax.runtime.progress import Progress, progress
-from rlhf_jax.runtime.run_info import run_info
+from rlhf_jax.runtime.run_info import to_json
+from rlhf_jax.runtime.settings import check
 from rlhf_jax.training.checkpoint import Checkpointer, GracefulStop
-
-# Settings that may change when a run is resumed: they do not change the numbers.
-FREE = ("log.", "checkpoint.", "sharding.")
+from rlhf_jax.training.record import check_settings, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +45,14 @@ class CheckpointConfig:
 
     Attributes:
       every: steps between two checkpoints; 0 saves at the end and at a stop only.
-      keep: how many stay on disk.
+      keep: how many stay on disk; the newest of them that is whole is resumed.
     """
 
     every: int = 100
-    keep: int = 1
+    keep: int = 2
+
+    def __post_init__(self):
+        check(self, every="[0, inf)", keep="[1, inf)")
 
 
 class Stopped(Exception):
@@ -67,7 +70,8 @@ class Run:
                 run.checkpoint(step, state, batches)
 
     Args:
-      workdir: the run folder; created where missing.
+      workdir: the run folder; created where missing, and locked: another process that opens a run
+        there gets an error that names this one.
       total: number of steps.
       desc: title of the progress bar.
       show: metrics that the progress bar shows.
@@ -100,9 +104,15 @@ class Run:
         self._next = 0
 
     def __enter__(self) -> Run:
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        check_settings(self.workdir / "config.json", self._settings)
-        self._checkpointer = Checkpointer(self.workdir / "checkpoints", keep=self._checkpoint.keep)
+        self._locked = lock.claim(self.workdir)
+        try:
+            check_settings(self.workdir / "config.json", self._settings)
+            self._checkpointer = Checkpointer(
+                self.workdir / "checkpoints", keep=self._checkpoint.keep
+            )
+        except BaseException:
+            self._unlock()
+            raise
         self._stop = GracefulStop()
         self._stop.__enter__()
         self._writer: MetricsWriter | None = None
@@ -113,6 +123,12 @@ class Run:
         self._checkpointer.close()
         if self._writer is not None:
             self._writer.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        """Lets others have the folder, unless it was claimed for longer than this `with`."""
+        if self._locked:
+            lock.release(self.workdir)
 
     def restore(self, state: Any, *cursors: Any) -> Any:
         """The newest saved state, with the cursors (objects with `restore`) moved there.
@@ -210,64 +226,25 @@ class Run:
 
     def command(self) -> str:
         """The command line of this run."""
-        return json.loads((self.workdir / "config.json").read_text())["command"]
+        return read_config(self.workdir / "config.json")["command"]
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Writes `summary.json`, which marks the run as done; then all processes go on."""
+        """Writes `summary.json`, which marks the run as done; then all processes go on.
+
+        Others may have the folder from here on.
+        """
         usage = {
             "seconds": round(self.seconds, 1),
             "first_step_seconds": round(self.first_step_seconds or 0.0, 1),
             "peak_memory_gib": round(peak_memory_gib(), 2),
         }
         if distributed.is_main():
-            text = json.dumps({**usage, **summary}, indent=2)
-            (self.workdir / "summary.json").write_text(text + "\n")
+            text = json.dumps(to_json({**usage, **summary}), indent=2)
+            write_whole(self.workdir / "summary.json", text + "\n")
+        lock.release(self.workdir)
         distributed.barrier("the run is finished")
-
-
-def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Writes config.json, or compares with it: a folder holds one run of one config.
-
-    Process 0 writes, once all processes have looked.
-
-    Raises:
-      ValueError: the folder holds a run with other settings.
-    """
-    there = path.exists()
-    distributed.barrier("the run folder has been looked at")
-    if there:
-        before, now = (_flat(c) for c in (json.loads(path.read_text())["config"], settings))
-        changed = sorted(
-            k for k in before | now if before.get(k) != now.get(k) and not k.startswith(FREE)
-        )
-        if changed:
-            key = changed[0]
-            raise ValueError(
-                f"{path.parent} holds a run with other settings ({key} was {before.get(key)!r}, "
-                f"now {now.get(key)!r}; {len(changed)} differ): choose another --config.workdir or "
-                "remove the folder"
-            )
-        return
-    if distributed.is_main():
-        path.write_text(json.dumps(run_info(settings), indent=2, default=str) + "\n")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def peak_memory_gib() -> float:
     """The largest resident set of this process so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def read_summary(workdir: str | Path) -> dict[str, Any] | None:
-    """What a finished run wrote, None when it has not finished."""
-    path = Path(workdir) / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None

@@ -100,21 +100,21 @@ def make_train_step(
         if microbatches == 1:
             (_, metrics), grads = grad_fn(model, batch, *constants)
             return grads, metrics
-        parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
+        parts = jax.tree.map(lambda x: split(x, microbatches), batch)
 
         def accumulate(total, part):
             (_, metrics), grads = grad_fn(model, part, *constants)
             total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
-            return _constrain(total, sharding.gradients(total)), metrics
+            return constrain(total, sharding.gradients(total)), metrics
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), model)
-        zeros = _constrain(zeros, sharding.gradients(zeros))
+        zeros = constrain(zeros, sharding.gradients(zeros))
         grads, metrics = jax.lax.scan(accumulate, zeros, parts)
         return grads, {name: _merge(name, stacked) for name, stacked in metrics.items()}
 
     def step(state: TrainState, batch, *constants):
         grads, metrics = compute_gradients(state.model, prepare(batch), constants)
-        grads = _constrain(grads, sharding.gradients(grads))
+        grads = constrain(grads, sharding.gradients(grads))
         weights = state.model if state.master is None else state.master
         grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, weights)
         metrics["optim/grad_norm"] = optax.tree.norm(grads)
@@ -126,7 +126,7 @@ def make_train_step(
             model = jax.tree.map(lambda w, m: w.astype(m.dtype), weights, state.model)
             master = weights
         new = TrainState(state.step + 1, model, master, opt_state)
-        return _constrain(new, state_shardings(new, sharding)), metrics
+        return constrain(new, state_shardings(new, sharding)), metrics
 
     compiled = jax.jit(sharding.bind(step), donate_argnums=0)
     return compiled if trunk is None else OnTrunk(compiled, trunk)
@@ -156,7 +156,7 @@ def _attaching(loss_fn: LossFn) -> LossFn:
     return loss_of_adapters
 
 
-def _split(x: jax.Array, parts: int) -> jax.Array:
+def split(x: jax.Array, parts: int) -> jax.Array:
     """`[B, ...]` -> `[parts, B / parts, ...]`, dealt out so that each device keeps its rows."""
     if x.shape[0] % parts:
         raise ValueError(f"a batch of {x.shape[0]} must be divisible by {parts} microbatches")
@@ -171,7 +171,8 @@ def _merge(name: str, stacked: jax.Array) -> jax.Array:
     return stacked.sum(axis=0)
 
 
-def _constrain(tree: Any, shardings: Any) -> Any:
+def constrain(tree: Any, shardings: Any) -> Any:
+    """The tree, whose arrays are to lie as the shardings say; inside of a jitted function."""
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
 
 

@@ -40,3 +40,18 @@ def test_filler_is_not_a_pair():
     rows = [(b["index"][r], b["valid"][r]) for b in batches.once() for r in range(4)]
     assert sorted(i for i, valid in rows if valid) == [0, 1, 2, 3, 4]
     assert [i for i, valid in rows if not valid] == [0, 0, 0]
+
+
+def test_parts_of_a_batch_do_not_change_what_is_in_it():
+    """What four microbatches do not divide is filled up; the pairs and their order stay."""
+    settings = {"max_tokens": 640, "min_pairs": 2, "max_pairs": 10, "seed": 0, "num_buckets": 1}
+    pairs = make_pairs(83)
+    whole, parts = PairBatches(pairs, **settings), PairBatches(pairs, parts=4, **settings)
+    for _ in range(2 * whole.steps_per_epoch):
+        one, other = next(whole), next(parts)
+        assert len(other["valid"]) % 4 == 0
+        rows = len(one["valid"])
+        assert not other["valid"][rows:].any()
+        for name in ("index", "valid", "tokens"):
+            assert (one[name] == other[name][:rows]).all(), name
+    assert any(shape.rows % 4 for shape in whole.shapes)

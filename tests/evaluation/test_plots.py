@@ -75,6 +75,11 @@ def test_one_set_of_axes_a_panel_with_its_title_unit_and_curve():
     assert not figure.legends
 
 
+def test_a_dollar_sign_in_a_folder_is_no_mathematics():
+    logs = {name: [_log(3, "reward/mean")] for name in ("runs/$x_$", "runs/y")}
+    draw_panels(logs, PPO_PANELS, title="runs/$x_$ and runs/y").canvas.draw()
+
+
 def test_panels_without_data_are_left_out():
     log = _log(5, "reward/mean", "loss/value") | {"policy/entropy": np.full(5, np.nan)}
     figure = draw_panels({"": [log]}, PPO_PANELS)
@@ -247,6 +252,7 @@ def test_accuracy_curves_and_the_coin():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["train", "eval"]
 
 
+@pytest.mark.slow
 def test_files_are_pngs(tmp_path):
     _write(tmp_path / "ppo", 8, _names(PPO_PANELS))
     _write(tmp_path / "other", 4, ["reward/mean"])

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rlhf_jax.runtime.lock import FolderInUse
 from rlhf_jax.runtime.metrics import read_metrics
+from rlhf_jax.training.run import Run
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -36,6 +38,7 @@ def run(tmp_path, *arguments, **settings) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_in_a_new_process_with_the_same_numbers(tmp_path):
     config = "configs/sft.py:tiny,train.steps=60,eval.every=20"
     flags = lambda name: ("--config", config, f"--config.workdir={tmp_path / name}")  # noqa: E731
@@ -50,6 +53,8 @@ def test_a_killed_run_resumes_in_a_new_process_with_the_same_numbers(tmp_path):
     deadline = time.time() + 200
     while time.time() < deadline and (not log.exists() or len(log.read_text().splitlines()) < 5):
         time.sleep(0.05)
+    with pytest.raises(FolderInUse, match=f"in use by process {process.pid} on "):
+        Run(tmp_path / "parts", total=60).__enter__()
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 130

@@ -1,13 +1,13 @@
 """What every stage reads from a folder in the format of HH-RLHF, loaded or streamed."""
 
+import importlib
 import itertools
 
 import numpy as np
 import pytest
 
-from configs import common, dpo, ppo_max, reward_model, sft
-from experiments import inspect_data
-from experiments.settings import DataConfig
+from configs import dpo, ppo_max, reward_model, sft
+from experiments import command, inspect_data
 from rlhf_jax.data import prepare
 from rlhf_jax.data.batches import (
     fixed_prompts,
@@ -18,7 +18,6 @@ from rlhf_jax.data.batches import (
 )
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.runtime import distributed
-from rlhf_jax.runtime.settings import typed
 from tests import hh
 
 STAGES = {"sft": sft, "reward_model": reward_model, "ppo_max": ppo_max, "dpo": dpo}
@@ -39,7 +38,9 @@ def configs(request, folder):
 
 
 def task_of(config):
-    return typed(DataConfig, common.resolve(config).data.to_dict()).task(config.seed)
+    name = config.experiment
+    settings = importlib.import_module(f"experiments.{name}").Settings
+    return command.open_config(name, config, settings).task()
 
 
 @pytest.fixture

@@ -146,7 +146,7 @@ def test_wrong_settings_are_one_line(chain, tmp_path, change, message):
         ("vanilla",),
         ("rloo", "train.prompts_per_iteration=8", "train.samples_per_prompt=2"),
         ("penalty_adaptive",),
-        ("adaptive_kl", "entropy"),
+        ("entropy", "adaptive_kl", "kl.coef=0.05"),
         ("critic_sft", "importance_sample", "sampling.top_p=0.9", "sampling.temperature=0.7"),
     ],
 )
@@ -194,6 +194,7 @@ def test_trust_region_variant_keeps_its_bound(chain, tmp_path):
     assert accepted.sum() >= 1
     assert (log["policy/kl"][1:] <= 0.01).all()
     assert (log["policy/improvement"][1:][accepted == 1] > 0).all()
+    assert "optim/learning_rate" not in log  # it has none
 
 
 def test_programs_are_as_many_as_buckets_and_no_iteration_repeats_a_key(

@@ -109,13 +109,11 @@ def test_ppo_answers_in_the_chat_and_shows_the_opening_words(chain, reward_run, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("loss.comparisons=all", "'all' must be 'pairs' or 'batch'"),
+        ("loss.comparisons=all", "loss.comparisons='all' is unknown; use one of pairs, batch"),
         ("loss.comparisons=batch", "needs ratings: data.source='reviews'"),
         ("loss.comparisons=batch,train.microbatches=2", "train.microbatches=2 must be 1"),
     ],
 )
 def test_wrong_comparisons_are_one_line(change, message):
     with pytest.raises(ValueError, match=message):
-        settings = open_reward_model(reward_configs.get_config(f"tiny,{change}"))
-        settings.method().check_batches(settings.train)
-        reward_model.training_batches(settings, settings.task(), None, 1)
+        open_reward_model(reward_configs.get_config(f"tiny,{change}"))

@@ -47,18 +47,21 @@ class Case:
     def __call__(self, arrays: Mapping[str, Any]) -> jax.Array:
         """Applies the function; a dict of diagnostics becomes one array."""
         out = (self.call or getattr(losses, self.name))(**arrays, **self.settings)
-        return jnp.stack([out[k] for k in sorted(out)]) if isinstance(out, dict) else out
+        if not isinstance(out, dict):
+            return out
+        with jax.numpy_dtype_promotion("standard"):  # an accuracy is float32 whatever the inputs
+            return jnp.stack([out[k] for k in sorted(out)], -1)
 
     def expected(self, arrays: Mapping[str, np.ndarray], lead: int = 1) -> np.ndarray:
         """Applies the oracle, row by row (`lead` axes are rows) or element by element."""
         if self.level == "whole":
-            out = self.oracle(**arrays, **self.settings)
-            return np.array([out[k] for k in sorted(out)] if isinstance(out, dict) else out)
+            return np.array(self.oracle(**arrays, **self.settings))
         batch = np.shape(next(iter(arrays.values())))[: lead if self.level == "row" else None]
         rows = [
             self.oracle(**{k: v[i] for k, v in arrays.items()}, **self.settings)
             for i in np.ndindex(batch)
         ]
+        rows = [[row[k] for k in sorted(row)] if isinstance(row, dict) else row for row in rows]
         return np.array(rows).reshape((*batch, *np.shape(rows[0])))
 
     def cover(self, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:

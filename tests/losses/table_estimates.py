@@ -146,6 +146,7 @@ def _returns() -> list[Case]:
             (),
             adv_cover,
         ),
+        Case("normalize_advantages", adv, r.normalize_advantages, {}, "whole", (), adv_cover),
         Case("batch_mean_baseline", scores, r.batch_mean_baseline, {}, "whole"),
         Case("leave_one_out_baseline", scores, r.leave_one_out_baseline),
         Case("group_mean_baseline", scores, r.group_mean_baseline),

@@ -47,7 +47,16 @@ def _objectives() -> list[Case]:
             ("entropies",),
         ),
         Case(
-            "ppo_diagnostics", diag, o.ppo_diagnostics, {"clip_eps": 0.2}, "whole", (), diag_cover
+            "ppo_diagnostics", diag, o.ppo_diagnostics, {"clip_eps": 0.2}, "element", (), diag_cover
+        ),
+        Case(
+            "value_diagnostics",
+            {"values": "real:T", "old_values": "real:T", "where": "mask:T"},
+            o.value_diagnostics,
+            {"clip_eps": 0.8},
+            "element",
+            (),
+            {"values": "where", "old_values": "where"},
         ),
         Case("value_loss", value, o.value_loss, {}, "element", ("values",)),
         Case(
@@ -129,6 +138,18 @@ def _preferences() -> list[Case]:
             ("log_probs",),
             {"log_probs": "where"},
         ),
+        *(
+            Case(
+                "language_model_loss",
+                lm,
+                p.language_model_terms,
+                {"normalize": normalize, "per_token": True},
+                "row",
+                ("log_probs",),
+                {"log_probs": "where"},
+            )
+            for normalize in (False, True)
+        ),
         Case("dpo_loss", _PAIR, p.dpo_loss, {**beta, "label_smoothing": 0.1}, "element", _BOTH),
         Case("ipo_loss", _PAIR, p.ipo_loss, beta, "element", _BOTH),
         Case("dpo_hinge_loss", _PAIR, p.dpo_hinge_loss, beta, "element", _BOTH),
@@ -145,7 +166,7 @@ def _preferences() -> list[Case]:
             diag,
             p.dpo_diagnostics,
             beta,
-            "whole",
+            "element",
             (),
             dict.fromkeys(_PAIR, "where"),
         ),

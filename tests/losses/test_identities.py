@@ -200,8 +200,9 @@ def test_fully_normalised_rewards_and_advantages_are_whitened():
     moments = losses.update_moments(losses.RunningMoments.zeros(), REWARDS)
     white = losses.masked_whiten(REWARDS, where=everything)
     close(losses.normalize_rewards(REWARDS, moments, clip=float("inf")), white)
+    close(losses.normalize_advantages(REWARDS, where=everything), white, 0)
     found = losses.normalize_advantages(REWARDS, where=everything, clip=float("inf"))
-    close(found, white)
+    close(found, white, 0)
 
 
 def test_reward_model_loss_terms_are_both_negative_log_likelihoods():
@@ -213,9 +214,48 @@ def test_reward_model_loss_terms_are_both_negative_log_likelihoods():
 
 def test_first_minibatch_has_ratio_1_and_no_kl():
     found = losses.ppo_diagnostics(OLD, OLD, clip_eps=0.2, where=WHERE)
-    assert [float(v) for v in found.values()] == [0.0, 0.0, 1.0, 1.0]
-    empty = losses.ppo_diagnostics(LOG_PROBS, OLD, clip_eps=0.2, where=jnp.zeros_like(WHERE))
-    assert [float(v) for v in empty.values()] == [0.0, 0.0, 1.0, 1.0]
+    for name, wanted in (("approx_kl", 0), ("clip_fraction", 0), ("ratio", 1)):
+        close(found[f"policy/{name}"], np.full(OLD.shape, wanted), 0)
+
+
+def test_diagnostics_take_weights_as_well_as_masks():
+    """As a trainer weighs them, and as a mean over the real tokens: the two agree."""
+    weights = WHERE / WHERE.sum()
+    for found in (
+        losses.ppo_diagnostics(LOG_PROBS, OLD, clip_eps=0.2, where=WHERE),
+        losses.value_diagnostics(VALUES, REWARDS, clip_eps=0.2, where=WHERE),
+        losses.dpo_diagnostics(LOG_PROBS, OLD, REWARDS, VALUES, beta=0.3, where=WHERE),
+    ):
+        for number in found.values():
+            assert number.shape == WHERE.shape
+            close(jnp.sum(number * weights), losses.masked_mean(number, where=WHERE))
+
+
+def test_diagnostics_are_the_formulas_that_trainers_weigh():
+    """To the bit: a trainer that calls them logs the numbers that it has always logged."""
+    ratio = jnp.exp(LOG_PROBS - OLD)
+    found = losses.ppo_diagnostics(LOG_PROBS, OLD, clip_eps=0.2)
+    k3 = losses.kl_estimate(OLD, LOG_PROBS, estimator="k3")
+    np.testing.assert_array_equal(found["policy/approx_kl"], k3)
+    np.testing.assert_array_equal(found["policy/ratio"], ratio)
+    np.testing.assert_array_equal(found["policy/clip_fraction"], jnp.abs(ratio - 1) > 0.2)
+    found = losses.dpo_diagnostics(*PAIR, beta=0.3)
+    chosen, rejected = 0.3 * (PAIR[0] - PAIR[2]), 0.3 * (PAIR[1] - PAIR[3])
+    np.testing.assert_array_equal(found["dpo/chosen_reward"], chosen)
+    np.testing.assert_array_equal(found["dpo/margin"], chosen - rejected)
+    np.testing.assert_array_equal(found["dpo/accuracy"], (chosen > rejected).astype(np.float32))
+    pull = losses.dpo_gradient_coefficient(*PAIR, beta=0.3)
+    np.testing.assert_array_equal(found["dpo/gradient_coefficient"], pull)
+    log_ratio = LOG_PROBS - OLD
+    kl = losses.old_policy_kl(LOG_PROBS, OLD)
+    np.testing.assert_array_equal(kl, jnp.expm1(log_ratio) - log_ratio)
+
+
+def test_terms_of_the_language_model_loss_add_up_to_it():
+    for normalize in (False, True):
+        settings = {"where": WHERE, "normalize": normalize}
+        terms = losses.language_model_loss(LOG_PROBS, per_token=True, **settings)
+        close(terms.sum(-1), losses.language_model_loss(LOG_PROBS, **settings))
 
 
 def test_filling_padding_first_keeps_an_element_wise_loss_clean_in_the_backward_pass():

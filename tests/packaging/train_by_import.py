@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rlhf_jax.data import batches, chat, tokenizer
+from rlhf_jax.data import batches, templates, tokenizer
 from rlhf_jax.methods import dpo, reward_model, sft
 from rlhf_jax.methods.pairwise import PairTrainConfig
 from rlhf_jax.methods.ppo_max import PPOMax, PPOMaxConfig, PPOTrainConfig
@@ -111,7 +111,7 @@ def main(folder: Path) -> None:
         reference=policy,
         reward_model=scorer,
         make_critic=lambda language: Tuning(ScalarModel(language)),
-        eos_ids=tuple(chat.stop_tokens(words)),
+        eos_ids=tuple(templates.stop_tokens(words)),
         pad_id=pad_id,
         sharding=SHARDING,
     )

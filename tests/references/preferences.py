@@ -52,6 +52,12 @@ def language_model_loss(log_probs, where, normalize):
     return -sum(values) / (max(len(values), 1) if normalize else 1)
 
 
+def language_model_terms(log_probs, where, normalize, per_token):
+    assert per_token
+    length = max(sum(bool(m) for m in where), 1) if normalize else 1
+    return [-v / length if m else 0.0 for v, m in zip(log_probs, where, strict=True)]
+
+
 def log_ratio_margin(chosen, rejected, ref_chosen, ref_rejected):
     return math.log(
         (math.exp(chosen) / math.exp(ref_chosen)) / (math.exp(rejected) / math.exp(ref_rejected))
@@ -105,19 +111,15 @@ def dpo_gradient_coefficient(
 def dpo_diagnostics(
     chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs, where, beta
 ):
-    rows = zip(
-        kept(chosen_log_probs, where),
-        kept(rejected_log_probs, where),
-        kept(ref_chosen_log_probs, where),
-        kept(ref_rejected_log_probs, where),
-        strict=True,
-    )
-    numbers = []
-    for chosen, rejected, ref_chosen, ref_rejected in rows:
-        up, down = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
-        pull = dpo_gradient_coefficient(chosen, rejected, ref_chosen, ref_rejected, beta)
-        numbers.append([up, down, up - down, preference_accuracy(up, down), pull])
-    names = ["chosen", "rejected", "margin", "accuracy"]
-    keys = [f"reward/{name}" for name in names] + ["dpo/gradient_coefficient"]
-    count = max(len(numbers), 1)
-    return {key: sum(row[i] for row in numbers) / count for i, key in enumerate(keys)}
+    four = chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs
+    chosen = beta * (chosen_log_probs - ref_chosen_log_probs) if where else 0.0
+    rejected = beta * (rejected_log_probs - ref_rejected_log_probs) if where else 0.0
+    return {
+        "dpo/accuracy": preference_accuracy(chosen, rejected) if where else 0.0,
+        "dpo/margin": chosen - rejected,
+        "dpo/chosen_log_prob": chosen_log_probs if where else 0.0,
+        "dpo/rejected_log_prob": rejected_log_probs if where else 0.0,
+        "dpo/chosen_reward": chosen,
+        "dpo/rejected_reward": rejected,
+        "dpo/gradient_coefficient": dpo_gradient_coefficient(*four, beta) if where else 0.0,
+    }

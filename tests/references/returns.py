@@ -92,7 +92,7 @@ def rolling_discounted_sum(rewards, where, discount):
     return out
 
 
-def normalize_advantages(advantages, where, clip):
+def normalize_advantages(advantages, where, clip=np.inf):
     return np.clip(masked_whiten(advantages, where), -clip, clip)
 
 

@@ -139,12 +139,12 @@ def test_first_batch_of_equal_scores_is_finite():
         assert np.isfinite(rewards).all()
 
 
-advantages_of = tiny.jit(experience.advantages, static_argnames="config")
+advantages_of = tiny.jit(experience.advantages, static_argnames=("config", "samples_per_prompt"))
 
 
 def phi(config: AdvantageConfig, fill: float = 0.0, values=VALUES):
     rewards, values = (np.where(WHERE, x, np.float32(fill)) for x in (REWARDS, values))
-    return advantages_of(rewards, values, WHERE, config=config)
+    return advantages_of(rewards, values, WHERE, config=config, samples_per_prompt=2)
 
 
 def delta(row: int, t: int) -> float:
@@ -254,10 +254,10 @@ def test_shaped_rewards_and_advantages_are_constants():
 @pytest.mark.parametrize(
     ("make_config", "message"),
     [
-        (lambda: RewardConfig("norm"), "reward.transform='norm' is unknown; use one of"),
-        (lambda: AdvantageConfig("a2c"), "advantage.method='a2c' is unknown; use one of"),
+        (lambda: RewardConfig("norm"), "transform='norm' is unknown; use one of"),
+        (lambda: AdvantageConfig("a2c"), "method='a2c' is unknown; use one of"),
         (lambda: AdvantageConfig("rloo").check_samples(1), "samples_per_prompt=1 must be at"),
-        (lambda: AdvantageConfig(returns="td"), "advantage.returns='td' must be"),
+        (lambda: AdvantageConfig(returns="td"), "returns='td' is unknown; use one of gae"),
     ],
 )
 def test_wrong_settings_are_one_line(make_config, message):

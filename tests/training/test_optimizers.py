@@ -49,7 +49,7 @@ def test_inverse_sqrt_follows_sqrt_of_warmup_over_step():
 
 
 def test_unknown_schedule():
-    with pytest.raises(ValueError, match="schedule='cosin' is unknown; use constant, linear"):
+    with pytest.raises(ValueError, match="schedule='cosin' is unknown; use one of constant"):
         make_schedule(OptimizerConfig(1.0, "cosin"), 10)
 
 

@@ -58,13 +58,14 @@ def ragged_32(kind: str):
     return bigram.policy(), (bigram.experience(32), bigram.language_batch(16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("kind", ["policy", "critic"])
 def test_gradients_of_four_parts_add_up_to_that_of_the_whole(kind, reduction):
     model, batch = ragged_32(kind)
     ready = ppo.prepare(batch, config=PPOConfig(**SETTINGS, reduction=reduction))
     (whole, _), gradient = gradient_of(kind)(model, ready)
-    parts = jax.tree.map(lambda x: train._split(x, 4), ready)
+    parts = jax.tree.map(lambda x: train.split(x, 4), ready)
     runs = [gradient_of(kind)(model, jax.tree.map(lambda x, i=i: x[i], parts)) for i in range(4)]
     tiny.close(sum(float(loss) for (loss, _), _ in runs), whole, 1e-6)
     tiny.close(jax.tree.map(lambda *parts: sum(parts), *(g for _, g in runs)), gradient, 1e-6)
@@ -96,6 +97,7 @@ def train_on_32(kind: str, microbatches: int, steps: int = 1):
     return state, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["policy", "critic"])
 def test_a_step_in_four_microbatches_equals_one_of_thirty_two(kind):
     """Advantages are normalised, and losses weighted, over all 32."""
@@ -129,7 +131,7 @@ def test_metrics_add_up_unless_their_name_says_max_or_min():
 
 def test_rows_are_dealt_out_to_microbatches():
     """Each of two parts takes every second row: rows that a device holds stay with it."""
-    parts = train._split(jnp.arange(6), 2)
+    parts = train.split(jnp.arange(6), 2)
     assert parts.tolist() == [[0, 2, 4], [1, 3, 5]]
 
 
@@ -225,6 +227,7 @@ def test_one_program_for_each_shape_of_batch():
     assert step._cache_size() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["zero0", "zero1", "zero2", "zero3"])
 def test_the_model_of_a_real_step_is_one_program_too(mode):
     """The state that comes back must look to jit like the one that went in."""

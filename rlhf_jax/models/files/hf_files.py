@@ -6,6 +6,7 @@ Pickled weights are never opened and remote code is never run.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from rlhf_jax.runtime.files import naming, put, sync
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_PATTERNS = ("model.safetensors", "model-*-of-*.safetensors", INDEX)
@@ -177,11 +180,17 @@ class AtomicFolder:
     A run that is killed, or an exception, leaves `folder` as it was; what it leaves beside it
     (".NAME.partial") is removed by the next save. An earlier model at `folder` is replaced.
 
+    Args:
+      folder: Where to.
+      own: What may be there and is replaced.
+
     Raises:
       ValueError: `folder` holds files that no saved model has; they would be lost.
+      OSError: it cannot be written; names `folder`.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, own: re.Pattern[str] = OWN_FILES):
+        self.own = own
         self.folder = Path(folder).expanduser().absolute()
         self.partial = self.folder.with_name(f".{self.folder.name}.partial")
         self.old = self.folder.with_name(f".{self.folder.name}.old")
@@ -189,23 +198,40 @@ class AtomicFolder:
     def __enter__(self) -> Path:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file; give a folder to save into")
+        self._put_back()  # a kill may have come between the two renames
         held = sorted(file.name for file in self.folder.glob("*"))
-        foreign = [name for name in held if not OWN_FILES.fullmatch(name)]
+        foreign = [name for name in held if not self.own.fullmatch(name)]
         if foreign:
             raise ValueError(
                 f"{self.folder} holds {foreign[0]}, which is no part of a saved model and would "
                 "be lost; save into a new folder"
             )
         shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
+        with naming(self.folder):
+            self.partial.mkdir(parents=True)
         return self.partial
+
+    def _put_back(self) -> None:
+        if self.old.exists() and not self.folder.exists():
+            self.old.rename(self.folder)
 
     def __exit__(self, error_type, error, traceback) -> None:
         if error_type is not None:
             shutil.rmtree(self.partial, ignore_errors=True)
+            # What is written in Rust, tensors and tokenizers, has errors of its own types.
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            code = error.errno if isinstance(error, OSError) else found and int(found[1])
+            if code:
+                raise OSError(code, os.strerror(code), str(self.folder)) from error
             return
         shutil.rmtree(self.old, ignore_errors=True)
-        if self.folder.exists():
-            self.folder.rename(self.old)
-        self.partial.rename(self.folder)
+        with naming(self.folder):
+            sync(self.partial)  # now, so that there is no wait between the two renames
+            if self.folder.exists():
+                self.folder.rename(self.old)
+            try:
+                put(self.partial, self.folder)
+            except BaseException:
+                self._put_back()
+                raise
         shutil.rmtree(self.old, ignore_errors=True)

@@ -7,9 +7,8 @@ of a scalar head, and the fingerprint of the weights that the adapters were trai
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,11 @@ from rlhf_jax.models.files.hf_names import NAMES, collapse
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.models.lora import TARGETS, Adapters, Pair, matrix_of
 from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.runtime.checksums import checksums
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# README.md is what other tools add.
+_OWN_FILES = re.compile(rf"{re.escape(CONFIG)}|{re.escape(WEIGHTS)}|README\.md")
 _PREFIX = "base_model.model."
 _HEAD = _PREFIX + NAMES["kernel"]
 
@@ -37,7 +39,7 @@ def save_adapters(trained: Any, folder: str | Path, *, base: str, fingerprint: s
 
     Args:
       trained: `Adapters`, or a `ScalarModel` that has them in place of its trunk.
-      folder: where to write; its two files are replaced.
+      folder: where to write, whole or not at all; adapters that are there are replaced.
       base: folder or hub name of the frozen model.
       fingerprint: that of the frozen model, see `fingerprint`.
     """
@@ -52,12 +54,6 @@ def save_adapters(trained: Any, folder: str | Path, *, base: str, fingerprint: s
     if scalar:
         tensors[_HEAD] = np.asarray(trained.kernel[...])[None]
         metadata["score_bias"] = repr(float(trained.bias[...]))
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{WEIGHTS}.partial"
-    save_file(tensors, scratch, metadata=metadata)
-    os.replace(scratch, folder / WEIGHTS)
-    (folder / WEIGHTS).chmod(0o644)  # safetensors lets only the owner read it
     rank = adapters.rank
     config = {
         "peft_type": "LORA",
@@ -71,7 +67,10 @@ def save_adapters(trained: Any, folder: str | Path, *, base: str, fingerprint: s
         "bias": "none",
         "inference_mode": True,
     }
-    hf_files.write_json(folder / CONFIG, config)
+    with hf_files.AtomicFolder(folder, own=_OWN_FILES) as partial:
+        hf_files.write_json(partial / CONFIG, config)
+        save_file(tensors, partial / WEIGHTS, metadata=metadata)
+        (partial / WEIGHTS).chmod(0o644)  # safetensors leaves it to the owner alone
 
 
 def load_adapters(folder: str | Path, trunk: Transformer) -> Any:
@@ -132,34 +131,14 @@ def trained_beside(folder: str | Path) -> str:
 
 def fingerprint(model: Any) -> str:
     """A digest of a model's numbers and their types, the same however they are sharded."""
-    leaves = jax.tree_util.tree_leaves_with_path(model)
-    sums = jax.device_get(_sums([leaf for _, leaf in leaves]))
-    digest = hashlib.sha256()
-    for (path, leaf), number in zip(leaves, sums, strict=True):
-        shown = jax.tree_util.keystr(path, simple=True, separator=".")
-        digest.update(f"{shown} {leaf.dtype} {leaf.shape} {int(number)};".encode())
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model)
+    }
+    sums, digest = checksums(leaves), hashlib.sha256()
+    for name, leaf in leaves.items():
+        digest.update(f"{name} {leaf.dtype} {leaf.shape} {sums[name]};".encode())
     return digest.hexdigest()
-
-
-@jax.jit
-def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
-    """A checksum of each array's bits, in integers: no order of addition changes it."""
-    return [_checksum(leaf) for leaf in leaves]
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-    unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    # An odd weight for each place, so that numbers that change places change the sum.
-    place = functools.reduce(
-        lambda total, axis: (
-            total * jnp.uint32(1_000_003) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        ),
-        range(x.ndim),
-        jnp.zeros(x.shape, jnp.uint32),
-    )
-    weight = (place * jnp.uint32(2_654_435_761)) | jnp.uint32(1)
-    return jnp.sum((bits ^ (bits >> 15)) * weight, dtype=jnp.uint32)
 
 
 def _name(target: str, layer: int, part: str) -> str:

@@ -1,0 +1,68 @@
+"""Run folders of experiments: which are whole, which run has finished, whose turn it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from experiments.settings import Shared
+from rlhf_jax.runtime import distributed, lock
+from rlhf_jax.training.record import check_settings, read_summary
+
+# Between two looks at a folder that another process works in.
+WAIT_SECONDS = 2.0
+
+
+def is_run(folder: str) -> bool:
+    """Whether a model folder lies in the folder of a run, finished or not."""
+    return (Path(folder).parent / "config.json").exists()
+
+
+def is_whole(folder: str) -> bool:
+    """Whether a model folder is there; that of a run counts once its summary is written.
+
+    A run that is killed while it saves leaves a model without its adapters or its report.
+    """
+    there = (Path(folder) / "config.json").exists()
+    return there and (not is_run(folder) or read_summary(Path(folder).parent) is not None)
+
+
+def claim(settings: Shared, title: str) -> bool:
+    """Makes the run folder this process's, until its run has finished; False where it has already.
+
+    Raises:
+      ValueError: it holds a run of other settings; names the first that differs.
+      FolderInUse: another process works in it.
+    """
+    if not _is_finished(settings, title):
+        lock.claim(settings.workdir)
+        # Whoever held it may have finished since.
+        if not _is_finished(settings, title):
+            return True
+        lock.release(settings.workdir)
+    return False
+
+
+def _is_finished(settings: Shared, title: str) -> bool:
+    """Whether the run folder holds a finished run, and says so; its settings are compared."""
+    config = Path(settings.workdir) / "config.json"
+    finished, begun = distributed.from_main(
+        (read_summary(settings.workdir) is not None, config.exists())
+    )
+    if begun or finished:
+        check_settings(config, dataclasses.asdict(settings))
+    if finished:
+        workdir = settings.workdir
+        print(f"{title}: {workdir} has finished already (remove the folder to run it again)")
+    return finished
+
+
+def wait_for_others(workdir: Path) -> None:
+    """Waits while another process works in a run folder, and says so once."""
+    told = False
+    while holder := distributed.from_main(lock.holder(workdir)):
+        if not told:
+            print(f"{workdir} is being made by {holder}: waiting for it", flush=True)
+        told = True
+        time.sleep(WAIT_SECONDS)

@@ -1,0 +1,76 @@
+"""What a run folder says of its run: config.json from the beginning, summary.json at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.files import read_json, write_whole
+from rlhf_jax.runtime.run_info import run_info
+
+# What may change when a run goes on: it does not change the numbers.
+FREE = ("log.", "checkpoint.", "sharding.")
+
+
+def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Writes config.json, or compares with it: a folder holds one run of one config.
+
+    Process 0 writes, once all processes have looked.
+
+    Raises:
+      ValueError: the folder holds a run with other settings, or config.json is damaged.
+    """
+    there = path.exists()
+    distributed.barrier("the run folder has been looked at")
+    settings = json.loads(json.dumps(settings, default=str))  # as they come back from disk
+    if there:
+        before, now = (_flat(c) for c in (read_config(path)["config"], settings))
+        changed = sorted(
+            k for k in before | now if before.get(k) != now.get(k) and not k.startswith(FREE)
+        )
+        if changed:
+            key = changed[0]
+            raise ValueError(
+                f"{path.parent} holds a run with other settings ({key} was {before.get(key)!r}, "
+                f"now {now.get(key)!r}; {len(changed)} differ): choose another --config.workdir or "
+                "remove the folder"
+            )
+        return
+    if distributed.is_main():
+        write_whole(path, json.dumps(run_info(settings), indent=2, default=str) + "\n")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What `check_settings` wrote."""
+    advice = (
+        "remove the folder, or only this file if the settings are those that the run began with"
+    )
+    config = read_json(path, advice)
+    if not isinstance(config.get("config"), dict):
+        raise ValueError(f"{path} is not that of a run: choose another --config.workdir")
+    return config
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def read_summary(workdir: str | Path) -> dict[str, Any] | None:
+    """What a finished run wrote, None when it has not finished.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = Path(workdir) / "summary.json"
+    if not path.exists():
+        return None
+    return read_json(path, "remove it, and the command that made the run writes it again")
