@@ -92,6 +92,7 @@ def test_ctrl_c_outside_of_the_loop_is_one_line_and_programs_are_kept(tmp_path):
     assert Path(result.stdout.splitlines()[-1]) == ROOT / "runs" / ".compilation_cache"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

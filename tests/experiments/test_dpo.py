@@ -227,6 +227,7 @@ def test_finished_run_is_not_run_again(chain, finished, capsys):
 # The loss.
 
 
+@pytest.mark.slow
 def test_log_probs_of_a_batch_are_sums_over_response_tokens():
     model, pairs = models.language_model(), fixed_pairs()
     batch = fixed_batch()

@@ -76,6 +76,7 @@ def tiny_report(tmp_path_factory) -> dict:
         return json.loads(Path("report/tiny.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_tiny_run_is_measured_as_a_whole(tiny_report):
     """Every program of an iteration, on a run small enough to compile here."""
     names = [program["name"] for program in tiny_report["programs"]]
@@ -100,6 +101,7 @@ def test_the_tiny_run_is_measured_as_a_whole(tiny_report):
         assert 1 < step["update_traffic"]["ratio"] < 3
 
 
+@pytest.mark.slow
 def test_work_of_the_tiny_steps_by_hand(tiny_report):
     """6 operations for each weight in a layer's products and each token, and attention."""
     flops = {program["name"]: program["flops"] for program in tiny_report["programs"]}
@@ -109,6 +111,7 @@ def test_work_of_the_tiny_steps_by_hand(tiny_report):
     assert flops["critic step"] == pytest.approx(2 * 3 * (2 * tokens * layer + attention), rel=0.01)
 
 
+@pytest.mark.slow
 def test_frozen_models_are_gathered_in_the_layer_loop(tiny_report):
     """The score program of the report says so."""
     score = next(p for p in tiny_report["programs"] if p["name"] == "score")
@@ -117,6 +120,7 @@ def test_frozen_models_are_gathered_in_the_layer_loop(tiny_report):
     assert {c["place"] for c in inside} == {"in the loop over layers"}
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_ends_with_status_one(monkeypatch, tmp_path, capsys):
     """A device of three MiB beside the reserve; the remedies are compiled and reported."""
     monkeypatch.chdir(tmp_path)

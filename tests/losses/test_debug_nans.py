@@ -24,6 +24,7 @@ def with_nan_under_the_mask(case):
     return as_jax(arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eager", "compiled", "jit off"])
 @pytest.mark.parametrize("case", [c for _, c in MASKED], ids=[i for i, _ in MASKED])
 def test_nan_under_the_mask_raises_no_alarm(case, mode):

@@ -34,6 +34,7 @@ def test_bfloat16_is_summed_in_float32(case):
     )
 
 
+@pytest.mark.slow
 @cases()
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize("setting", ["64 bits", "strict promotion"])
