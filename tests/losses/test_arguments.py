@@ -13,7 +13,17 @@ from tests.losses.cases import CASES, IDS
 from tests.losses.harness import as_jax, draw
 
 # Values that decide the program, and with it what `jit` needs to know.
-STATIC = {"axis", "estimator", "k", "method", "neutral", "normalize", "per_token", "shift_mean"}
+STATIC = {
+    "axis",
+    "axis_name",
+    "estimator",
+    "k",
+    "method",
+    "neutral",
+    "normalize",
+    "per_token",
+    "shift_mean",
+}
 # Keyword arguments that are arrays by their docstring.
 ARRAYS = {"bootstrap", "other_where", "segments", "where"}
 NAMES = sorted(set(losses.__all__) - {"RunningMoments"})
