@@ -47,7 +47,12 @@ from rlhf_jax.losses.masking import (
     masked_var,
     masked_whiten,
 )
-from rlhf_jax.losses.moments import RunningMoments, merge_moments, update_moments
+from rlhf_jax.losses.moments import (
+    RunningMoments,
+    merge_moments,
+    merge_moments_across,
+    update_moments,
+)
 from rlhf_jax.losses.policy import (
     entropy_bonus,
     importance_weights,
@@ -142,6 +147,7 @@ __all__ = [
     "masked_var",
     "masked_whiten",
     "merge_moments",
+    "merge_moments_across",
     "normalize_advantages",
     "normalize_rewards",
     "old_policy_kl",

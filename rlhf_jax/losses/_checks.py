@@ -73,7 +73,7 @@ def numbers(**arrays: Any) -> Mapping[str, Any]:
     for name, x in arrays.items():
         if not _is_array(x):
             fix = f"jnp.asarray({name})"
-            raise AssertionError(f"{name} is {_describe(x)}, but must be an array: {fix}")
+            raise AssertionError(f"{name} is {describe(x)}, but must be an array: {fix}")
     return arrays
 
 
@@ -106,7 +106,7 @@ def fits(other: str, shape: tuple[int, ...], arrays: Mapping[str, Any]) -> None:
     for name, x in arrays.items():
         if x.shape != shape:
             rule = f"must have the shape {list(shape)} to fit {other}"
-            raise AssertionError(f"{name} is {_describe(x)}, but {rule}")
+            raise AssertionError(f"{name} is {describe(x)}, but {rule}")
 
 
 def scalars(**values: Any) -> None:
@@ -119,9 +119,18 @@ def scalars(**values: Any) -> None:
       AssertionError: one is not a single number.
     """
     for name, x in values.items():
-        if not isinstance(x, int | float) and not (_is_array(x) and x.shape == ()):
+        if not is_scalar(x):
             fix = "jax.vmap over it for several"
-            raise AssertionError(f"{name} is {_describe(x)}, but must be a single number: {fix}")
+            raise AssertionError(f"{name} is {describe(x)}, but must be a single number: {fix}")
+
+
+def is_scalar(x: Any) -> bool:
+    """Whether it is a Python number or an array of shape [].
+
+    Args:
+      x: what was passed.
+    """
+    return isinstance(x, int | float) or (_is_array(x) and x.shape == ())
 
 
 def static(**values: Any) -> None:
@@ -152,22 +161,27 @@ def integer(**values: Any) -> None:
     for name, x in values.items():
         one = isinstance(x, int | np.integer) or (_is_array(x) and x.shape == ())
         if not one or not jnp.issubdtype(jnp.result_type(x), jnp.integer):
-            raise AssertionError(f"{name} is {_describe(x)}, but must be an integer")
+            raise AssertionError(f"{name} is {describe(x)}, but must be an integer")
+
+
+def describe(x: Any) -> str:
+    """float32[3, 4], or the type of what is no array, with the length of a list.
+
+    Args:
+      x: what was passed.
+    """
+    if _is_array(x):
+        return f"{x.dtype}{list(x.shape)}"
+    length = f" of {len(x)}" if isinstance(x, list | tuple) else ""
+    return "None" if x is None else f"a {type(x).__name__}{length}"
 
 
 def _of_kind(arrays: Mapping[str, Any], kind: Any, rule: str) -> Mapping[str, Any]:
     for name, x in numbers(**arrays).items():
         if not jnp.issubdtype(x.dtype, kind):
-            raise AssertionError(f"{name} is {_describe(x)}, but {rule.format(name)}")
+            raise AssertionError(f"{name} is {describe(x)}, but {rule.format(name)}")
     return arrays
 
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic) or hasattr(x, "__jax_array__")
-
-
-def _describe(x: Any) -> str:
-    """float32[3, 4], or the type of what is no array."""
-    if _is_array(x):
-        return f"{x.dtype}{list(x.shape)}"
-    return "None" if x is None else f"a {type(x).__name__}"

@@ -8,6 +8,7 @@ from rlhf_jax.losses._numbers import select
 from rlhf_jax.losses.kl import old_policy_kl
 
 Scalar = float | jax.Array
+Clip = Scalar | tuple[Scalar, Scalar]
 
 
 def policy_gradient_loss(log_probs: jax.Array, weights: jax.Array) -> jax.Array:
@@ -66,7 +67,7 @@ def importance_weights(log_probs: jax.Array, behaviour_log_probs: jax.Array) -> 
 
 
 def ppo_clip_loss(
-    log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array, *, clip_eps: Scalar
+    log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array, *, clip_eps: Clip
 ) -> jax.Array:
     """PPO's clipped surrogate: no reward for leaving [1−ε, 1+ε] in the profitable direction.
 
@@ -75,13 +76,14 @@ def ppo_clip_loss(
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), eq 7; slide "PPO-Clip", which prints the
     objective that is maximised and calls it a loss: this is its negative. What the clip limits is
-    the ratio, not π_old as the paper has it.
+    the ratio, not π_old as the paper has it. Two sides, [1−ε_low, 1+ε_high]: Yu et al. 2025 (DAPO,
+    arXiv 2503.14476), §3.1 "clip-higher", which leaves unlikely tokens more room to rise.
 
     Args:
       log_probs: log π_θ, [..., T] float, differentiated.
       old_log_probs: log π_old, same shape, constant.
       advantages: A, same shape, constant.
-      clip_eps: ε; `float("inf")` for the unclipped surrogate.
+      clip_eps: ε, or a pair (ε_low, ε_high); `float("inf")` for the unclipped surrogate.
 
     Returns:
       [..., T], unreduced.
@@ -94,10 +96,10 @@ def ppo_clip_loss(
     [-1.2  1.5]
     """
     _check(log_probs, old_log_probs, advantages=advantages)
-    check.scalars(clip_eps=clip_eps)
+    low, high = _sides(clip_eps)
     ratio = importance_weights(log_probs, old_log_probs)
     advantages = jax.lax.stop_gradient(advantages)
-    clipped = jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
+    clipped = jnp.clip(ratio, 1 - low, 1 + high)
     return -jnp.minimum(ratio * advantages, clipped * advantages)
 
 
@@ -204,12 +206,13 @@ def ppo_diagnostics(
     log_probs: jax.Array,
     old_log_probs: jax.Array,
     *,
-    clip_eps: Scalar,
+    clip_eps: Clip,
     where: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """How far the policy has moved from the one that sampled, at each token.
 
-        approx_kl_t = ρ_t − 1 − log ρ_t  (k3),   clip_fraction_t = 1[|ρ_t − 1| > ε]
+        approx_kl_t = ρ_t − 1 − log ρ_t  (k3)
+        clip_fraction_t = 1[ρ_t < 1 − ε or ρ_t > 1 + ε]
 
     Nothing is reduced: weigh them as the loss is weighed, or take `masked_mean`, and of the ratio
     `jnp.max(ratio, where=where, initial=0)`. On the first minibatch, before any update, approx_kl
@@ -221,7 +224,7 @@ def ppo_diagnostics(
     Args:
       log_probs: log π_θ, [..., T] float.
       old_log_probs: log π_old, same shape.
-      clip_eps: ε of the loss.
+      clip_eps: ε of the loss, or its pair (ε_low, ε_high).
       where: True on real tokens, same shape, bool; None is everywhere.
 
     Returns:
@@ -236,17 +239,27 @@ def ppo_diagnostics(
     [1. 0.]
     """
     _check(log_probs, old_log_probs)
-    check.scalars(clip_eps=clip_eps)
+    low, high = _sides(clip_eps)
     if where is not None:
         check.same_shape({"log_probs": log_probs}, check.masks(where=where))
         log_probs, old_log_probs = select(where, log_probs), select(where, old_log_probs)
     new, old = jax.lax.stop_gradient((log_probs, old_log_probs))
     ratio = importance_weights(new, old)
+    outside = (1 - ratio > low) | (ratio - 1 > high)
     return {
         "policy/approx_kl": old_policy_kl(new, old),
-        "policy/clip_fraction": (jnp.abs(ratio - 1) > clip_eps).astype(ratio.dtype),
+        "policy/clip_fraction": outside.astype(ratio.dtype),
         "policy/ratio": ratio,
     }
+
+
+def _sides(clip_eps: Clip) -> tuple[Scalar, Scalar]:
+    """ε below 1, and above."""
+    pair = clip_eps if isinstance(clip_eps, tuple | list) else (clip_eps, clip_eps)
+    if len(pair) != 2 or not all(check.is_scalar(eps) for eps in pair):
+        rule = "must be a single number or a pair (low, high)"
+        raise AssertionError(f"clip_eps is {check.describe(clip_eps)}, but {rule}")
+    return pair[0], pair[1]
 
 
 def _check(log_probs: jax.Array, old_log_probs: jax.Array, **others: jax.Array) -> None:

@@ -29,6 +29,7 @@ def _objectives() -> list[Case]:
         Case("policy_gradient_loss", weighted, o.policy_gradient_loss, {}, "element", lp),
         Case("importance_weights", behaviour, o.importance_weights, {}, "element", lp),
         Case("ppo_clip_loss", _RATIO, o.ppo_clip_loss, {"clip_eps": 0.2}, "element", lp),
+        Case("ppo_clip_loss", _RATIO, o.ppo_clip_loss, {"clip_eps": (0.1, 0.6)}, "element", lp),
         Case(
             "ppo_penalty_loss",
             with_kl,
@@ -48,6 +49,15 @@ def _objectives() -> list[Case]:
         ),
         Case(
             "ppo_diagnostics", diag, o.ppo_diagnostics, {"clip_eps": 0.2}, "element", (), diag_cover
+        ),
+        Case(
+            "ppo_diagnostics",
+            diag,
+            o.ppo_diagnostics,
+            {"clip_eps": (0.1, 0.6)},
+            "element",
+            (),
+            diag_cover,
         ),
         Case(
             "value_diagnostics",

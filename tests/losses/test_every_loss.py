@@ -21,7 +21,13 @@ from tests.losses.harness import (
 )
 
 # Checked on their own: a container and its operations, and a function that draws at random.
-ELSEWHERE = {"RunningMoments", "update_moments", "merge_moments", "hindsight_visible"}
+ELSEWHERE = {
+    "RunningMoments",
+    "hindsight_visible",
+    "merge_moments",
+    "merge_moments_across",
+    "update_moments",
+}
 # What needs no paper: masked reductions, and log-probabilities.
 DEFINITIONS = {
     "last_token_mask",

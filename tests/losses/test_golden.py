@@ -1,5 +1,6 @@
 """Numbers worked out by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -176,6 +177,41 @@ def test_ppo_clip_in_its_four_corners():
     # A > 0: −min(ρ, 1.2)·2;  A < 0: max(ρ, 0.8)·2.
     found = losses.ppo_clip_loss(jnp.log(ratio), jnp.zeros(4), advantage, clip_eps=0.2)
     close(found, [-2.4, 3.0, -1.0, 1.6])
+
+
+def test_ppo_clip_with_two_sides():
+    ratio, advantage = jnp.array([1.5, 1.25, 0.5, 0.75]), jnp.array([2.0, 2.0, -2.0, -2.0])
+    # A > 0: −min(ρ, 1.28)·2;  A < 0: max(ρ, 0.7)·2.
+    arrays = jnp.log(ratio), jnp.zeros(4)
+    found = losses.ppo_clip_loss(*arrays, advantage, clip_eps=(0.3, 0.28))
+    close(found, [-2.56, -2.5, 1.4, 1.5])
+    # 1.5 above 1.28, 0.5 below 0.7; the other way round 1.25 and 0.75 keep within, 1.5 and 0.5 not.
+    found = losses.ppo_diagnostics(*arrays, clip_eps=(0.3, 0.28))
+    close(found["policy/clip_fraction"], [1, 0, 1, 0])
+    found = losses.ppo_diagnostics(*arrays, clip_eps=(0.2, 0.6))
+    close(found["policy/clip_fraction"], [0, 0, 1, 1])
+
+
+def test_equal_sides_are_one_number_and_traced_sides_are_allowed():
+    log_ratio, zeros = jnp.linspace(-1, 1, 9), jnp.zeros(9)
+
+    def loss(clip_eps):
+        advantages = jnp.cos(9 * log_ratio)
+        return losses.ppo_clip_loss(log_ratio, zeros, advantages, clip_eps=clip_eps)
+
+    np.testing.assert_array_equal(loss((0.2, 0.2)), loss(0.2))
+    close(jax.jit(loss)((0.2, 0.28)), loss([0.2, jnp.float32(0.28)]))
+    assert np.any(loss((0.2, 0.28)) != loss(0.2)) and np.any(loss((0.28, 0.2)) != loss(0.2))
+    for call in (
+        lambda eps: losses.ppo_clip_loss(zeros, zeros, zeros, clip_eps=eps),
+        lambda eps: losses.ppo_diagnostics(zeros, zeros, clip_eps=eps),
+    ):
+        with pytest.raises(AssertionError, match=r"clip_eps is a tuple of 3.*\(low, high\)"):
+            call((0.1, 0.2, 0.3))
+        with pytest.raises(AssertionError, match=r"clip_eps is float32\[2\].*\(low, high\)"):
+            call(jnp.array([0.1, 0.2]))
+        with pytest.raises(AssertionError, match=r"clip_eps is a tuple of 2, but must be"):
+            call((0.1, jnp.ones(2)))
 
 
 def test_ppo_diagnostics_see_both_sides_of_the_clip():

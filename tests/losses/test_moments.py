@@ -1,13 +1,18 @@
 """Running moments: the same numbers whatever the order, the sizes and the padding of batches."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from rlhf_jax.losses import (
     RunningMoments,
     last_token_mask,
     merge_moments,
+    merge_moments_across,
     normalize_rewards,
     rolling_discounted_sum,
     scale_rewards,
@@ -97,3 +102,62 @@ def test_history_decides_not_the_batch():
     history = moments_of([0.0, 4.0], [10.0, 10.0])  # mean 6, variance (36 + 4 + 16 + 16)/4 = 18
     found = normalize_rewards(jnp.array([10.0]), history, clip=5.0)
     np.testing.assert_allclose(found, [4 / np.sqrt(18)], rtol=1e-6)
+
+
+PARTS = np.random.default_rng(1).normal(3.0, 2.0, (8, 3)).astype(np.float32)
+PRESENT = np.arange(3)[None] < np.array([[3], [1], [0], [2], [3], [3], [0], [1]])
+
+
+def check_parts(moments):
+    """As if one device had seen them all."""
+    check(moments, PARTS[PRESENT])
+
+
+def test_moments_merge_over_a_named_axis_of_shard_map():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    split = PartitionSpec("data")
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=split, out_specs=PartitionSpec())
+    def merged(values, where):
+        local = update_moments(RunningMoments.zeros(), values, where=where)
+        return merge_moments_across(local, axis_name="data")
+
+    check_parts(merged(PARTS, PRESENT))
+
+
+@pytest.mark.parametrize("over", ["vmap", "pmap"])
+def test_a_batch_merges_over_a_named_axis_and_history_counts_once(over):
+    history = moments_of([0.0, 4.0, 11.0])
+
+    def updated(values, where):
+        return update_moments(history, values, where=where, axis_name="data")
+
+    transform = {"vmap": jax.vmap, "pmap": jax.pmap}[over]
+    everywhere = transform(updated, axis_name="data")(PARTS, PRESENT)
+    for i in range(8):  # every device has the same
+        moments = jax.tree.map(lambda x, i=i: x[i], everywhere)
+        check(moments, np.concatenate([[0.0, 4.0, 11.0], PARTS[PRESENT]]))
+
+
+def test_two_named_axes_and_nothing_seen():
+    def merged(values, where):
+        return update_moments(
+            RunningMoments.zeros(), values, where=where, axis_name=("rows", "columns")
+        )
+
+    over_both = jax.vmap(jax.vmap(merged, axis_name="columns"), axis_name="rows")
+    everywhere = over_both(PARTS, PRESENT)
+    check_parts(jax.tree.map(lambda x: x[3, 1], everywhere))
+    nothing = over_both(PARTS, np.zeros_like(PRESENT))
+    assert all(np.all(x == 0) for x in nothing)
+
+
+def test_a_large_offset_costs_no_digits_across_devices_either():
+    values = (4096 + np.arange(8)).astype(np.float32)[:, None]
+
+    def updated(values):
+        return update_moments(RunningMoments.zeros(), values, axis_name="data")
+
+    moments = jax.tree.map(lambda x: x[0], jax.pmap(updated, axis_name="data")(values))
+    np.testing.assert_allclose(moments.std, np.std(values), rtol=1e-5)

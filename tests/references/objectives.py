@@ -17,9 +17,10 @@ def importance_weights(log_probs, behaviour_log_probs):
 
 def ppo_clip_loss(log_probs, old_log_probs, advantages, clip_eps):
     ratio = math.exp(log_probs) / math.exp(old_log_probs)
+    low, high = clip_eps if isinstance(clip_eps, tuple) else (clip_eps, clip_eps)
     if advantages >= 0:
-        return -min(ratio, 1 + clip_eps) * advantages
-    return -max(ratio, 1 - clip_eps) * advantages
+        return -min(ratio, 1 + high) * advantages
+    return -max(ratio, 1 - low) * advantages
 
 
 def ppo_penalty_loss(log_probs, old_log_probs, advantages, kl, kl_coef):
@@ -49,9 +50,10 @@ def clipped_value_loss(values, old_values, returns, clip_eps):
 
 def ppo_diagnostics(log_probs, old_log_probs, where, clip_eps):
     ratio = math.exp(log_probs) / math.exp(old_log_probs) if where else 1.0
+    low, high = clip_eps if isinstance(clip_eps, tuple) else (clip_eps, clip_eps)
     return {
         "policy/approx_kl": ratio - 1 - math.log(ratio),
-        "policy/clip_fraction": float(ratio > 1 + clip_eps or ratio < 1 - clip_eps),
+        "policy/clip_fraction": float(ratio > 1 + high or ratio < 1 - low),
         "policy/ratio": ratio,
     }
 
