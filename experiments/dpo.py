@@ -36,7 +36,7 @@ from experiments.settings import (
 from rlhf_jax.data.batches import PairBatches, fixed_prompts, once_pairs
 from rlhf_jax.data.templates import stop_tokens
 from rlhf_jax.evaluation.comparison import Interval, bootstrap_interval, paired_outcomes
-from rlhf_jax.evaluation.judges import Judge, judge_pairs, make_judges
+from rlhf_jax.evaluation.judges import Judge, judge_pairs
 from rlhf_jax.evaluation.panels import DPO_PANELS, PPO_PANELS
 from rlhf_jax.evaluation.plots import plot_dpo
 from rlhf_jax.methods import dpo, reward_model
@@ -209,7 +209,7 @@ def main(config: ConfigDict) -> None:
         return
     train, data, sharding = settings.train, settings.data, settings.sharding.make()
     task, devices = settings.task(), sharding.mesh.size
-    judges = make_judges(judge_names(settings.judges, task))
+    judges = stages.load_judges(judge_names(settings.judges, task))
 
     # 1. The SFT policy, frozen and to be trained; with adapters one copy serves as both.
     folder = stages.require(

@@ -18,7 +18,6 @@ from experiments import command, folders, reporting, stages
 from experiments.settings import AnswersConfig, PromptData, Shared, check_label, judge_names
 from rlhf_jax.data.batches import fixed_prompts, packed_batches, prompt_batches
 from rlhf_jax.data.templates import stop_tokens
-from rlhf_jax.evaluation.judges import make_judges
 from rlhf_jax.methods.ppo import PPOConfig
 from rlhf_jax.methods.ppo_max import (
     KLConfig,
@@ -255,7 +254,7 @@ def main(config: ConfigDict) -> None:
     )
 
     # 4. Prompts that no stage has seen, and SFT's responses to compare with.
-    judges = make_judges(judge_names(settings.judges, task))
+    judges = stages.load_judges(judge_names(settings.judges, task))
     eval_sampling = settings.eval.sampling.of(settings.sampling)
     generate = method.generate  # one program serves both where nothing differs
     if eval_sampling != settings.sampling:

@@ -12,12 +12,15 @@ import jax
 import numpy as np
 
 from experiments.settings import Shared
+from rlhf_jax.data.sets import archives
 from rlhf_jax.evaluation import plots, report
+from rlhf_jax.evaluation.agreement import measured_agreement
 from rlhf_jax.evaluation.comparison import Interval, WinRate
 from rlhf_jax.evaluation.judges import Judge
 from rlhf_jax.evaluation.report import Target
 from rlhf_jax.rollouts.respond import Responses, win_rates
 from rlhf_jax.runtime import distributed, metrics
+from rlhf_jax.tasks import Task
 from rlhf_jax.training.record import read_summary
 from rlhf_jax.training.run import Run
 
@@ -61,7 +64,7 @@ def summary_table(
 ) -> dict[str, dict[str, Any]]:
     """Policy -> row -> number."""
     reward, *others = ROWS.items()
-    judged = [(f"judge/{name}", f"judge score ({judge.name})") for name, judge in judges.items()]
+    judged = [(f"judge/{name}", f"judge score ({judge.scale})") for name, judge in judges.items()]
     rows = [reward, *judged, *others]
     return {
         name: {
@@ -182,14 +185,31 @@ def all_win_rates(answers: Mapping[str, Responses]) -> dict[str, WinRate]:
     }
 
 
-def judges_notes(judges: Mapping[str, Judge]) -> tuple[str, ...]:
-    """Notes on what the judges are, and what they do not see."""
+def judges_notes(judges: Mapping[str, Judge], task: Task) -> tuple[str, ...]:
+    """Notes on what the judges are, what they do not see, and how often they agree with people."""
     if not judges:
         return (
             "No independent judge was given: none is known for this task, and none was named in "
             "`config.judges`. The reward model scores what was optimised.",
         )
-    return tuple(f"{judge.name}: {judge.describe}" for judge in judges.values())
+    rated = task.rated_texts("test")
+    lines = []
+    for judge in judges.values():
+        line = judge.describe()
+        if rated is None:
+            line += " How often it agrees with people is not known: nobody rated these texts."
+        else:
+            texts, ratings = rated
+            measured = measured_agreement(
+                judge,
+                f"texts of {task.config.source}",
+                texts,
+                ratings.tolist(),
+                archives.cache_dir() / "judges",
+            )
+            line += f" {measured.line()}."
+        lines.append(line)
+    return tuple(lines)
 
 
 def accuracy_line(accuracy: Mapping[str, Interval], count: int) -> str:
@@ -246,7 +266,7 @@ def write(
         notes=(
             f"{len(policy.prompts)} held-out prompts, sampled at temperature "
             f"{sampling.temperature}; the samples are the first prompts, not chosen.",
-            *judges_notes(judges),
+            *judges_notes(judges, settings.task()),
             *notes,
         ),
         seeds=(settings.seed,),

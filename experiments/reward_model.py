@@ -25,7 +25,7 @@ from rlhf_jax.data.schemas import EncodedPair
 from rlhf_jax.data.streaming import StreamedBatches
 from rlhf_jax.evaluation import plots
 from rlhf_jax.evaluation.comparison import bootstrap_interval, pair_accuracy, paired_outcomes
-from rlhf_jax.evaluation.judges import judge_pairs, make_judges
+from rlhf_jax.evaluation.judges import judge_pairs
 from rlhf_jax.methods import reward_model
 from rlhf_jax.methods.pairwise import PairTrainConfig
 from rlhf_jax.methods.reward_model import COMPARISONS, RewardModelConfig
@@ -133,7 +133,7 @@ def main(config: ConfigDict) -> None:
     if not folders.claim(settings, "reward model"):
         return
     train, sharding, task = settings.train, settings.sharding.make(), settings.task()
-    method, judges = settings.method(), make_judges(judge_names(settings.judges, task))
+    method, judges = settings.method(), stages.load_judges(judge_names(settings.judges, task))
 
     # 1. The SFT model with a new scalar head, and pairs that people have ranked.
     inputs, data = settings.inputs, settings.data

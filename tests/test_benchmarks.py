@@ -31,6 +31,7 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("RLHF_JAX_BENCHMARKS", str(tmp_path_factory.getbasetemp() / "benchmarks"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases.TINY, ids=lambda case: case.name)
 def test_our_side_of_every_case_runs(case):
     work = ours.CASES[case.spec["case"]](case.spec | {"model": str(driver.model_folder("tiny"))})
@@ -42,6 +43,7 @@ def test_the_tiny_cases_are_of_the_kinds_that_are_measured():
     assert {case.spec["case"] for case in cases.TINY} == {c.spec["case"] for c in cases.CASES}
 
 
+@pytest.mark.slow
 def test_the_command_writes_results_and_a_table(tmp_path, capsys):
     argv = ["--cases", "tiny-generate-2", "--only", "ours", "--warmup", "0", "--repeats", "2"]
     peers.main([*argv, "--results", str(tmp_path)])

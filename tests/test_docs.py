@@ -13,7 +13,7 @@ import pytest
 
 from rlhf_jax import losses
 from rlhf_jax.evaluation import statistics
-from rlhf_jax.evaluation.judges import JUDGES
+from rlhf_jax.evaluation.judges import VADER
 from rlhf_jax.methods import ppo_max
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +57,7 @@ def logged_metrics() -> set[str]:
     where, tokens = np.ones((2, 3), bool), np.arange(6).reshape(2, 3)
     found |= set(statistics.response_statistics(tokens, where=where, ended=np.ones(2, bool)))
     found |= set(statistics.kl_statistics(np.zeros((2, 3)), np.zeros((2, 3)), where=where))
-    found |= {f"{name}_first" for name in ppo_max.FIRST} | {f"judge/{name}" for name in JUDGES}
+    found |= {f"{name}_first" for name in ppo_max.FIRST} | {f"judge/{VADER}"}
     # `optim/` is renamed where the critic's metrics join the policy's.
     return found | {"critic/grad_norm"}
 

@@ -77,8 +77,8 @@ class ChatTokenizer:
     def leading_bos(self) -> int | None:
         """The id that starts a text without a template, or None.
 
-        None also where the template writes BOS at every turn: there it marks turns, as <|im_start|>
-        does in SmolLM2-Instruct, and in front of plain text it would announce a role.
+        None also where the template writes BOS at every turn: there it marks turns, as
+        ``<|im_start|>`` does in SmolLM2-Instruct, and before plain text it would announce a role.
         """
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
         marks_turns = has_template and self._profile.marks_turns

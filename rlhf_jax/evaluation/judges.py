@@ -1,17 +1,25 @@
 """Judges: scores of responses by something that no policy was trained against.
 
 A reward model that is optimised stops being a measure (Gao et al. 2022, arXiv 2210.10760). A judge
-stays out of training and shows when the reward keeps rising while the responses get worse.
+stays out of training and shows when the reward keeps rising while the responses get worse. Each can
+be fooled in its own way, so a report shows more than one, and says how often each agrees with
+people (`rlhf_jax.evaluation.agreement`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Sequence
+from importlib import metadata
 from typing import Any, Protocol
 
 import numpy as np
 
 from rlhf_jax.runtime.errors import MissingPackageError
+
+VADER, LANGUAGE_MODEL = "vader", "language_model"
+# What `make_judge` takes, as it is listed to users.
+NAMES = (VADER, LANGUAGE_MODEL, f"{LANGUAGE_MODEL}:FOLDER_OR_HUB_NAME")
 
 
 class Judge(Protocol):
@@ -19,11 +27,23 @@ class Judge(Protocol):
 
     Attributes:
       name: Heads its column in a report.
-      describe: What it is and what it does not see, for a report.
+      scale: What its number is: "VADER, -1 to 1".
     """
 
     name: str
-    describe: str
+
+    @property
+    def scale(self) -> str:
+        """What its number is: "VADER, -1 to 1"."""
+        ...
+
+    def describe(self) -> str:
+        """One line for reports: what it is, and what it cannot see."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Everything that its numbers depend on, as text: versions, digests, settings."""
+        ...
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Scores N texts.
@@ -35,6 +55,51 @@ class Judge(Protocol):
           float64 [N].
         """
         ...
+
+
+def make_judge(name: str, /, *, default_model: str = "", **settings: Any) -> Judge:
+    """Makes a judge from its name, as a config or a command line gives it.
+
+    Args:
+      name: "vader"; "language_model" for `default_model`; or "language_model:" and a folder or a
+        name on the Hugging Face hub.
+      default_model: Folder or hub name of the model for "language_model" alone.
+      **settings: Keywords of the judge's class.
+
+    Raises:
+      ValueError: An unknown name or setting, no model, or a model that is missing: one line.
+      MissingPackageError: the package vaderSentiment is missing.
+    """
+    kind, _, model = name.partition(":")
+    if kind == LANGUAGE_MODEL:
+        # Imported here: the VADER rule needs no model code.
+        from rlhf_jax.evaluation.language_model import LanguageModelJudge
+
+        _check_settings(name, LanguageModelJudge, settings)
+        if not (model or default_model):
+            raise ValueError(f"judge {name!r} names no model: write {NAMES[-1]}")
+        try:
+            return LanguageModelJudge(model or default_model, **settings)
+        except ValueError as error:
+            raise ValueError(f"judge {name!r}: {error}") from error
+    if name == VADER:
+        _check_settings(name, VaderJudge, settings)
+        return VaderJudge(**settings)
+    raise ValueError(f"unknown judge {name!r}; choose one of {', '.join(NAMES)}")
+
+
+def _check_settings(name: str, judge: Any, settings: dict[str, Any]) -> None:
+    """Raises ValueError for keywords that a class does not take."""
+    known = [
+        key
+        for key, parameter in inspect.signature(judge).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    for key in settings:
+        if key not in known:
+            raise ValueError(
+                f"judge {name!r} has no setting {key!r}; it has {', '.join(known) or 'none'}"
+            )
 
 
 class VaderJudge:
@@ -52,7 +117,7 @@ class VaderJudge:
     """
 
     name = "VADER"
-    describe = "a rule for sentiment, from -1 to 1; it does not see grammar, truth or relevance."
+    scale = "VADER, -1 to 1"
 
     def __init__(self) -> None:
         try:
@@ -62,6 +127,17 @@ class VaderJudge:
                 "VaderJudge needs vaderSentiment: pip install vaderSentiment"
             ) from error
         self._analyzer = SentimentIntensityAnalyzer()
+
+    def describe(self) -> str:
+        """One line for reports: what it is, and what it cannot see."""
+        return (
+            "VADER judges sentiment by a rule that adds up rated words. It does not see grammar, "
+            "truth or relevance, and a heap of praising words scores highest."
+        )
+
+    def fingerprint(self) -> str:
+        """Its numbers depend on the lexicon and the rules of the package alone."""
+        return f"vaderSentiment {metadata.version('vaderSentiment')}"
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Scores N texts.
@@ -81,19 +157,21 @@ class VaderJudge:
         return np.array(scores, dtype=np.float64)
 
 
-JUDGES: dict[str, Callable[[], Judge]] = {"vader": VaderJudge}
+def make_judges(names: Sequence[str], *, default_model: str = "") -> dict[str, Judge]:
+    """Judges by the first word of their names, under which their numbers are logged.
 
-
-def make_judges(names: Sequence[str]) -> dict[str, Judge]:
-    """Judges by the names that a config gives them.
+    Args:
+      names: as `make_judge` takes them.
+      default_model: see `make_judge`.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: two judges of one kind; or see `make_judge`.
     """
-    unknown = [name for name in names if name not in JUDGES]
-    if unknown:
-        raise ValueError(f"unknown judge {unknown[0]!r}; there are: {', '.join(JUDGES)}")
-    return {name: JUDGES[name]() for name in names}
+    kinds = [name.partition(":")[0] for name in names]
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"judges={tuple(names)} must be of different kinds")
+    made = [make_judge(name, default_model=default_model) for name in names]
+    return dict(zip(kinds, made, strict=True))
 
 
 def judge_pairs(judge: Judge, pairs: Sequence[Any], tokenizer: Any) -> tuple[np.ndarray, ...]:

@@ -3,8 +3,9 @@
 One index everywhere: r_t is the reward for token t, V_t = V(s_t) the value before it. `where`
 marks the real tokens of each row, which stand together; before and after may be padding of any
 value, NaN included. After the last real token the value is 0, or `bootstrap` if the response was
-cut off. Several separate runs of real tokens in a row are several episodes: all but the last of
-them have ended.
+cut off. Several separate runs of real tokens in a row are several episodes, and so are runs of one
+number in `segments`, which stand back to back: all but the last of a row have ended. (To one that
+was cut off in the middle, add γV to its last reward.)
 
 Everything here is a constant of the losses, so no gradient flows through it.
 """
@@ -13,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
+from rlhf_jax.losses._episodes import joined, sums_from_here, sums_of_k, td, values_ahead
 from rlhf_jax.losses._numbers import select, widen
-from rlhf_jax.losses.masking import last_token_mask
 
 Scalar = float | jax.Array
 
@@ -25,6 +26,7 @@ def rewards_to_go(
     discount: Scalar,
     where: jax.Array,
     bootstrap: jax.Array | None = None,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Discounted sum of the rewards from each token on.
 
@@ -38,6 +40,8 @@ def rewards_to_go(
       discount: γ.
       where: True on real tokens, [..., T] bool.
       bootstrap: value after the last real token of the row, [...] float; None is 0.
+      segments: one number an episode, [..., T] int, where they stand back to back; None if a masked
+        token is between them.
 
     Returns:
       [..., T], unreduced, 0 where masked, constant.
@@ -48,12 +52,13 @@ def rewards_to_go(
     >>> print(rewards_to_go(jnp.array([1.0, 1.0]), discount=0.5, where=jnp.array([True, True])))
     [1.5 1. ]
     """
-    _check(where, bootstrap, rewards=rewards)
+    _check(where, bootstrap, segments, rewards=rewards)
     check.scalars(discount=discount)
     dtype, rewards = rewards.dtype, widen(select(where, rewards))
-    ahead = _values_ahead(jnp.zeros_like(rewards), where, bootstrap)
+    on = joined(where, segments)
+    ahead = values_ahead(jnp.zeros_like(rewards), where, on, bootstrap)
     first = select(where, rewards + discount * ahead)
-    return _constant(_discounted_sums(first, discount, where), dtype)
+    return _constant(sums_from_here(first, discount, on), dtype)
 
 
 def total_return(
@@ -84,12 +89,12 @@ def total_return(
     >>> print(total_return(jnp.array([1.0, 1.0]), discount=0.5, where=jnp.array([True, True])))
     1.5
     """
-    _check(where, bootstrap, rewards=rewards)
+    _check(where, bootstrap, None, rewards=rewards)
     check.scalars(discount=discount)
     dtype, rewards = rewards.dtype, widen(select(where, rewards))
     position = jnp.maximum(jnp.cumsum(where, axis=-1, dtype=jnp.int32) - 1, 0)
     weights = jax.lax.pow(jnp.full(where.shape, discount, rewards.dtype), position)
-    ahead = _values_ahead(jnp.zeros_like(rewards), where, bootstrap)
+    ahead = values_ahead(jnp.zeros_like(rewards), where, joined(where, None), bootstrap)
     received = select(where, rewards + discount * ahead)
     return _constant(jnp.sum(received * weights, axis=-1), dtype)
 
@@ -101,6 +106,7 @@ def td_errors(
     discount: Scalar,
     where: jax.Array,
     bootstrap: jax.Array | None = None,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """One-step temporal-difference errors.
 
@@ -114,6 +120,8 @@ def td_errors(
       discount: γ.
       where: True on real tokens, [..., T] bool.
       bootstrap: value after the last real token of the row, [...] float; None is 0.
+      segments: one number an episode, [..., T] int, where they stand back to back; None if a masked
+        token is between them.
 
     Returns:
       [..., T], unreduced, 0 where masked, constant.
@@ -125,9 +133,9 @@ def td_errors(
     >>> print(td_errors(rewards, values, discount=1.0, where=where))
     [0.  0.5]
     """
-    _check(where, bootstrap, rewards=rewards, values=values)
+    _check(where, bootstrap, segments, rewards=rewards, values=values)
     check.scalars(discount=discount)
-    deltas = _deltas(rewards, values, discount, where, bootstrap)
+    deltas = td(rewards, values, discount, where, joined(where, segments), bootstrap)
     return _constant(deltas, jnp.result_type(rewards, values))
 
 
@@ -139,6 +147,7 @@ def k_step_advantages(
     k: int,
     where: jax.Array,
     bootstrap: jax.Array | None = None,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Advantage from k real rewards and the value after them.
 
@@ -154,6 +163,8 @@ def k_step_advantages(
       k: number of steps, at least 1, static under `jit`; a response that ends earlier ends the sum.
       where: True on real tokens, [..., T] bool.
       bootstrap: value after the last real token of the row, [...] float; None is 0.
+      segments: one number an episode, [..., T] int, where they stand back to back; None if a masked
+        token is between them.
 
     Returns:
       [..., T], unreduced, 0 where masked, constant.
@@ -166,12 +177,13 @@ def k_step_advantages(
     >>> print(k_step_advantages(rewards, values, discount=1.0, k=2, where=where))
     [0.5 0.5]
     """
-    _check(where, bootstrap, rewards=rewards, values=values)
+    _check(where, bootstrap, segments, rewards=rewards, values=values)
     check.scalars(discount=discount)
     check.integer(k=k)
     check.require(k >= 1, f"k={k} must be at least 1")
-    deltas = _deltas(rewards, values, discount, where, bootstrap)
-    return _constant(_k_steps(deltas, discount, k, where), jnp.result_type(rewards, values))
+    on = joined(where, segments)
+    deltas = td(rewards, values, discount, where, on, bootstrap)
+    return _constant(sums_of_k(deltas, discount, on, k), jnp.result_type(rewards, values))
 
 
 def k_step_returns(
@@ -182,6 +194,7 @@ def k_step_returns(
     k: int,
     where: jax.Array,
     bootstrap: jax.Array | None = None,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Return from k real rewards and the value after them (TD-k).
 
@@ -196,6 +209,8 @@ def k_step_returns(
       k: number of steps, at least 1, static under `jit`; a response that ends earlier ends the sum.
       where: True on real tokens, [..., T] bool.
       bootstrap: value after the last real token of the row, [...] float; None is 0.
+      segments: one number an episode, [..., T] int, where they stand back to back; None if a masked
+        token is between them.
 
     Returns:
       [..., T], unreduced, 0 where masked, constant.
@@ -208,12 +223,13 @@ def k_step_returns(
     >>> print(k_step_returns(rewards, values, discount=1.0, k=1, where=where))
     [0.5 1. ]
     """
-    _check(where, bootstrap, rewards=rewards, values=values)
+    _check(where, bootstrap, segments, rewards=rewards, values=values)
     check.scalars(discount=discount)
     check.integer(k=k)
     check.require(k >= 1, f"k={k} must be at least 1")
-    deltas = _deltas(rewards, values, discount, where, bootstrap)
-    returns = _k_steps(deltas, discount, k, where) + widen(select(where, values))
+    on = joined(where, segments)
+    deltas = td(rewards, values, discount, where, on, bootstrap)
+    returns = sums_of_k(deltas, discount, on, k) + widen(select(where, values))
     return _constant(returns, jnp.result_type(rewards, values))
 
 
@@ -225,6 +241,7 @@ def gae(
     lambda_: Scalar,
     where: jax.Array,
     bootstrap: jax.Array | None = None,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Generalised advantage estimation: the λ-weighted mix of all k-step advantages.
 
@@ -244,6 +261,8 @@ def gae(
       where: True on real tokens, [..., T] bool.
       bootstrap: value after the last real token of the row, [...] float, for responses that were
         cut off; None is 0.
+      segments: one number an episode, [..., T] int, where they stand back to back; None if a masked
+        token is between them.
 
     Returns:
       [..., T], unreduced, 0 where masked, constant.
@@ -255,16 +274,20 @@ def gae(
     >>> print(gae(rewards, values, discount=1.0, lambda_=0.5, where=where))
     [0.25 0.5 ]
     """
-    _check(where, bootstrap, rewards=rewards, values=values)
+    _check(where, bootstrap, segments, rewards=rewards, values=values)
     check.scalars(discount=discount, lambda_=lambda_)
-    deltas = _deltas(rewards, values, discount, where, bootstrap)
-    sums = _discounted_sums(deltas, discount * lambda_, where)
+    on = joined(where, segments)
+    deltas = td(rewards, values, discount, where, on, bootstrap)
+    sums = sums_from_here(deltas, discount * lambda_, on)
     return _constant(sums, jnp.result_type(rewards, values))
 
 
-def _check(where: jax.Array, bootstrap: jax.Array | None, **rows: jax.Array) -> None:
-    """Numbers and mask of one shape; one bootstrap a row, or none."""
-    check.same_shape(check.floats(**rows), check.masks(where=where))
+def _check(
+    where: jax.Array, bootstrap: jax.Array | None, segments: jax.Array | None, **rows: jax.Array
+) -> None:
+    """Numbers, mask and segments of one shape; one bootstrap a row, or none."""
+    ids = {} if segments is None else check.integers(segments=segments)
+    check.same_shape(check.floats(**rows), check.masks(where=where), ids)
     if bootstrap is not None:
         check.fits("where", where.shape[:-1], check.floats(bootstrap=bootstrap))
 
@@ -272,52 +295,3 @@ def _check(where: jax.Array, bootstrap: jax.Array | None, **rows: jax.Array) -> 
 def _constant(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Sums are in float32 at least until here."""
     return jax.lax.stop_gradient(x.astype(dtype))
-
-
-def _deltas(
-    rewards: jax.Array,
-    values: jax.Array,
-    discount: Scalar,
-    where: jax.Array,
-    bootstrap: jax.Array | None,
-) -> jax.Array:
-    """δ_t, in float32 at least, 0 where masked."""
-    rewards, values = widen(select(where, rewards)), widen(select(where, values))
-    ahead = _values_ahead(values, where, bootstrap)
-    return select(where, rewards + discount * ahead - values)
-
-
-def _k_steps(deltas: jax.Array, discount: Scalar, k: int, where: jax.Array) -> jax.Array:
-    """Σ_{l<k} γ^l δ_{t+l}."""
-
-    def one_step_more(_: int, sums: jax.Array) -> jax.Array:
-        return deltas + discount * select(where, _shift_left(sums))
-
-    return jax.lax.fori_loop(1, min(int(k), deltas.shape[-1]), one_step_more, deltas)
-
-
-def _shift_left(x: jax.Array) -> jax.Array:
-    """x_{t+1} at t; zero (False) at the end."""
-    return jnp.concatenate([x[..., 1:], jnp.zeros_like(x[..., :1])], axis=-1)
-
-
-def _values_ahead(values: jax.Array, where: jax.Array, bootstrap: jax.Array | None) -> jax.Array:
-    """V_{t+1}; 0 where the next token is not real, or the bootstrap after the last one."""
-    ahead = select(_shift_left(where), _shift_left(values))
-    if bootstrap is None:
-        return ahead
-    bootstrap = select(jnp.any(where, axis=-1), bootstrap).astype(values.dtype)
-    return jnp.where(last_token_mask(where), bootstrap[..., None], ahead)
-
-
-def _discounted_sums(x: jax.Array, decay: Scalar, where: jax.Array) -> jax.Array:
-    """y_t = x_t + decay · y_{t+1} on real tokens, 0 elsewhere, in one pass from the end."""
-
-    def step(carry: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x_t, real = now
-        carry = jnp.where(real, x_t + decay * carry, 0).astype(x.dtype)
-        return carry, carry
-
-    time_major = (jnp.moveaxis(x, -1, 0), jnp.moveaxis(where, -1, 0))
-    _, sums = jax.lax.scan(step, jnp.zeros_like(x[..., 0]), time_major, reverse=True)
-    return jnp.moveaxis(sums, 0, -1)

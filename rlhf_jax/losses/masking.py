@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
+from rlhf_jax.losses._episodes import joined, last_of_row
 from rlhf_jax.losses._numbers import select, widen
 
 Axis = int | Sequence[int] | None
@@ -147,16 +148,18 @@ def masked_whiten(
     return select(where, white if shift_mean else white + mean).astype(x.dtype)
 
 
-def last_token_mask(where: jax.Array) -> jax.Array:
+def last_token_mask(where: jax.Array, *, segments: jax.Array | None = None) -> jax.Array:
     """Marks the last real token of each row: where a sequence-level score is paid.
 
         m_t = 1[t = max{s : where_s}]
 
     Args:
       where: True on real tokens, [..., T] bool.
+      segments: one number an episode, [..., T] int, where several share a row: the last token of
+        each is marked; None for one a row.
 
     Returns:
-      [..., T] bool with one True a row; none if the row is empty.
+      [..., T] bool with one True a row, or an episode; none if the row is empty.
 
     Raises:
       AssertionError: `where` is not bool.
@@ -165,8 +168,10 @@ def last_token_mask(where: jax.Array) -> jax.Array:
     [False  True False]
     """
     check.masks(where=where)
-    real_from_here = jnp.flip(jnp.cumsum(jnp.flip(where, -1), -1, dtype=jnp.int32), -1)
-    return where & (real_from_here == 1)
+    if segments is not None:
+        check.same_shape({"where": where}, check.integers(segments=segments))
+        return where & ~joined(where, segments)
+    return last_of_row(where)
 
 
 def _sum_and_count(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
+from rlhf_jax.losses._episodes import joined, sums_up_to_here
 from rlhf_jax.losses._numbers import select, widen
 from rlhf_jax.losses.masking import (
     last_token_mask,
@@ -95,7 +96,13 @@ def sequence_kl_reward(
     return jax.lax.stop_gradient(total.astype(jnp.result_type(log_probs, scores)))
 
 
-def rolling_discounted_sum(rewards: jax.Array, *, discount: Scalar, where: jax.Array) -> jax.Array:
+def rolling_discounted_sum(
+    rewards: jax.Array,
+    *,
+    discount: Scalar,
+    where: jax.Array,
+    segments: jax.Array | None = None,
+) -> jax.Array:
     """Discounted sum of the rewards up to each token: what classic reward scaling measures.
 
         S_t = γ S_{t−1} + r_t
@@ -111,6 +118,8 @@ def rolling_discounted_sum(rewards: jax.Array, *, discount: Scalar, where: jax.A
       rewards: r, [..., T] float.
       discount: γ.
       where: True on real tokens, [..., T] bool.
+      segments: one number an episode, [..., T] int, where they stand back to back; None if a masked
+        token is between them.
 
     Returns:
       [..., T], unreduced, 0 where masked, constant.
@@ -122,18 +131,11 @@ def rolling_discounted_sum(rewards: jax.Array, *, discount: Scalar, where: jax.A
     >>> print(rolling_discounted_sum(rewards, discount=0.5, where=where))
     [1.   0.5  1.25]
     """
-    check.same_shape(check.floats(rewards=rewards), check.masks(where=where))
+    ids = {} if segments is None else check.integers(segments=segments)
+    check.same_shape(check.floats(rewards=rewards), check.masks(where=where), ids)
     check.scalars(discount=discount)
-    dtype, rewards = rewards.dtype, widen(select(where, rewards))
-
-    def step(carry: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        reward, real = now
-        carry = jnp.where(real, reward + discount * carry, 0).astype(rewards.dtype)
-        return carry, carry
-
-    time_major = (jnp.moveaxis(rewards, -1, 0), jnp.moveaxis(where, -1, 0))
-    _, sums = jax.lax.scan(step, jnp.zeros_like(rewards[..., 0]), time_major)
-    return jax.lax.stop_gradient(jnp.moveaxis(sums, 0, -1).astype(dtype))
+    sums = sums_up_to_here(widen(select(where, rewards)), discount, joined(where, segments))
+    return jax.lax.stop_gradient(sums.astype(rewards.dtype))
 
 
 def scale_rewards(rewards: jax.Array, moments: RunningMoments) -> jax.Array:

@@ -105,7 +105,8 @@ def loss_fn(
     metrics = pair_metrics(log_probs, batch["ref_log_probs"], batch["pair_weights"], config=config)
     if not config.sft_coef:
         return metrics["loss/dpo"], metrics
-    return metrics["loss/dpo"] - config.sft_coef * metrics["dpo/chosen_log_prob"], metrics
+    imitation = -weighted_sum(log_probs[:, 0], batch["pair_weights"])
+    return metrics["loss/dpo"] + config.sft_coef * imitation, metrics
 
 
 def pair_metrics(
@@ -120,17 +121,9 @@ def pair_metrics(
       config: the loss.
     """
     four = (*log_probs.T, *ref_log_probs.T)
-    rewards = losses.implicit_rewards(log_probs, ref_log_probs, beta=config.beta)
-    chosen, rejected = rewards.T
     numbers = {
         "loss/dpo": config.loss(*four),
-        "dpo/accuracy": losses.preference_accuracy(chosen, rejected),
-        "dpo/margin": chosen - rejected,
-        "dpo/chosen_log_prob": log_probs[:, 0],
-        "dpo/rejected_log_prob": log_probs[:, 1],
-        "dpo/chosen_reward": chosen,
-        "dpo/rejected_reward": rejected,
-        "dpo/gradient_coefficient": losses.dpo_gradient_coefficient(*four, beta=config.beta),
+        **losses.dpo_diagnostics(*four, beta=config.beta),
     }
     return {name: weighted_sum(number, weights) for name, number in numbers.items()}
 

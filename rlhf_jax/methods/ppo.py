@@ -95,13 +95,12 @@ def prepare(batch: tuple[Experience, Any], *, config: PPOConfig) -> PPOBatch:
     """Makes the loss weights; normalises and clips advantages over the whole minibatch."""
     experience, ptx = batch
     where = experience.rollout.response_mask
-    if config.normalize_advantages or config.advantage_clip:
-        adjusted = experience.advantages
-        if config.normalize_advantages:
-            adjusted = losses.masked_whiten(adjusted, where=where)
-        if config.advantage_clip:
-            adjusted = jnp.clip(adjusted, -config.advantage_clip, config.advantage_clip)
-        experience = experience.replace(advantages=jnp.where(where, adjusted, 0.0))
+    advantages, clip = experience.advantages, config.advantage_clip
+    if config.normalize_advantages:
+        advantages = losses.normalize_advantages(advantages, where=where, clip=clip or None)
+    elif clip:
+        advantages = jnp.clip(advantages, -clip, clip)
+    experience = experience.replace(advantages=advantages)
     weights = reduction_weights(config.reduction, where)
     if ptx is None:
         return PPOBatch(experience, weights)
@@ -157,18 +156,20 @@ def policy_loss(
         loss -= weighted_sum(bonus, batch.weights)
     if batch.ptx is not None:
         ptx_log_probs, _ = log_probs_of(model, ptx_hidden[0][:, :-1], batch.ptx["tokens"][:, 1:])
-        metrics["loss/ptx"] = -weighted_sum(ptx_log_probs, batch.ptx_weights)
+        nll = losses.language_model_loss(
+            ptx_log_probs, where=batch.ptx["loss_mask"][:, 1:], per_token=True
+        )
+        metrics["loss/ptx"] = weighted_sum(nll, batch.ptx_weights)
         loss += config.ptx_coef * metrics["loss/ptx"]
 
-    ratio = jnp.exp(log_probs - old)
-    clipped = jnp.abs(ratio - 1) > config.clip_eps
+    # The KL is from the policy that sampled, whatever the ratio is against.
+    moved = losses.ppo_diagnostics(log_probs, rollout.log_probs, clip_eps=config.clip_eps)
+    of_ratio = losses.ppo_diagnostics(log_probs, old, clip_eps=config.clip_eps)
     metrics |= {
-        "policy/approx_kl": weighted_sum(
-            losses.kl_estimate(rollout.log_probs, log_probs, estimator="k3"), batch.weights
-        ),
-        "policy/clip_fraction": weighted_sum(clipped.astype(jnp.float32), batch.weights),
-        "policy/ratio_max": jnp.max(jnp.where(where, ratio, 0.0)),
-        "policy/ratio_min": jnp.min(jnp.where(where, ratio, jnp.inf)),
+        "policy/approx_kl": weighted_sum(moved["policy/approx_kl"], batch.weights),
+        "policy/clip_fraction": weighted_sum(of_ratio["policy/clip_fraction"], batch.weights),
+        "policy/ratio_max": jnp.max(of_ratio["policy/ratio"], where=where, initial=0.0),
+        "policy/ratio_min": jnp.min(of_ratio["policy/ratio"], where=where, initial=jnp.inf),
         "policy/log_prob": weighted_sum(log_probs, batch.weights),
     }
     return loss, metrics
@@ -179,10 +180,7 @@ def _objective(log_probs, old_log_probs, advantages, penalty_coef, config: PPOCo
     if config.objective == "clip":
         return losses.ppo_clip_loss(log_probs, old_log_probs, advantages, clip_eps=config.clip_eps)
     if config.objective == "penalty":
-        # KL(π_old || π) on samples of π_old: k3, whose gradient is that of the exact KL in
-        # expectation. Not `kl_estimate`, which treats its second policy as constant.
-        log_ratio = log_probs - jax.lax.stop_gradient(old_log_probs)
-        kl = jnp.expm1(log_ratio) - log_ratio
+        kl = losses.old_policy_kl(log_probs, old_log_probs)
         return losses.ppo_penalty_loss(
             log_probs, old_log_probs, advantages, kl, kl_coef=penalty_coef
         )
@@ -205,15 +203,11 @@ def critic_loss(
     else:
         per_token = losses.value_loss(values, experience.returns)
     loss = weighted_sum(per_token, batch.weights)
-    moved = jnp.abs(values - old_values)
-    metrics = {
-        "loss/value": loss,
-        "critic/value": weighted_sum(values, batch.weights),
-        "critic/clip_fraction": weighted_sum(
-            (moved > (config.value_clip_eps or jnp.inf)).astype(jnp.float32), batch.weights
-        ),
-    }
-    return loss, metrics
+    diagnostics = losses.value_diagnostics(
+        values, old_values, clip_eps=config.value_clip_eps or float("inf")
+    )
+    metrics = {name: weighted_sum(value, batch.weights) for name, value in diagnostics.items()}
+    return loss, {"loss/value": loss, **metrics}
 
 
 def experience_metrics(experience: Experience) -> dict[str, jax.Array]:

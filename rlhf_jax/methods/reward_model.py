@@ -16,7 +16,12 @@ import numpy as np
 import optax
 
 from rlhf_jax.evaluation.comparison import pair_accuracy
-from rlhf_jax.losses import bradley_terry_loss, masked_mean, preference_accuracy
+from rlhf_jax.losses import (
+    bradley_terry_loss,
+    language_model_loss,
+    masked_mean,
+    preference_accuracy,
+)
 from rlhf_jax.methods.pairwise import PairTrainConfig, pair_weights
 from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
 from rlhf_jax.models.heads import ScalarModel, hidden_at, last_real_index, log_probs_of
@@ -112,7 +117,9 @@ def loss_fn(
         return ranking, metrics
     chosen_hidden = hidden.reshape(pairs, 2, width, -1)[:, 0, :-1]
     log_probs, _ = log_probs_of(model.trunk, chosen_hidden, batch["tokens"][:, 0, 1:])
-    metrics["loss/lm"] = -weighted_sum(log_probs, batch["lm_weights"])
+    trained = batch["loss_mask"][:, 0, 1:] & batch["valid"][:, None]
+    nll = language_model_loss(log_probs, where=trained, per_token=True)
+    metrics["loss/lm"] = weighted_sum(nll, batch["lm_weights"])
     return ranking + config.lm_coef * metrics["loss/lm"], metrics
 
 

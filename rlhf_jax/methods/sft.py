@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
+from rlhf_jax.losses import language_model_loss
 from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
 from rlhf_jax.models.heads import next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
@@ -80,7 +80,8 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array]) -> tuple[jax.Array,
       batch: tokens and segments `[B, T]`, and the weights of `prepare`.
     """
     log_probs, _ = next_token_log_probs(model, batch["tokens"], batch["segments"])
-    loss = -weighted_sum(log_probs, batch["weights"])
+    nll = language_model_loss(log_probs, where=batch["loss_mask"][:, 1:], per_token=True)
+    loss = weighted_sum(nll, batch["weights"])
     return loss, {"loss/lm": loss}
 
 
@@ -114,7 +115,7 @@ def negative_log_likelihood(
     """Summed over trained tokens, in nats, and their number."""
     log_probs, _ = next_token_log_probs(model, batch["tokens"], batch["segments"])
     where = batch["loss_mask"][:, 1:]
-    return -jnp.sum(jnp.where(where, log_probs, 0.0)), where.sum()
+    return language_model_loss(log_probs, where=where).sum(), where.sum()
 
 
 def evaluate(model: Transformer, batches: Sequence[dict], sharding: Sharding) -> float:

@@ -41,14 +41,23 @@ def positions_in_segment(segments_BT: jax.Array) -> jax.Array:
     return index - jax.lax.cummax(starts, axis=segments_BT.ndim - 1)
 
 
-def segment_mask(segments_BT: jax.Array) -> jax.Array:
+def segment_mask(segments_BT: jax.Array, prefix_mask_1S: jax.Array | None = None) -> jax.Array:
     """Boolean `[B, 1, T, T]`: query t may see key s when s <= t and both are in one segment.
 
     Padding (segment 0) sees padding, so no row of the softmax is empty and none gives NaN.
+    With the mask of a shared prefix it is `[B, 1, T, S + T]`: every query sees the whole prefix.
     """
     causal = jnp.tril(jnp.ones((1, *(segments_BT.shape[-1],) * 2), bool))
     same = segments_BT[:, :, None] == segments_BT[:, None, :]
-    return (causal & same)[:, None]
+    mask = (causal & same)[:, None]
+    return mask if prefix_mask_1S is None else behind(prefix_mask_1S[:, None, None], mask, axis=-1)
+
+
+def behind(shared: jax.Array, x: jax.Array, axis: int = 1) -> jax.Array:
+    """Puts what all rows share, `[1, ...]`, before each row of `x [B, ...]` along an axis."""
+    shape = list(x.shape)
+    shape[axis] = shared.shape[axis]
+    return jnp.concatenate([jnp.broadcast_to(shared, shape), x], axis=axis)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:

@@ -9,31 +9,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from rlhf_jax.models import layers
+from rlhf_jax.models.cache import KVCache, Prefix
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.placement import all_but_gathered, by_rows, gathered, is_bound
 
 Rope = tuple[jax.Array, jax.Array]
-
-
-@flax.struct.dataclass
-class KVCache:
-    """Keys and values of the positions seen so far.
-
-    Attributes:
-      keys: L arrays `[B, K, S, H]`, one per layer: a decode step updates each in place.
-      values: L arrays `[B, K, S, H]`.
-      mask: `[B, S]` bool, True where a real token is stored.
-    """
-
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-    mask: jax.Array
 
 
 class LayerWeights(nnx.Module):
@@ -137,39 +122,70 @@ class Transformer(nnx.Module):
     def _lm_head(self) -> jax.Array:
         return gathered(self.lm_head[...], "lm_head")
 
-    def _forward(self, *batches: tuple[jax.Array, jax.Array]):
+    def _forward(self, *batches: tuple[jax.Array, jax.Array], prefix: Prefix | None = None):
         """Hidden states of each batch, and keys and values `[L, B, T, K, H]` of each."""
         config = self.config
-        tables = [
-            (
-                *layers.rope_tables(layers.positions_in_segment(segments_BT), config),
-                layers.segment_mask(segments_BT),
-            )
-            for _, segments_BT in batches
-        ]
+        mask_1S = None if prefix is None else prefix.mask
+        shared = None if prefix is None else (prefix.keys, prefix.values)
 
-        def layer(x_BTD, w, cos, sin, mask):
+        def table(segments_BT):
+            positions_BT = layers.positions_in_segment(segments_BT)
+            if mask_1S is not None:
+                positions_BT += mask_1S.sum()
+            cos, sin = layers.rope_tables(positions_BT, config)
+            return cos, sin, layers.segment_mask(segments_BT, mask_1S)
+
+        tables = [table(segments_BT) for _, segments_BT in batches]
+
+        def layer(x_BTD, w, shared, cos, sin, mask):
             h = layers.rms_norm(x_BTD, w.attention_norm[...], config.norm_eps)
             q, k, v = layers.project_qkv(h, w, cos, sin, config)
+            seen = (k, v) if shared is None else map(layers.behind, shared, (k, v))
             attended = jax.nn.dot_product_attention(  # type: ignore[call-overload]
-                q, k, v, mask=mask, implementation=config.attention
+                q, *seen, mask=mask, implementation=config.attention
             )
             x_BTD = x_BTD + layers.dense(attended.reshape(*x_BTD.shape[:2], -1), w.o[...])
             h = layers.rms_norm(x_BTD, w.mlp_norm[...], config.norm_eps)
             return x_BTD + layers.mlp(h, w), (k, v)
 
-        def all_batches(states, w):
-            w = gathered(w)
+        def all_batches(states, of_layer):
+            w, shared = gathered(of_layer[0]), of_layer[1]
             results = [
-                layer(by_rows(x_BTD), w, *table)
+                layer(by_rows(x_BTD), w, shared, *table)
                 for x_BTD, table in zip(states, tables, strict=True)
             ]
             return tuple(zip(*results, strict=True))
 
         states = tuple(self._embedding()[tokens_BT] for tokens_BT, _ in batches)
-        states, kv = jax.lax.scan(remat(all_batches, config.remat), states, self.layers)
+        scanned = (self.layers, shared)
+        states, kv = jax.lax.scan(remat(all_batches, config.remat), states, scanned)
         final = self.final_norm[...]
         return tuple(layers.rms_norm(x, final, config.norm_eps) for x in states), kv
+
+    def prefix(self, tokens: jax.Array, mask: jax.Array) -> Prefix:
+        """Runs the beginning that many sequences share, once.
+
+        Args:
+          tokens: `[1, S]` int32, padded on either side, to one of few lengths.
+          mask: `[1, S]` bool; a prefix without any token is allowed.
+        """
+        _, ((keys, values),) = self._forward((tokens, mask.astype(jnp.int32)))
+        return Prefix(keys, values, mask)
+
+    def after(self, prefix: Prefix, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+        """Hidden states of sequences that go on from one prefix, which is not run again.
+
+        The numbers of a call on prefix and sequence together, up to rounding.
+
+        Args:
+          prefix: From `prefix`.
+          tokens: `[B, T]` int32.
+          segments: `[B, T]` int32 as for a call; every document of a row goes on from the prefix.
+
+        Returns:
+          `[B, T, D]`, without the columns of the prefix.
+        """
+        return self._forward((tokens, segments), prefix=prefix)[0][0]
 
     def prefill(
         self, tokens: jax.Array, mask: jax.Array, *, cache_length: int

@@ -107,11 +107,16 @@ class Task(abc.ABC):
         """
 
     def fingerprint(self, split: str) -> list[Any] | None:
-        """Returns what decides the rows, for the store of encoded rows; None keeps none."""
+        """Returns what decides the rows of a split, as values that JSON can hold.
+
+        Paths, sizes and times of files; settings that rows depend on. Kind, number of rows and the
+        code of the task are known without it. Encoded rows are kept in a store under these; None
+        keeps none.
+        """
         return None
 
     def open_stream(self) -> Sequence[Iterable[Row]]:
-        """Opens the training rows as they stand in each of the files."""
+        """Opens the training rows, of each file as it has them."""
         raise NotImplementedError(f"{type(self).__name__} cannot be streamed")
 
     def convert_stream(self, kind: Kind, rows: Iterable[Row], drops: DropCounts) -> Iterable[Row]:
@@ -164,8 +169,8 @@ class Task(abc.ABC):
           ValueError: Nobody rated them.
         """
         raise ValueError(
-            f"loss.comparisons='batch' needs ratings: data.source={self.config.source!r} must be "
-            "'reviews' with a data.instruction; or set loss.comparisons='pairs'"
+            f"loss.comparisons='batch' needs ratings: data.source={self.config.source!r} has none "
+            "of pairs, 'reviews' with a data.instruction has; or set loss.comparisons='pairs'"
         )
 
     def rated_texts(self, split: str) -> tuple[list[str], np.ndarray] | None:

@@ -37,6 +37,7 @@ def test_digits_are_split(plain):
     assert parts[:2] == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_training_is_deterministic_across_processes():
     code = (
         "import hashlib; from rlhf_jax.data.tokenizer import train_bpe\n"

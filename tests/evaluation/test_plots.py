@@ -252,6 +252,7 @@ def test_accuracy_curves_and_the_coin():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["train", "eval"]
 
 
+@pytest.mark.slow
 def test_files_are_pngs(tmp_path):
     _write(tmp_path / "ppo", 8, _names(PPO_PANELS))
     _write(tmp_path / "other", 4, ["reward/mean"])

@@ -18,6 +18,14 @@ class Chain(NamedTuple):
     reward_data: dict
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
+def pytest_collection_modifyitems(items):
+    """Whatever needs trained models is slow."""
+    for item in items:
+        if "chain" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory) -> Chain:
     """Runs the tiny SFT and reward-model stages once."""

@@ -38,6 +38,7 @@ def run(tmp_path, *arguments, **settings) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_in_a_new_process_with_the_same_numbers(tmp_path):
     config = "configs/sft.py:tiny,train.steps=60,eval.every=20"
     flags = lambda name: ("--config", config, f"--config.workdir={tmp_path / name}")  # noqa: E731

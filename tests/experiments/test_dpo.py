@@ -290,6 +290,7 @@ def test_no_variant_is_left_out():
     assert set(configs.VARIANTS) == tested
 
 
+@pytest.mark.slow
 def test_a_step_follows_the_gradient_of_the_paper():
     """∇L = -β σ(-u) (∇log π(y⁺) - ∇log π(y⁻)), mean over pairs (Rafailov et al. 2023, §4)."""
     batch, model, rate = fixed_batch(), models.language_model(), 0.1
@@ -340,6 +341,7 @@ def test_golden_first_step():
     np.testing.assert_allclose(after, 0.640672, rtol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [2, 4])
 def test_microbatches_add_up(microbatches):
     batch = fixed_batch()
@@ -349,6 +351,7 @@ def test_microbatches_add_up(microbatches):
     models.close(split_metrics, metrics, 1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_numbers_of_one():
     batch = fixed_batch()
     model, metrics = step_once(batch)

@@ -97,6 +97,7 @@ def steps(tmp_path_factory):
     return first_steps(tmp_path_factory.mktemp("golden"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_first_step_is_the_golden_one(steps, stage):
     golden = json.loads(GOLDEN.read_text())

@@ -68,6 +68,7 @@ def test_what_is_refused_is_named(case):
             assert re.search(word, message) and "shape" in message
 
 
+@pytest.mark.slow
 @cases()
 def test_a_hyper_parameter_is_one_number(case):
     arrays = as_jax(draw(case, 1))

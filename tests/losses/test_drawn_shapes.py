@@ -71,6 +71,7 @@ def inputs(draw, case):
     return len(lead), arrays
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_agrees_with_the_oracle_whatever_the_shape_and_the_mask(case):
     @few

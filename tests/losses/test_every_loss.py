@@ -62,6 +62,7 @@ def test_agrees_with_the_oracle(case):
         np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 @cases()
 def test_compiled_equals_eager_and_vmap_equals_batch(case):
     arrays = as_jax(draw(case, 2))
@@ -120,6 +121,7 @@ def test_values_under_the_mask_change_nothing(case, filler):
             assert not np.any(gradient[~case.cover(name, clean)]), name
 
 
+@pytest.mark.slow
 @cases()
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_stays_finite(case, dtype):

@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 
@@ -121,6 +122,7 @@ def test_a_ranking_loss_does_not_see_the_order_in_which_candidates_are_listed(re
     np.testing.assert_allclose(found, pairwise(rewards, ranks, where=there), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @few
 @given(hnp.arrays(np.float32, 4, elements=numbers), hnp.arrays(bool, 4))
 def test_plackett_luce_of_those_who_are_there(rewards, where):
@@ -150,6 +152,7 @@ def test_last_token_is_the_last_real_one(drawn):
     np.testing.assert_array_equal(found, tokens.last_token_mask(where))
 
 
+@pytest.mark.slow
 def test_absent_candidates_change_nothing():
     rng = np.random.default_rng(2)
     log_probs = -rng.uniform(0.1, 2, (4, 3))
@@ -166,6 +169,7 @@ def test_absent_candidates_change_nothing():
         np.testing.assert_allclose(all_four, first_two, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_hidden_tokens_of_hindsight():
     where = jnp.asarray(np.arange(400)[None] >= np.array([[0], [100]]))
     visible = losses.hindsight_visible(jax.random.key(0), where, max_rate=0.5)

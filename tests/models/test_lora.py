@@ -103,6 +103,7 @@ def pair_of(pair: lora.Pair):
     return pair.a, pair.b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["sampling_model", "model"])
 def test_sampler_and_trainer_agree_on_every_token(how):
     """Decoded with the merged copy or with the adapters; trained with the adapters."""
@@ -135,6 +136,7 @@ def test_bfloat16_decodes_beside_the_matrices():
 # Gradients.
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_whole_matrix_projected():
     """With G the gradient in W + s A B: dA = s G Bᵀ and dB = s Aᵀ G, for every target."""
     tuning = make()
@@ -167,6 +169,7 @@ def flops(step, *arguments) -> float:
     return step.lower(*arguments).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 def test_a_step_costs_clearly_less_than_that_of_every_weight():
     """No gradient to a frozen weight: of three products with each matrix two are left.
 
@@ -212,6 +215,7 @@ def on_one_device():
     return step_on(Sharding(make_mesh(1), "zero0"))
 
 
+@pytest.mark.slow
 def test_training_moves_the_adapters_and_nothing_else():
     trunk, state, losses = on_one_device()
     assert losses[-1] < losses[0] - 0.1
@@ -224,12 +228,14 @@ def test_training_moves_the_adapters_and_nothing_else():
     assert state.master is None
 
 
+@pytest.mark.slow
 def test_microbatches_add_up():
     tiny.close(
         step_on(Sharding(make_mesh(1), "zero0"), microbatches=4)[1].model, on_one_device()[1].model
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["zero0", "zero2", "zero3", "tensor"])
 def test_every_mode_gives_the_numbers_of_one_device(mode):
     tensor = 2 if mode == "tensor" else 1
@@ -266,6 +272,7 @@ def test_detach_undoes_attach():
     assert lora.detach(tuning.trunk) is None
 
 
+@pytest.mark.slow
 def test_scalar_heads_train_beside_the_adapters():
     model = tiny.scalar_model()
     tuning = lora.make_tuning(model, CONFIG, jax.random.key(0))

@@ -152,6 +152,47 @@ def test_decoding_with_a_cache_equals_the_full_pass():
     assert np.array_equal(cache.mask, segments > 0)
 
 
+@functools.cache
+def continued(name: str = "plain"):
+    """A model of the family, and `prefix` and `after` jitted."""
+    model = tiny.language_model(tiny.model_config(**FAMILY[name]))
+    return model, tiny.jit(Transformer.prefix), tiny.jit(Transformer.after)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("offset", [0, 2, 3])
+def test_after_a_prefix_equals_the_full_pass(name, offset):
+    """The prefix may be padded on either side, its rows go on from it with padding of their own."""
+    model, read, after = continued(name)
+    beginning, split = DOCUMENT[:3], (4, 1)
+    tokens, segments = embed(beginning, offset, width=6)
+    prefix = read(model, tokens, segments > 0)
+    rest = [embed(DOCUMENT[3:][:length], 1, width=6) for length in split]
+    states = after(model, prefix, *map(np.concatenate, zip(*rest, strict=True)))
+    for row, length in enumerate(split):
+        whole = tiny.forward(model, *embed(DOCUMENT[: 3 + length], 0))[0, 3 : 3 + length]
+        tiny.close(states[row, 1 : 1 + length], whole)
+
+
+def test_after_a_prefix_without_tokens_is_the_model_itself():
+    model, read, after = continued()
+    nothing = np.zeros((1, 6), np.int32)
+    prefix = read(model, nothing, nothing > 0)
+    tiny.close(
+        after(model, prefix, *embed(DOCUMENT, 1))[0, 1 : 1 + len(DOCUMENT)],
+        tiny.forward(model, *embed(DOCUMENT, 1))[0, 1 : 1 + len(DOCUMENT)],
+    )
+
+
+def test_documents_of_a_row_go_on_from_the_prefix_and_not_from_each_other():
+    model, read, after = continued()
+    prefix = read(model, DOCUMENT[None, :3], np.ones((1, 3), bool))
+    tokens = np.array([[8, 21, 5, 9, 9, 0]], np.int32)
+    states = after(model, prefix, tokens, np.array([[1, 1, 1, 2, 2, 0]], np.int32))
+    alone = after(model, prefix, tokens[:, 3:5], np.ones((1, 2), np.int32))
+    tiny.close(states[:, 3:5], alone)
+
+
 def sum_of_states(model):
     return jnp.sum(jnp.sin(model(DOCUMENT[None], np.ones((1, len(DOCUMENT)), np.int32))))
 
@@ -166,6 +207,7 @@ def remat_run(policy: str):
     return tiny.jit(jax.grad(sum_of_states))(model), jaxpr, kept
 
 
+@pytest.mark.slow
 def test_remat_policies_keep_less_and_give_the_same_gradient():
     none, dots, full = (remat_run(policy) for policy in ("none", "dots", "full"))
     assert full[2] < dots[2] < none[2]
@@ -235,6 +277,7 @@ def test_unknown_keys_are_refused():
         RopeScaling("yarn")
 
 
+@pytest.mark.slow
 def test_first_layers_are_the_model_whose_other_layers_add_nothing():
     model = tiny.language_model(tiny.model_config(num_layers=3))
     silent = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))

@@ -10,7 +10,7 @@ from rlhf_jax.models.files.hf_weights import load_model, load_scalar_model, save
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.models.transformer import Transformer
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 TOLERANCE = 1e-4
 PAD = 0

@@ -18,7 +18,7 @@ import pytest
 
 from rlhf_jax import losses
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 torch = pytest.importorskip("torch")
 rlax = pytest.importorskip("rlax")

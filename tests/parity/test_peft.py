@@ -10,7 +10,7 @@ from rlhf_jax.models.files.lora_files import save_adapters
 from rlhf_jax.models.lora import LoRAConfig
 from tests import tiny
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 TOLERANCE = 1e-4
 

@@ -35,6 +35,7 @@ def evaluation(setting: str = "plain") -> Evaluation:
     return score(tiny.rollout(setting), temperature=tiny.SETTINGS[setting].policy_temperature)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", tiny.SETTINGS)
 def test_kl_to_an_equal_reference_is_zero(setting):
     rollout, result = tiny.rollout(setting), evaluation(setting)
@@ -126,6 +127,7 @@ def padded_pair() -> tuple[Rollout, Evaluation]:
     return rollout, score(rollout)
 
 
+@pytest.mark.slow
 def test_padding_changes_no_log_prob_score_or_value():
     where = np.asarray(tiny.rollout().response_mask)
     narrow, (_, wide) = evaluation(), padded_pair()

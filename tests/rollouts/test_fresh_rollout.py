@@ -46,6 +46,7 @@ def losses_of(model, critic, rollout, result, temperature):
     return {"loss": loss, "value loss": value_loss} | metrics | value_metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", tiny.SETTINGS)
 def test_ratio_is_one_and_kl_zero(setting):
     metrics = losses_of(
@@ -72,6 +73,7 @@ def test_another_policy_has_another_ratio():
     assert metrics["policy/ratio_max"] > 1.1 and metrics["policy/approx_kl"] > 0.01
 
 
+@pytest.mark.slow
 def test_padding_changes_no_advantage_and_no_loss():
     narrow, wide = build(tiny.rollout(), evaluation()), build(*padded_pair())
     for name in ("rewards", "advantages", "returns"):

@@ -158,6 +158,7 @@ def test_a_row_without_prompt_gives_numbers_and_leaves_the_others_alone():
     assert np.array_equal(filler.responses[1:], tiny.rollout("greedy").responses[1:])
 
 
+@pytest.mark.slow
 def test_one_token_responses_follow_the_distribution():
     """4,096 first tokens of one prompt; chi-square below its 0.999 quantile for 39 degrees."""
     tokens, mask = (np.repeat(x[:1], 4096, axis=0) for x in tiny.prompts())

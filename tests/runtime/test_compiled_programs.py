@@ -24,6 +24,8 @@ from rlhf_jax.runtime.sharding import Sharding, make_mesh
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.training.step import create_state, make_train_step
 
+pytestmark = pytest.mark.slow
+
 # The quickstart's shapes: those of its programs are compiled, nothing runs.
 ROWS, LENGTH = 32, 128
 LOSSES = {

@@ -95,6 +95,7 @@ command.cli(lambda config: report(None), default="configs/sft.py:tiny")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["", AS_IT_IS])
 def test_commands_run_under_the_guard_and_say_so_once(flags, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))

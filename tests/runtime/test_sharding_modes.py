@@ -113,6 +113,7 @@ def watching(seen: dict[str, P]) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_one_step_equals_the_unsharded_step(mode):
     """New weights, both moments and every metric."""
@@ -123,6 +124,7 @@ def test_one_step_equals_the_unsharded_step(mode):
     assert moved > 1e-3  # the step changes what is compared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["zero2", "tensor"])
 def test_accumulated_gradients_are_the_same(mode):
     """Two microbatches, each spread over all devices."""
@@ -131,6 +133,7 @@ def test_accumulated_gradients_are_the_same(mode):
     tiny.close(step.metrics, wanted.metrics, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_are_spread_from_zero2_on(mode):
     """Where zero1 and zero2 differ: what the compiled step hands to the optimizer."""
@@ -139,6 +142,7 @@ def test_gradients_are_spread_from_zero2_on(mode):
     assert set(spread.values()) == {mode in ("zero2", "zero3", "tensor")}
 
 
+@pytest.mark.slow
 def test_critic_step_equals_the_unsharded_step():
     """The model with a scalar head, and weights that are gathered in the backward pass."""
     config = ppo.PPOConfig()

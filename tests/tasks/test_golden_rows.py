@@ -152,6 +152,7 @@ def sources(folder: Path) -> dict[str, str]:
 GOLDEN = json.loads(golden.FILE.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_rows_are_the_golden_ones(name, tmp_path, monkeypatch):
     case = Case(name, tmp_path)

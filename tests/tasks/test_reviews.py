@@ -115,7 +115,7 @@ def test_several_domains_in_a_chat_are_refused(made_up, with_template):
 
 
 def test_plain_reviews_have_no_ratings_of_pairs(made_up, plain):
-    with pytest.raises(ValueError, match=r"needs ratings: data\.source='reviews' must be"):
+    with pytest.raises(ValueError, match=r"needs ratings: data\.source='reviews' has none"):
         task(instruction="").rated(plain, "train", max_length=99, count=1)
 
 

@@ -58,7 +58,7 @@ def test_a_split_that_does_not_exist_is_refused(folder, plain):
 def test_nobody_rated_conversations(folder, plain):
     task = make_task(TaskConfig(folder))
     assert task.rated_texts("test") is None
-    with pytest.raises(ValueError, match=r"needs ratings: data\.source='hh:.* must be 'reviews'"):
+    with pytest.raises(ValueError, match=r"needs ratings: data\.source='hh:.* has none"):
         task.rated(plain, "train", max_length=64, count=3)
 
 
@@ -102,6 +102,19 @@ def test_the_seed_decides_what_a_stream_draws(folder, plain):
         return [next(batches)["tokens"].tobytes() for _ in range(3)]
 
     assert order(0) == order(0) != order(1)
+
+
+def test_a_position_of_another_source_or_kind_is_refused(folder, plain, tmp_path):
+    def batches(source, kind="documents"):
+        examples = getattr(make_task(TaskConfig(source)), kind)(plain, "train", max_length=64)
+        return examples.batches(PackedBatches, seed=0, batch_size=2, length=64)
+
+    other = "stream:" + hh.write_folder(tmp_path / "other", train=40, test=30)
+    state = batches(f"stream:{folder}").state()
+    batches(f"stream:{folder}").restore(state)
+    for one in (batches(other), batches(f"stream:{folder}", "prompts")):
+        with pytest.raises(ValueError, match="the saved position has source="):
+            one.restore(state)
 
 
 def test_examples_are_the_rows_below_them(folder, plain):

@@ -58,6 +58,7 @@ def ragged_32(kind: str):
     return bigram.policy(), (bigram.experience(32), bigram.language_batch(16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("kind", ["policy", "critic"])
 def test_gradients_of_four_parts_add_up_to_that_of_the_whole(kind, reduction):
@@ -96,6 +97,7 @@ def train_on_32(kind: str, microbatches: int, steps: int = 1):
     return state, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["policy", "critic"])
 def test_a_step_in_four_microbatches_equals_one_of_thirty_two(kind):
     """Advantages are normalised, and losses weighted, over all 32."""
@@ -225,6 +227,7 @@ def test_one_program_for_each_shape_of_batch():
     assert step._cache_size() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["zero0", "zero1", "zero2", "zero3"])
 def test_the_model_of_a_real_step_is_one_program_too(mode):
     """The state that comes back must look to jit like the one that went in."""

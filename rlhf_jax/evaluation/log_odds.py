@@ -1,0 +1,176 @@
+"""Which of two answers a language model expects after a prompt, for many prompts alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rlhf_jax.data.templates import ChatTokenizer
+from rlhf_jax.models.cache import Prefix
+from rlhf_jax.models.heads import hidden_at, last_real_index
+from rlhf_jax.models.transformer import Transformer
+
+# Prefixes are padded to a multiple of this, so that prompts that differ a little share a program.
+_PREFIX_MULTIPLE = 32
+
+
+class LogOdds(NamedTuple):
+    """What `log_odds` reads off a model.
+
+    Attributes:
+      values: float64 [N].
+      cut: bool [N], whether a text was too long and lost its end.
+    """
+
+    values: np.ndarray
+    cut: np.ndarray
+
+
+def log_odds(
+    model: Transformer,
+    tokenizer: Any,
+    prefix: str,
+    texts: Sequence[str],
+    suffix: str,
+    answers: tuple[str, str],
+    *,
+    max_length: int = 1024,
+    batch_tokens: int = 1024,
+) -> LogOdds:
+    """Log-odds of the first of two answers against the second, after `prefix + text + suffix`.
+
+        log p(a_1 | prefix, text, suffix) − log p(a_2 | prefix, text, suffix)
+
+    where a_1 and a_2 are the first tokens of the answers. The keys and values of the prefix are
+    computed once and shared by all texts, and equal texts are read once. Texts are sorted by length
+    and padded to lengths of the row 16, 24, 32, 48, ..., in batches of at most two sizes a length:
+    there are at most two programs for each of these lengths, whatever the texts. Up to rounding, a
+    text's number does not depend on its neighbours.
+
+    Prefix and text are tokenized one by one, text and suffix together. The tokenizer's BOS stands
+    first where the model was trained to see one there.
+
+    Args:
+      model: A language model.
+      tokenizer: The model's.
+      prefix: What all prompts share: instructions, examples, the beginning of the question. May be
+        empty.
+      texts: N texts. Empty ones are allowed.
+      suffix: What stands between a text and the answer; not empty.
+      answers: Two answers as they would go on after the suffix.
+      max_length: The longest prompt in tokens, unless the model's own context is shorter. Longer
+        texts lose their end; the suffix stays.
+      batch_tokens: About how many tokens are in a batch, padding included, the prefix not.
+
+    Returns:
+      A `LogOdds` of N numbers, positive where the first answer is expected.
+
+    Raises:
+      ValueError: The answers begin with the same token, the suffix has no token, or prefix and
+        suffix leave no room for a text.
+    """
+    if isinstance(texts, str):
+        raise ValueError("texts must be a sequence of strings, got one: wrap it in [...]")
+    wanted = first_tokens(tokenizer, prefix, suffix, answers)
+    pieces = ChatTokenizer(tokenizer)
+    shared = [] if pieces.leading_bos is None else [pieces.leading_bos]
+    shared += pieces.encode(prefix, first=True)
+    tail = pieces.encode(suffix, first=False)
+    room = min(max_length, model.config.max_length) - len(shared)
+    if not 0 < len(tail) < room:
+        raise ValueError(
+            f"the suffix {suffix!r} has {len(tail)} tokens and must have from 1 to {room - 1}: "
+            f"the prefix takes {len(shared)} of {min(max_length, model.config.max_length)}"
+        )
+    position = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    rows = [pieces.encode(text + suffix, first=not prefix) for text in position]
+    was_cut = np.array([len(row) > room for row in rows], bool)
+    rows = [row if len(row) <= room else row[: room - len(tail)] + tail for row in rows]
+
+    values = np.zeros(len(rows), np.float64)
+    if rows:
+        cache = _read_prefix(model, *_padded([shared], 1, _prefix_columns(len(shared))))
+        for members, num_rows, columns in _plan([len(row) for row in rows], batch_tokens):
+            tokens, mask = _padded([rows[i] for i in members], num_rows, columns)
+            differences = _read(model, cache, tokens, mask.astype(np.int32), wanted)
+            values[members] = np.asarray(differences, np.float64)[: len(members)]
+    index = np.array([position[text] for text in texts], np.int64)
+    return LogOdds(values[index], was_cut[index])
+
+
+def first_tokens(tokenizer: Any, prefix: str, suffix: str, answers: tuple[str, str]) -> np.ndarray:
+    """Ids of the first tokens of two answers, int32 [2].
+
+    Raises:
+      ValueError: They are the same, or an answer is empty; names the template.
+    """
+    pieces = ChatTokenizer(tokenizer)
+    ids = [pieces.encode(answer, first=False)[:1] for answer in answers]
+    if [] in ids or ids[0] == ids[1]:
+        template = prefix.rpartition("\n")[2] + "{text}" + suffix
+        raise ValueError(
+            f"the answers {answers[0]!r} and {answers[1]!r} after the template {template!r} must "
+            "differ in their first tokens, which are what is compared: choose other words"
+        )
+    return np.array(ids, np.int32)[:, 0]
+
+
+def _plan(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Batches of similar lengths, the longest first: which texts, rows and columns.
+
+    A batch has all the rows that it may have or a quarter of them, so that few texts are not padded
+    to many.
+    """
+    order = np.argsort(np.asarray(lengths), kind="stable")[::-1]
+    while order.size:
+        columns = _text_columns(lengths[order[0]])
+        full = max(1, batch_tokens // columns)
+        quarter = max(1, full // 4)
+        num_rows = full if order.size > full - quarter else quarter
+        yield order[:num_rows], num_rows, columns
+        order = order[num_rows:]
+
+
+def _text_columns(length: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, ...: from 16 on, at most a third of a row is padding."""
+    columns = 16
+    while columns < length:
+        is_power = columns & (columns - 1) == 0
+        columns = columns * 3 // 2 if is_power else columns * 4 // 3
+    return columns
+
+
+def _prefix_columns(length: int) -> int:
+    return max(1, -(-length // _PREFIX_MULTIPLE)) * _PREFIX_MULTIPLE
+
+
+def _padded(
+    rows: Sequence[Sequence[int]], num_rows: int, columns: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 and mask bool `[num_rows, columns]`, padded on the right and below."""
+    tokens = np.zeros((num_rows, columns), np.int32)
+    mask = np.zeros((num_rows, columns), bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], mask[i, : len(row)] = row, True
+    return tokens, mask
+
+
+@jax.jit
+def _read_prefix(model: Transformer, tokens: jax.Array, mask: jax.Array) -> Prefix:
+    return model.prefix(tokens, mask)
+
+
+@jax.jit
+def _read(
+    model: Transformer, prefix: Prefix, tokens: jax.Array, segments: jax.Array, answers: jax.Array
+) -> jax.Array:
+    """Difference of the logits of two tokens after the last token of each row, `[B]`.
+
+    Both log-probabilities are their logit minus one and the same normaliser, so this is log-odds.
+    """
+    hidden = model.after(prefix, tokens, segments)
+    logits = model.logits(hidden_at(hidden, last_real_index(segments > 0)))
+    return logits[:, answers[0]] - logits[:, answers[1]]
