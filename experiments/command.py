@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from configs import common
-from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime import distributed, signals
 from rlhf_jax.runtime.compiler_guard import FLAG, guard_cpu_compiler
 from rlhf_jax.runtime.errors import UserError
 from rlhf_jax.runtime.host_memory import reuse_freed_memory
@@ -26,7 +27,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 # Wrong input: these end with one line. Everything else is a defect and shows its traceback.
-USER_ERRORS = (ValueError, FileNotFoundError, NonFiniteError, UserError)
+USER_ERRORS = (ValueError, OSError, NonFiniteError, UserError)
 CACHE_FOLDER = os.environ.get("JAX_COMPILATION_CACHE_DIR", "runs/.compilation_cache")
 
 Settings = TypeVar("Settings")
@@ -54,25 +55,41 @@ def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
                 f"error: no config file {getattr(flags.FLAGS['config'], 'config_filename', '')!r}"
             )
         try:
+            signals.end_at_signals()
             if several.value:
                 distributed.initialize()
+                signals.end_at_signals()  # jax has taken SIGTERM
             if guarded:
                 print(f"XLA_FLAGS: {FLAG} (docs/losses/index.md, wrong numbers on a CPU)")
             main(config.value)
+            sys.stdout.flush()
         except Stopped as stopped:
-            print(stopped)
-            sys.exit(130)
+            signals.say(str(stopped), sys.stdout)
+            sys.exit(signals.STATUS)
         except KeyboardInterrupt:
-            print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr)
-            sys.exit(130)
+            signals.say(
+                "interrupted: the same command resumes from the last checkpoint", sys.stderr
+            )
+            sys.exit(signals.STATUS)
         except USER_ERRORS as error:
+            if isinstance(error, BrokenPipeError) and signals.reader_is_gone():
+                signals.mute()
+                os._exit(signals.NO_READER)
             if several.value and jax.distributed.is_initialized():
                 distributed.leave(error)
             if debug.value:
                 raise
-            sys.exit(f"error: {str(error).strip() or type(error).__name__}")
+            sys.exit(f"error: {_told(error)}")
 
     app.run(run, flags_parser=_parse_flags)
+
+
+def _told(error: Exception) -> str:
+    """An error as one line; one of the system begins with the path that it is about."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        hint = ", set --config.workdir" if error.errno == errno.ENAMETOOLONG else ""
+        return f"{error.filename}: {error.strerror}{hint}"
+    return str(error).strip() or type(error).__name__
 
 
 def open_config(experiment: str, config: ConfigDict, settings: type[Settings]) -> Settings:

@@ -97,7 +97,9 @@ def test_sigterm_reaches_the_processes_and_nothing_starts_again(tmp_path, script
     assert running.wait(timeout=20) == 130
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(0, ""), (130, "requeue 17"), (1, "")])
+@pytest.mark.parametrize(
+    ("status", "requeued"), [(0, ""), (130, "requeue 17"), (143, "requeue 17"), (1, "")]
+)
 def test_slurm_requeues_what_was_asked_to_stop(tmp_path, status, requeued):
     """With stand-ins for srun and scontrol that write down how they were called."""
     log = tmp_path / "log"

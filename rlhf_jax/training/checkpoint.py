@@ -11,11 +11,9 @@ import gc
 import hashlib
 import json
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -253,31 +251,3 @@ def _no_tracebacks() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
-
-
-class GracefulStop:
-    """Turns the first SIGINT or SIGTERM into a flag; the second one stops at once.
-
-    Use as a context manager around a training loop that looks at `requested` once per step.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Callable | int | None] = {}
-
-    def __enter__(self) -> GracefulStop:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once")
-        self.requested = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

@@ -13,14 +13,15 @@ from typing import Any
 
 import jax
 
-from rlhf_jax.runtime import distributed, lock
+from rlhf_jax.runtime import distributed, lock, signals
 from rlhf_jax.runtime.files import write_whole
 from rlhf_jax.runtime.host_memory import release_freed_memory
 from rlhf_jax.runtime.metrics import MetricsWriter, check_finite
 from rlhf_jax.runtime.progress import Progress, progress
 from rlhf_jax.runtime.run_info import to_json
 from rlhf_jax.runtime.settings import check
-from rlhf_jax.training.checkpoint import Checkpointer, GracefulStop
+from rlhf_jax.runtime.signals import GracefulStop
+from rlhf_jax.training.checkpoint import Checkpointer
 from rlhf_jax.training.record import check_settings, read_config
 
 
@@ -114,16 +115,30 @@ class Run:
             self._unlock()
             raise
         self._stop = GracefulStop()
-        self._stop.__enter__()
+        self._remember(self._checkpointer.latest_step())
         self._writer: MetricsWriter | None = None
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._stop.__exit__(*error)
+        self._stop.__exit__()
         self._checkpointer.close()
         if self._writer is not None:
             self._writer.close()
         self._unlock()
+        # A signal after the last look at the flag, at the end of the last step.
+        if error[0] is None and distributed.any_process(self._stop.requested):
+            raise Stopped(self._stopped_at(self.total))
+
+    def _remember(self, saved: int | None) -> None:
+        """What a signal outside of the loop says."""
+        name = self._desc or "the run"
+        told = f"nothing of {name} is saved yet"
+        if saved:
+            told = f"{name} is saved at step {saved} of {self.total}"
+        signals.remember(f"{told} in {self.workdir}")
+
+    def _stopped_at(self, step: int) -> str:
+        return f"stopped at step {step} of {self.total}; the same command resumes"
 
     def _unlock(self) -> None:
         """Lets others have the folder, unless it was claimed for longer than this `with`."""
@@ -142,6 +157,7 @@ class Run:
             jax.tree.map(lambda x: x.delete(), state)
             saved, state, position = self._checkpointer.restore(like)
             self._next = saved
+            self._remember(saved)
             for cursor, where in zip(cursors, position["cursors"], strict=True):
                 cursor.restore(where)
             print(f"{self._desc}: resuming at step {self._next} of {self.total}")
@@ -149,7 +165,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """Step numbers that are left; raises `Stopped` after a signal, once the state is saved."""
-        with self._open_logs() as self._bar:
+        with self._open_logs() as self._bar, self._stop:
             begun = time.time()
             for step in range(self._next, self.total):
                 yield step
@@ -216,8 +232,11 @@ class Run:
         self.flush()
         position = {"cursors": [cursor.state() for cursor in cursors]}
         self._checkpointer.save(done, state, position)
-        if stop and done < self.total:
-            raise Stopped(f"stopped at step {done} of {self.total}; the same command resumes")
+        self._remember(done)
+        # It may have come while the state was written. In the last step it is heeded as well: what
+        # is left to do, the model and the report, takes its time.
+        if stop or distributed.any_process(self._stop.requested):
+            raise Stopped(self._stopped_at(done))
 
     @property
     def seconds(self) -> float:
@@ -241,6 +260,7 @@ class Run:
         if distributed.is_main():
             text = json.dumps(to_json({**usage, **summary}), indent=2)
             write_whole(self.workdir / "summary.json", text + "\n")
+        signals.remember(f"{self._desc or 'the run'} in {self.workdir} has finished")
         lock.release(self.workdir)
         distributed.barrier("the run is finished")
 

@@ -12,7 +12,8 @@ import pytest
 
 from rlhf_jax import losses
 from rlhf_jax.runtime.sharding import Sharding, make_mesh
-from rlhf_jax.training.checkpoint import Checkpointer, GracefulStop
+from rlhf_jax.runtime.signals import GracefulStop
+from rlhf_jax.training.checkpoint import Checkpointer
 from rlhf_jax.training.step import TrainState, create_state, make_train_step
 from tests import tiny
 
@@ -191,27 +192,3 @@ def test_a_stopped_and_resumed_run_equals_one_that_was_not(tmp_path, capsys):
     resumed = second.run()
     assert first.log + second.log == whole.log
     assert equal(resumed, expected)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_is_a_flag_the_second_stops_at_once(number):
-    caught = []
-    before = signal.signal(number, lambda *_: caught.append(1))
-    try:
-        with GracefulStop() as stop:
-            assert not stop.requested
-            os.kill(os.getpid(), number)
-            assert stop.requested and not caught
-            os.kill(os.getpid(), number)
-            assert caught == [1]
-        os.kill(os.getpid(), number)
-        assert caught == [1, 1]
-    finally:
-        signal.signal(number, before)
-
-
-def test_handlers_are_put_back_when_no_signal_came():
-    before = signal.getsignal(signal.SIGTERM)
-    with GracefulStop():
-        assert signal.getsignal(signal.SIGTERM) != before
-    assert signal.getsignal(signal.SIGTERM) == before
