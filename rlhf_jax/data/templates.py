@@ -41,6 +41,7 @@ class _Profile(NamedTuple):
     stop: str  # The token that ends the assistant's turn.
     opens: bool  # Whether it heeds `add_generation_prompt`.
     marks_turns: bool  # Whether it writes BOS at every turn.
+    header: str  # What it writes between a question and its answer, if only with the answer.
 
 
 class ChatTokenizer:
@@ -108,9 +109,11 @@ class ChatTokenizer:
                 continue
             before = self.open_text(messages[:number])
             if not whole.startswith(before):
+                if opened:  # Nothing of a prompt is trained: it may stay in one piece.
+                    return [*pieces, Piece(whole[done:], False)]
                 raise ValueError(
-                    f"the chat template renders message {number} differently once more follow: "
-                    "give the tokenizer a template whose prefixes are stable"
+                    f"the chat template renders what comes before message {number} differently "
+                    "once it follows: give the tokenizer a template whose prefixes are stable"
                 )
             end = _turn_end(whole, len(before), message["content"], stop)
             pieces += [
@@ -131,6 +134,15 @@ class ChatTokenizer:
         """
         if self._profile.opens:
             return self._render(messages, add_generation_prompt=True)
+        alone, answered = self._render(messages).rstrip(" "), self._before_answer(messages)
+        if answered.startswith(alone) or alone.startswith(answered):
+            return answered
+        # Some templates put the system message into the last turn if it is the user's. With an
+        # answer behind it the turn would lose what the policy is to read.
+        return alone + self._profile.header
+
+    def _before_answer(self, messages: Sequence[Message]) -> str:
+        """Renders an answer behind the messages; returns what stands before it."""
         probe = self._render([*messages, {"role": "assistant", "content": _PROBE}])
         return probe[: probe.rindex(_PROBE)].rstrip(" ")
 
@@ -236,6 +248,7 @@ class ChatTokenizer:
         question = [{"role": "user", "content": "a"}]
         answered = self._render([*question, {"role": "assistant", "content": _PROBE}])
         opened = self._render(question, add_generation_prompt=True)
+        alone = self._render(question)
         names = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len)
         pattern = r"\s*(" + "|".join(re.escape(name) for name in reversed(names)) + ")"
         found = re.match(pattern, answered[answered.rindex(_PROBE) + len(_PROBE) :])
@@ -246,7 +259,9 @@ class ChatTokenizer:
             )
         bos = tokenizer.bos_token
         marks_turns = bos is not None and answered.count(bos) > 1
-        return _Profile(found.group(1), opened != self._render(question), marks_turns)
+        before, shared = self._before_answer(question), len(alone.rstrip(" "))
+        header = before[shared:] if before[:shared] == alone[:shared] else ""
+        return _Profile(found.group(1), opened != alone, marks_turns, header)
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Applies the template; a template that refuses gives a ValueError of one line."""
