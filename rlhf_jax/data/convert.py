@@ -27,6 +27,9 @@ _ROLES = {
     "gpt": "assistant",
     "system": "system",
 }
+# What decides the shape of a row, first come first: a set of conversations often has the question
+# in "prompt" as well, and instructions the rendered text in "text".
+_SHAPES = ("chosen", "messages", "conversations", "instruction", "response", "text")
 DIFFERENT = "chosen and rejected answer different prompts"
 
 
@@ -185,40 +188,54 @@ def as_preference(row: Row, drops: DropCounts | None = None) -> Row | None:
 
 def as_sft(row: Row, drops: DropCounts | None = None) -> Row | None:
     """Brings a row to {"messages"}, {"prompt", "response"} or {"text"}; of a pair the chosen."""
-    if "chosen" in row:
+    shape = _shape(row)
+    if shape == "chosen":
         pair = as_preference(row, drops)
         if pair is None:
             return None
         if isinstance(pair["prompt"], str):
             return {"prompt": pair["prompt"], "response": pair["chosen"]}
         return {"messages": [*pair["prompt"], {"role": "assistant", "content": pair["chosen"]}]}
-    if "conversations" in row:
+    if shape == "conversations":
         return {"messages": [_message(turn) for turn in row["conversations"]]}
-    if "instruction" in row:
+    if shape == "instruction":
         require(row, ("instruction", "output"), "an instruction row")
         answer = {"role": "assistant", "content": row["output"]}
         return {"messages": [_instruction(row), answer]}
-    require_sft(row)
-    return row
+    fields = ("prompt", "response") if shape == "response" else (shape,)
+    kept = {field: row[field] for field in fields if field in row}
+    require_sft(kept or row)
+    return kept
 
 
 def as_prompt(row: Row, drops: DropCounts | None = None) -> Row | None:
     """Brings a row to {"prompt"}: what comes before the last answer of the assistant."""
-    if "prompt" in row and "chosen" not in row:
-        require(row, ("prompt",), "a prompt row")
-        return {"prompt": row["prompt"]}
-    if "chosen" in row:
+    shape = _shape(row)
+    if shape == "chosen":
         pair = as_preference(row, drops)
         return None if pair is None else {"prompt": pair["prompt"]}
-    if "instruction" in row:
+    if shape == "instruction":
         return {"prompt": [_instruction(row)]}
-    messages = (as_sft(row) or {}).get("messages")
-    if messages is None:
+    if shape in ("messages", "conversations"):
+        messages = (as_sft(row) or {})["messages"]
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        return {"prompt": messages}
+    if "prompt" not in row:
         found = ", ".join(sorted(row)) or "none"
         raise ValueError(f"a prompt row needs prompt, or messages; found: {found}")
-    while messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    return {"prompt": messages}
+    require(row, ("prompt",), "a prompt row")
+    return {"prompt": row["prompt"]}
+
+
+def _shape(row: Row) -> str:
+    """Returns the column that decides what a row is, whatever kind of row is made of it.
+
+    Were it to depend on the kind, SFT could train on one column and PPO ask what is in another.
+    """
+    there = [column for column in _SHAPES if column in row]
+    # Files of tables hold every column in every row, and null where a row has none.
+    return next((column for column in there if row[column] is not None), (*there, "prompt")[0])
 
 
 def texts_of(row: Row) -> list[str]:

@@ -153,6 +153,34 @@ def test_string_prompts_stay_strings_and_margins_stay():
     assert as_preference(listed)["margin"] == 2.0
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"prompt": "hi"},
+        {"prompt": "hi", "response": "ho"},
+        {"text": "hi"},
+        {"instruction": "hi", "output": "ho"},
+        {"conversations": [{"from": "human", "value": "hi"}]},
+    ],
+)
+def test_messages_decide_for_every_kind_of_row(more):
+    row = {**more, "messages": PROMPT + answer("fine")}
+    assert as_sft(row) == {"messages": row["messages"]}
+    assert as_prompt(row) == {"prompt": PROMPT}
+
+
+def test_columns_that_are_null_decide_nothing():
+    row = {"messages": None, "chosen": None, "prompt": "a", "response": "b"}
+    assert as_sft(row) == {"prompt": "a", "response": "b"}
+    assert as_prompt(row) == {"prompt": "a"}
+
+
+def test_response_decides_before_the_text_of_both():
+    row = {"text": "### a\n### b", "prompt": "a", "response": "b"}
+    assert as_sft(row) == {"prompt": "a", "response": "b"}
+    assert as_prompt(row) == {"prompt": "a"}
+
+
 def test_single_question_beside_lists():
     row = {"prompt": "how?", "chosen": answer("so"), "rejected": answer("no")}
     assert as_preference(row)["prompt"] == [{"role": "user", "content": "how?"}]
