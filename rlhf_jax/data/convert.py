@@ -246,15 +246,12 @@ def texts_of(row: Row) -> list[str]:
 
 
 def _from_lists(row: Row, drops: DropCounts | None) -> Row | None:
-    """Chosen and rejected are lists of turns: all but the last are the prompt."""
+    """Chosen and rejected are lists of turns: all but the last are the prompt, or end it."""
     sides = [_turns(row[name]) for name in ("chosen", "rejected")]
     prompts = [side[:-1] for side in sides]
-    before = row.get("prompt")
-    if not any(prompts) and before is not None:
-        prompt = before if isinstance(before, str) else _turns(before)
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        prompts = [prompt, prompt]
+    if row.get("prompt") is not None:
+        before = _asked(row["prompt"])
+        prompts = [_after(before, prompt) for prompt in prompts]
     if prompts[0] != prompts[1]:
         if drops is not None:
             drops.drop(DIFFERENT)
@@ -267,6 +264,28 @@ def _from_lists(row: Row, drops: DropCounts | None) -> Row | None:
         "chosen": sides[0][-1]["content"],
         "rejected": sides[1][-1]["content"],
     }
+
+
+def _asked(prompt: Any) -> list[Message]:
+    """Reads a prompt beside lists of turns; one that is a string is a question."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _turns(prompt)
+
+
+def _after(before: list[Message], turns: list[Message]) -> list[Message]:
+    """Joins a prompt with the turns of a side: they go on from it, or say it again."""
+    system = [turn for turn in before[:1] if turn["role"] == "system"]
+    wanted = [_folded(turn) for turn in before[len(system) :]]
+    found = [_folded(turn) for turn in turns]
+    size = len(wanted)
+    if any(found[n : n + size] == wanted for n in range(len(found) - size + 1)):
+        held = turns[0]["role"] == "system" if turns else False
+        return turns if held else system + turns
+    return before + turns
+
+
+def _folded(turn: Message) -> tuple[str, str]:
+    """A turn to compare: white space makes no other one of it."""
+    return turn["role"], " ".join(turn["content"].split())
 
 
 def _turns(turns: Sequence[Any]) -> list[Message]:

@@ -186,6 +186,28 @@ def test_single_question_beside_lists():
     assert as_preference(row)["prompt"] == [{"role": "user", "content": "how?"}]
 
 
+SYSTEM = {"role": "system", "content": "be kind"}
+
+
+@pytest.mark.parametrize("asked", [PROMPT[:1], [SYSTEM, *PROMPT[:1]], "hello"])
+def test_lists_that_go_on_from_the_prompt_keep_it(asked):
+    row = {"prompt": asked}
+    row |= {side: PROMPT[1:] + answer(side) for side in ("chosen", "rejected")}
+    before = PROMPT[:1] if isinstance(asked, str) else asked
+    assert as_preference(row)["prompt"] == before + PROMPT[1:]
+    assert as_prompt(row) == {"prompt": before + PROMPT[1:]}
+    assert as_sft(row) == {"messages": before + PROMPT[1:] + answer("chosen")}
+
+
+@pytest.mark.parametrize("asked", [PROMPT, PROMPT[:1], PROMPT[2:]])
+def test_lists_that_repeat_the_prompt_keep_its_system_message(asked):
+    row = {"prompt": [SYSTEM, *asked]}
+    row |= {side: PROMPT + answer(side) for side in ("chosen", "rejected")}
+    assert as_preference(row)["prompt"] == [SYSTEM, *PROMPT]
+    inside = {side: [SYSTEM, *row[side]] for side in ("chosen", "rejected")}
+    assert as_preference(row | inside)["prompt"] == [SYSTEM, *PROMPT]
+
+
 def test_lists_with_different_prompts_are_dropped_and_counted():
     drops = DropCounts()
     row = {"chosen": ["a", "b"], "rejected": ["c", "d"]}
