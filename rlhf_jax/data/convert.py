@@ -14,7 +14,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from rlhf_jax.data.schemas import DropCounts, Kind, Message, Row, require, require_sft
+from rlhf_jax.data.schemas import (
+    DropCounts,
+    Kind,
+    Message,
+    Row,
+    check_messages,
+    require,
+    require_sft,
+)
 from rlhf_jax.data.splits import split_of
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -30,6 +38,9 @@ _ROLES = {
 # What decides the shape of a row, first come first: a set of conversations often has the question
 # in "prompt" as well, and instructions the rendered text in "text".
 _SHAPES = ("chosen", "messages", "conversations", "instruction", "response", "text")
+# Columns that templates or models of other tools are given, and ours are not.
+_UNREAD = ("tools", "documents", "chat_template_kwargs", "images", "videos", "audios")
+_NOTHING: tuple[Any, ...] = (None, "", "[]", "{}", [], {})
 DIFFERENT = "chosen and rejected answer different prompts"
 
 
@@ -168,8 +179,55 @@ def as_preference(row: Row, drops: DropCounts | None = None) -> Row | None:
     """Brings a row of any of the shapes to {"prompt": str or messages, "chosen", "rejected"}.
 
     Raises:
-      ValueError: missing fields (named, with those found).
+      ValueError: missing fields (named, with those found), or a column that changes the prompt
+        and cannot be used.
     """
+    return _with_columns(row, _preference(row, drops))
+
+
+def as_sft(row: Row, drops: DropCounts | None = None) -> Row | None:
+    """Brings a row to {"messages"}, {"prompt", "response"} or {"text"}; of a pair the chosen.
+
+    Raises:
+      ValueError: as for `as_preference`.
+    """
+    return _with_columns(row, _sft(row, drops))
+
+
+def as_prompt(row: Row, drops: DropCounts | None = None) -> Row | None:
+    """Brings a row to {"prompt"}: what comes before the last answer of the assistant.
+
+    Raises:
+      ValueError: as for `as_preference`.
+    """
+    return _with_columns(row, _prompt(row, drops))
+
+
+def _with_columns(row: Row, made: Row | None) -> Row | None:
+    """Puts the column "system" before what a row became; refuses what no template is given."""
+    if made is None:
+        return None
+    for column in _UNREAD:
+        if row.get(column) not in _NOTHING:
+            raise ValueError(
+                f"{column} changes what the assistant reads, and templates are not given it here: "
+                "write it into the messages, or leave out the column"
+            )
+    system = row.get("system")
+    if system in _NOTHING:
+        return made
+    field = "messages" if "messages" in made else "prompt"
+    if not isinstance(system, str) or not isinstance(made.get(field), list):
+        raise ValueError("system must be text beside messages: before a plain text it has no place")
+    said = check_messages(made[field], field)
+    if not said or said[0]["role"] != "system":
+        return {**made, field: [{"role": "system", "content": system}, *said]}
+    if said[0]["content"].strip() != system.strip():
+        raise ValueError("system differs from the system message of the conversation: keep one")
+    return made
+
+
+def _preference(row: Row, drops: DropCounts | None) -> Row | None:
     require(row, ("chosen", "rejected"), "a preference row")
     chosen, rejected = row["chosen"], row["rejected"]
     if "conversations" in row:
@@ -186,11 +244,10 @@ def as_preference(row: Row, drops: DropCounts | None = None) -> Row | None:
     return row
 
 
-def as_sft(row: Row, drops: DropCounts | None = None) -> Row | None:
-    """Brings a row to {"messages"}, {"prompt", "response"} or {"text"}; of a pair the chosen."""
+def _sft(row: Row, drops: DropCounts | None) -> Row | None:
     shape = _shape(row)
     if shape == "chosen":
-        pair = as_preference(row, drops)
+        pair = _preference(row, drops)
         if pair is None:
             return None
         if isinstance(pair["prompt"], str):
@@ -201,23 +258,22 @@ def as_sft(row: Row, drops: DropCounts | None = None) -> Row | None:
     if shape == "instruction":
         require(row, ("instruction", "output"), "an instruction row")
         answer = {"role": "assistant", "content": row["output"]}
-        return {"messages": [_instruction(row), answer]}
+        return {"messages": [*_instruction(row), answer]}
     fields = ("prompt", "response") if shape == "response" else (shape,)
     kept = {field: row[field] for field in fields if field in row}
     require_sft(kept or row)
     return kept
 
 
-def as_prompt(row: Row, drops: DropCounts | None = None) -> Row | None:
-    """Brings a row to {"prompt"}: what comes before the last answer of the assistant."""
+def _prompt(row: Row, drops: DropCounts | None) -> Row | None:
     shape = _shape(row)
     if shape == "chosen":
-        pair = as_preference(row, drops)
+        pair = _preference(row, drops)
         return None if pair is None else {"prompt": pair["prompt"]}
     if shape == "instruction":
-        return {"prompt": [_instruction(row)]}
+        return {"prompt": _instruction(row)}
     if shape in ("messages", "conversations"):
-        messages = (as_sft(row) or {})["messages"]
+        messages = (_sft(row, None) or {})["messages"]
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         return {"prompt": messages}
@@ -225,7 +281,7 @@ def as_prompt(row: Row, drops: DropCounts | None = None) -> Row | None:
         found = ", ".join(sorted(row)) or "none"
         raise ValueError(f"a prompt row needs prompt, or messages; found: {found}")
     require(row, ("prompt",), "a prompt row")
-    return {"prompt": row["prompt"]}
+    return {field: row[field] for field in ("prompt", "opening") if row.get(field) is not None}
 
 
 def _shape(row: Row) -> str:
@@ -311,10 +367,14 @@ def _message(turn: Any) -> Message:
     return {"role": _ROLES[role], "content": content}
 
 
-def _instruction(row: Row) -> Message:
-    """Joins instruction and input into one question."""
+def _instruction(row: Row) -> list[Message]:
+    """Joins instruction and input into one question; what was said before comes first."""
     parts = [row["instruction"], row.get("input") or ""]
-    return {"role": "user", "content": "\n".join(part for part in parts if part)}
+    history = row.get("history") or []
+    if not all(isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in history):
+        raise ValueError("history must be a list of pairs, a question and its answer each")
+    before = _turns([text for turn in history for text in turn])
+    return [*before, {"role": "user", "content": "\n".join(part for part in parts if part)}]
 
 
 _CONVERT: dict[Kind, Callable[[Row, DropCounts | None], Row | None]] = {
