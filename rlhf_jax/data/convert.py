@@ -14,7 +14,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from rlhf_jax.data.schemas import DropCounts, Kind, Message, Row, require, require_sft
+from rlhf_jax.data.schemas import (
+    DropCounts,
+    Kind,
+    Message,
+    Row,
+    check_messages,
+    require,
+    require_sft,
+)
 from rlhf_jax.data.splits import split_of
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -27,6 +35,12 @@ _ROLES = {
     "gpt": "assistant",
     "system": "system",
 }
+# What decides the shape of a row, first come first: a set of conversations often has the question
+# in "prompt" as well, and instructions the rendered text in "text".
+_SHAPES = ("chosen", "messages", "conversations", "instruction", "response", "text")
+# Columns that templates or models of other tools are given, and ours are not.
+_UNREAD = ("tools", "documents", "chat_template_kwargs", "images", "videos", "audios")
+_NOTHING: tuple[Any, ...] = (None, "", "[]", "{}", [], {})
 DIFFERENT = "chosen and rejected answer different prompts"
 
 
@@ -165,8 +179,55 @@ def as_preference(row: Row, drops: DropCounts | None = None) -> Row | None:
     """Brings a row of any of the shapes to {"prompt": str or messages, "chosen", "rejected"}.
 
     Raises:
-      ValueError: missing fields (named, with those found).
+      ValueError: missing fields (named, with those found), or a column that changes the prompt
+        and cannot be used.
     """
+    return _with_columns(row, _preference(row, drops))
+
+
+def as_sft(row: Row, drops: DropCounts | None = None) -> Row | None:
+    """Brings a row to {"messages"}, {"prompt", "response"} or {"text"}; of a pair the chosen.
+
+    Raises:
+      ValueError: as for `as_preference`.
+    """
+    return _with_columns(row, _sft(row, drops))
+
+
+def as_prompt(row: Row, drops: DropCounts | None = None) -> Row | None:
+    """Brings a row to {"prompt"}: what comes before the last answer of the assistant.
+
+    Raises:
+      ValueError: as for `as_preference`.
+    """
+    return _with_columns(row, _prompt(row, drops))
+
+
+def _with_columns(row: Row, made: Row | None) -> Row | None:
+    """Puts the column "system" before what a row became; refuses what no template is given."""
+    if made is None:
+        return None
+    for column in _UNREAD:
+        if row.get(column) not in _NOTHING:
+            raise ValueError(
+                f"{column} changes what the assistant reads, and templates are not given it here: "
+                "write it into the messages, or leave out the column"
+            )
+    system = row.get("system")
+    if system in _NOTHING:
+        return made
+    field = "messages" if "messages" in made else "prompt"
+    if not isinstance(system, str) or not isinstance(made.get(field), list):
+        raise ValueError("system must be text beside messages: before a plain text it has no place")
+    said = check_messages(made[field], field)
+    if not said or said[0]["role"] != "system":
+        return {**made, field: [{"role": "system", "content": system}, *said]}
+    if said[0]["content"].strip() != system.strip():
+        raise ValueError("system differs from the system message of the conversation: keep one")
+    return made
+
+
+def _preference(row: Row, drops: DropCounts | None) -> Row | None:
     require(row, ("chosen", "rejected"), "a preference row")
     chosen, rejected = row["chosen"], row["rejected"]
     if "conversations" in row:
@@ -183,42 +244,54 @@ def as_preference(row: Row, drops: DropCounts | None = None) -> Row | None:
     return row
 
 
-def as_sft(row: Row, drops: DropCounts | None = None) -> Row | None:
-    """Brings a row to {"messages"}, {"prompt", "response"} or {"text"}; of a pair the chosen."""
-    if "chosen" in row:
-        pair = as_preference(row, drops)
+def _sft(row: Row, drops: DropCounts | None) -> Row | None:
+    shape = _shape(row)
+    if shape == "chosen":
+        pair = _preference(row, drops)
         if pair is None:
             return None
         if isinstance(pair["prompt"], str):
             return {"prompt": pair["prompt"], "response": pair["chosen"]}
         return {"messages": [*pair["prompt"], {"role": "assistant", "content": pair["chosen"]}]}
-    if "conversations" in row:
+    if shape == "conversations":
         return {"messages": [_message(turn) for turn in row["conversations"]]}
-    if "instruction" in row:
+    if shape == "instruction":
         require(row, ("instruction", "output"), "an instruction row")
         answer = {"role": "assistant", "content": row["output"]}
-        return {"messages": [_instruction(row), answer]}
-    require_sft(row)
-    return row
+        return {"messages": [*_instruction(row), answer]}
+    fields = ("prompt", "response") if shape == "response" else (shape,)
+    kept = {field: row[field] for field in fields if field in row}
+    require_sft(kept or row)
+    return kept
 
 
-def as_prompt(row: Row, drops: DropCounts | None = None) -> Row | None:
-    """Brings a row to {"prompt"}: what comes before the last answer of the assistant."""
-    if "prompt" in row and "chosen" not in row:
-        require(row, ("prompt",), "a prompt row")
-        return {"prompt": row["prompt"]}
-    if "chosen" in row:
-        pair = as_preference(row, drops)
+def _prompt(row: Row, drops: DropCounts | None) -> Row | None:
+    shape = _shape(row)
+    if shape == "chosen":
+        pair = _preference(row, drops)
         return None if pair is None else {"prompt": pair["prompt"]}
-    if "instruction" in row:
-        return {"prompt": [_instruction(row)]}
-    messages = (as_sft(row) or {}).get("messages")
-    if messages is None:
+    if shape == "instruction":
+        return {"prompt": _instruction(row)}
+    if shape in ("messages", "conversations"):
+        messages = (_sft(row, None) or {})["messages"]
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        return {"prompt": messages}
+    if "prompt" not in row:
         found = ", ".join(sorted(row)) or "none"
         raise ValueError(f"a prompt row needs prompt, or messages; found: {found}")
-    while messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    return {"prompt": messages}
+    require(row, ("prompt",), "a prompt row")
+    return {field: row[field] for field in ("prompt", "opening") if row.get(field) is not None}
+
+
+def _shape(row: Row) -> str:
+    """Returns the column that decides what a row is, whatever kind of row is made of it.
+
+    Were it to depend on the kind, SFT could train on one column and PPO ask what is in another.
+    """
+    there = [column for column in _SHAPES if column in row]
+    # Files of tables hold every column in every row, and null where a row has none.
+    return next((column for column in there if row[column] is not None), (*there, "prompt")[0])
 
 
 def texts_of(row: Row) -> list[str]:
@@ -229,15 +302,12 @@ def texts_of(row: Row) -> list[str]:
 
 
 def _from_lists(row: Row, drops: DropCounts | None) -> Row | None:
-    """Chosen and rejected are lists of turns: all but the last are the prompt."""
+    """Chosen and rejected are lists of turns: all but the last are the prompt, or end it."""
     sides = [_turns(row[name]) for name in ("chosen", "rejected")]
     prompts = [side[:-1] for side in sides]
-    before = row.get("prompt")
-    if not any(prompts) and before is not None:
-        prompt = before if isinstance(before, str) else _turns(before)
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        prompts = [prompt, prompt]
+    if row.get("prompt") is not None:
+        before = _asked(row["prompt"])
+        prompts = [_after(before, prompt) for prompt in prompts]
     if prompts[0] != prompts[1]:
         if drops is not None:
             drops.drop(DIFFERENT)
@@ -250,6 +320,28 @@ def _from_lists(row: Row, drops: DropCounts | None) -> Row | None:
         "chosen": sides[0][-1]["content"],
         "rejected": sides[1][-1]["content"],
     }
+
+
+def _asked(prompt: Any) -> list[Message]:
+    """Reads a prompt beside lists of turns; one that is a string is a question."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _turns(prompt)
+
+
+def _after(before: list[Message], turns: list[Message]) -> list[Message]:
+    """Joins a prompt with the turns of a side: they go on from it, or say it again."""
+    system = [turn for turn in before[:1] if turn["role"] == "system"]
+    wanted = [_folded(turn) for turn in before[len(system) :]]
+    found = [_folded(turn) for turn in turns]
+    size = len(wanted)
+    if any(found[n : n + size] == wanted for n in range(len(found) - size + 1)):
+        held = turns[0]["role"] == "system" if turns else False
+        return turns if held else system + turns
+    return before + turns
+
+
+def _folded(turn: Message) -> tuple[str, str]:
+    """A turn to compare: white space makes no other one of it."""
+    return turn["role"], " ".join(turn["content"].split())
 
 
 def _turns(turns: Sequence[Any]) -> list[Message]:
@@ -275,10 +367,14 @@ def _message(turn: Any) -> Message:
     return {"role": _ROLES[role], "content": content}
 
 
-def _instruction(row: Row) -> Message:
-    """Joins instruction and input into one question."""
+def _instruction(row: Row) -> list[Message]:
+    """Joins instruction and input into one question; what was said before comes first."""
     parts = [row["instruction"], row.get("input") or ""]
-    return {"role": "user", "content": "\n".join(part for part in parts if part)}
+    history = row.get("history") or []
+    if not all(isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in history):
+        raise ValueError("history must be a list of pairs, a question and its answer each")
+    before = _turns([text for turn in history for text in turn])
+    return [*before, {"role": "user", "content": "\n".join(part for part in parts if part)}]
 
 
 _CONVERT: dict[Kind, Callable[[Row, DropCounts | None], Row | None]] = {

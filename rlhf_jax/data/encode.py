@@ -1,6 +1,9 @@
 """One row to token ids with a loss mask.
 
-A prompt that is a string is continued as it stands: BOS, prompt, response, EOS. A list of messages
+A prompt that is a string is continued as it stands: BOS, prompt, response, EOS. If it (or a text
+without a prompt) begins with a control token, it is formatted already: its control tokens are such,
+and BOS or a stop token that is there is not added. Elsewhere the name of a control token is text:
+what a user writes cannot end a turn or begin another. A list of messages
 goes through the tokenizer's chat template. Either way the pieces are tokenized one by one, so that
 the ids of the prompt followed by those of the response are the ids of the whole: what the policy
 samples after a prompt is what it is trained on.
@@ -190,7 +193,7 @@ def encode_prompt(
     if not (opening or content).strip():
         drops.drop("empty prompt")
         return None
-    begun = tokenizer.encode(opening, first=False)
+    begun = tokenizer.encode(tokenizer.as_text(opening), first=False)
     room = max_length - len(begun)
     if isinstance(prompt, str):
         head = _head(prompt, tokenizer)
@@ -242,12 +245,23 @@ def _pair_of_messages(
 def _head(prompt: str, tokenizer: ChatTokenizer) -> list[int]:
     """Returns BOS (if there is one) and the ids of a prompt that is a string."""
     bos = tokenizer.leading_bos
-    return ([] if bos is None else [bos]) + tokenizer.encode(prompt, first=True)
+    if prompt and tokenizer.is_formatted(prompt):
+        ids = tokenizer.encode(prompt.lstrip(), first=True)
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+    return ([] if bos is None else [bos]) + tokenizer.encode(tokenizer.as_text(prompt), first=True)
 
 
 def _answer(prompt: str, response: str, tokenizer: ChatTokenizer) -> list[int]:
-    """Returns the ids of the response and EOS."""
-    return [*tokenizer.encode(response, first=not prompt), tokenizer.eos_token_id]
+    """Returns the ids of the response and EOS, or the stop token with which it ends already."""
+    if not tokenizer.is_formatted(prompt or response):
+        ids = tokenizer.encode(tokenizer.as_text(response), first=not prompt)
+        return [*ids, tokenizer.eos_token_id]
+    ended = tokenizer.ends_turn(response.rstrip())
+    text = response.rstrip() if ended else response
+    ids = tokenizer.encode(text if prompt else text.lstrip(), first=not prompt)
+    if not prompt and ids[:1] == [tokenizer.leading_bos]:  # `_head` gives it.
+        ids = ids[1:]
+    return ids if ended else [*ids, tokenizer.eos_token_id]
 
 
 def _join(segments: Segments, *, last_only: bool = False) -> Encoded:

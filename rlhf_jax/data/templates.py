@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,10 @@ from typing import Any, NamedTuple
 from rlhf_jax.data.schemas import Message, Row, check_messages
 
 _PROBE = "zq7w"  # A word that no template writes itself.
+# Stands inside the name of a control token that is only text, from rendering to tokenization; no
+# text that is meant to be exchanged holds it (a noncharacter of Unicode).
+_BREAK = "\ufdd0"
+_log = logging.getLogger(__name__)
 
 
 def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
@@ -41,6 +46,7 @@ class _Profile(NamedTuple):
     stop: str  # The token that ends the assistant's turn.
     opens: bool  # Whether it heeds `add_generation_prompt`.
     marks_turns: bool  # Whether it writes BOS at every turn.
+    header: str  # What it writes between a question and its answer, if only with the answer.
 
 
 class ChatTokenizer:
@@ -57,6 +63,7 @@ class ChatTokenizer:
         self.tokenizer = tokenizer
         self._rendered: dict[Any, str] | None = None
         self._ids: dict[tuple[str, bool], list[int]] = {}
+        self._said_formatted = False
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -100,6 +107,7 @@ class ChatTokenizer:
             turn without its stop token.
         """
         stop = self._profile.stop
+        messages = self._as_text(messages)
         whole = self.open_text(messages) if opened else self._render(messages)
         pieces = []
         done = 0
@@ -108,9 +116,11 @@ class ChatTokenizer:
                 continue
             before = self.open_text(messages[:number])
             if not whole.startswith(before):
+                if opened:  # Nothing of a prompt is trained: it may stay in one piece.
+                    return [*pieces, Piece(whole[done:], False)]
                 raise ValueError(
-                    f"the chat template renders message {number} differently once more follow: "
-                    "give the tokenizer a template whose prefixes are stable"
+                    f"the chat template renders what comes before message {number} differently "
+                    "once it follows: give the tokenizer a template whose prefixes are stable"
                 )
             end = _turn_end(whole, len(before), message["content"], stop)
             pieces += [
@@ -129,10 +139,55 @@ class ChatTokenizer:
         words: what comes before them is the header, except for spaces, which start the response (as
         tokenizers glue a space to the word that follows it).
         """
+        messages = self._as_text(messages)
         if self._profile.opens:
             return self._render(messages, add_generation_prompt=True)
+        alone, answered = self._render(messages).rstrip(" "), self._before_answer(messages)
+        if answered.startswith(alone) or alone.startswith(answered):
+            return answered
+        # Some templates put the system message into the last turn if it is the user's. With an
+        # answer behind it the turn would lose what the policy is to read.
+        return alone + self._profile.header
+
+    def _before_answer(self, messages: Sequence[Message]) -> str:
+        """Renders an answer behind the messages; returns what stands before it."""
         probe = self._render([*messages, {"role": "assistant", "content": _PROBE}])
         return probe[: probe.rindex(_PROBE)].rstrip(" ")
+
+    def is_formatted(self, text: str) -> bool:
+        """Whether a text is formatted already: it begins with a control token.
+
+        Its control tokens are control tokens then; those of any other text are text.
+        """
+        found = self._control is not None and self._control.match(text.lstrip()) is not None
+        if found and not self._said_formatted:
+            self._said_formatted = True
+            _log.warning(
+                "texts begin with a control token: they are taken as formatted already, and BOS "
+                "and stop tokens that they hold are not added"
+            )
+        return found
+
+    def ends_turn(self, text: str) -> bool:
+        """Whether a formatted text ends with a stop token."""
+        stops = [self.tokenizer.eos_token]
+        if getattr(self.tokenizer, "chat_template", None):
+            stops.append(self._profile.stop)
+        return text.endswith(tuple(stops))
+
+    def as_text(self, text: str) -> str:
+        """Marks the names of control tokens in a text, so that `encode` takes them as text."""
+        if self._control is None:
+            return text
+        return self._control.sub(lambda found: found[0][:1] + _BREAK + found[0][1:], text)
+
+    def _as_text(self, value: Any) -> Any:
+        """The same of whatever a message holds, except its role."""
+        if isinstance(value, str):
+            return self.as_text(value)
+        if isinstance(value, dict):
+            return {k: v if k == "role" else self._as_text(v) for k, v in value.items()}
+        return [self._as_text(one) for one in value] if isinstance(value, list | tuple) else value
 
     def encode(self, text: str, *, first: bool) -> list[int]:
         """Returns the ids of a piece of a longer text, without special tokens around it.
@@ -195,7 +250,7 @@ class ChatTokenizer:
         backend, found = self._backend, {}
         if backend is None:
             return {}
-        wanted = [piece for piece in dict.fromkeys(pieces) if piece[0]]
+        wanted = [piece for piece in dict.fromkeys(pieces) if piece[0] and _BREAK not in piece[0]]
         seam = "\n" if self._adds_space else ""
         head = self._encode_alone(seam)
         texts = [text if first else seam + text for text, first in wanted]
@@ -210,10 +265,48 @@ class ChatTokenizer:
         """Encodes without special tokens: where it is safe, past transformers, twice as fast."""
         if not text:
             return []
+        if _BREAK in text:
+            return self._encode_literal(text)
         backend = self._backend
         if backend is None:
             return self.tokenizer.encode(text, add_special_tokens=False)
         return backend.encode(text, add_special_tokens=False).ids
+
+    def _encode_literal(self, text: str) -> list[int]:
+        """Encodes stretches between control tokens; names that are marked become text."""
+        ids: list[int] = []
+        marked = self._control.split(text) if self._control is not None else [text]
+        for stretch in marked:
+            if _BREAK not in stretch:
+                ids += self._encode_alone(stretch)
+            elif (plain := stretch.replace(_BREAK, "")) and self._literal is not None:
+                ids += self._literal.encode(plain, add_special_tokens=False).ids
+            else:
+                ids += self.tokenizer.encode(
+                    plain, add_special_tokens=False, split_special_tokens=True
+                )
+        return ids
+
+    @functools.cached_property
+    def _control(self) -> re.Pattern[str] | None:
+        """Names of the control tokens; what stays in the text when it is split there."""
+        known = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        names = {str(token) for token in known if token.special}
+        names |= set(self.tokenizer.all_special_tokens)
+        longest = sorted((name for name in names if name), key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, longest)) + ")") if longest else None
+
+    @functools.cached_property
+    def _literal(self) -> Any:
+        """A copy of the fast tokenizer to which control tokens are text."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        copy = type(backend).from_str(backend.to_str())
+        copy.no_truncation()
+        copy.no_padding()
+        copy.encode_special_tokens = True
+        return copy
 
     @property
     def _backend(self) -> Any:
@@ -236,6 +329,7 @@ class ChatTokenizer:
         question = [{"role": "user", "content": "a"}]
         answered = self._render([*question, {"role": "assistant", "content": _PROBE}])
         opened = self._render(question, add_generation_prompt=True)
+        alone = self._render(question)
         names = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len)
         pattern = r"\s*(" + "|".join(re.escape(name) for name in reversed(names)) + ")"
         found = re.match(pattern, answered[answered.rindex(_PROBE) + len(_PROBE) :])
@@ -246,7 +340,9 @@ class ChatTokenizer:
             )
         bos = tokenizer.bos_token
         marks_turns = bos is not None and answered.count(bos) > 1
-        return _Profile(found.group(1), opened != self._render(question), marks_turns)
+        before, shared = self._before_answer(question), len(alone.rstrip(" "))
+        header = before[shared:] if before[:shared] == alone[:shared] else ""
+        return _Profile(found.group(1), opened != alone, marks_turns, header)
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Applies the template; a template that refuses gives a ValueError of one line."""

@@ -43,6 +43,8 @@ def _later_turns(messages: list[Message], segments: Segments, excess: int) -> li
     sizes = np.cumsum([len(ids) for ids, _ in segments])
     ends = [0, *(number for number, (_, trained) in enumerate(segments) if trained)]
     answers = np.cumsum([message["role"] == "assistant" for message in rest])
+    if answers[-1] >= len(ends):  # Not every answer is a piece of its own: one turn at a time.
+        return system + rest[starts[0] :]
     most = [sizes[min(ends[answers[start - 1]] + 1, len(sizes) - 1)] for start in starts]
     enough = (start for start, size in zip(starts, most, strict=True) if size >= excess)
     return system + rest[next(enough, starts[-1]) :]

@@ -44,6 +44,13 @@ BRACKETS = (
     "' [/Q]' }}{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}{% else %}"
     "{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
 )
+# The system message is read only in the last turn, and only if that is the user's.
+SYSTEM_LAST = (
+    "{{ bos_token }}{% set ns = namespace(said='') %}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{% set ns.said = m['content'] + '\n\n' %}"
+    "{% elif m['role'] == 'user' %}{{ '[Q] ' + (ns.said if loop.last else '') + m['content'] + "
+    "'[/Q]' }}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
 # What was thought is left out of every answer but the last.
 THINKING = (
     "{% for m in messages %}{% set said = m['content'].split('</think>')[-1] %}"

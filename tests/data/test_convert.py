@@ -153,9 +153,111 @@ def test_string_prompts_stay_strings_and_margins_stay():
     assert as_preference(listed)["margin"] == 2.0
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"prompt": "hi"},
+        {"prompt": "hi", "response": "ho"},
+        {"text": "hi"},
+        {"instruction": "hi", "output": "ho"},
+        {"conversations": [{"from": "human", "value": "hi"}]},
+    ],
+)
+def test_messages_decide_for_every_kind_of_row(more):
+    row = {**more, "messages": PROMPT + answer("fine")}
+    assert as_sft(row) == {"messages": row["messages"]}
+    assert as_prompt(row) == {"prompt": PROMPT}
+
+
+def test_columns_that_are_null_decide_nothing():
+    row = {"messages": None, "chosen": None, "prompt": "a", "response": "b"}
+    assert as_sft(row) == {"prompt": "a", "response": "b"}
+    assert as_prompt(row) == {"prompt": "a"}
+
+
+def test_response_decides_before_the_text_of_both():
+    row = {"text": "### a\n### b", "prompt": "a", "response": "b"}
+    assert as_sft(row) == {"prompt": "a", "response": "b"}
+    assert as_prompt(row) == {"prompt": "a"}
+
+
 def test_single_question_beside_lists():
     row = {"prompt": "how?", "chosen": answer("so"), "rejected": answer("no")}
     assert as_preference(row)["prompt"] == [{"role": "user", "content": "how?"}]
+
+
+SYSTEM = {"role": "system", "content": "be kind"}
+
+
+@pytest.mark.parametrize("asked", [PROMPT[:1], [SYSTEM, *PROMPT[:1]], "hello"])
+def test_lists_that_go_on_from_the_prompt_keep_it(asked):
+    row = {"prompt": asked}
+    row |= {side: PROMPT[1:] + answer(side) for side in ("chosen", "rejected")}
+    before = PROMPT[:1] if isinstance(asked, str) else asked
+    assert as_preference(row)["prompt"] == before + PROMPT[1:]
+    assert as_prompt(row) == {"prompt": before + PROMPT[1:]}
+    assert as_sft(row) == {"messages": before + PROMPT[1:] + answer("chosen")}
+
+
+@pytest.mark.parametrize("asked", [PROMPT, PROMPT[:1], PROMPT[2:]])
+def test_lists_that_repeat_the_prompt_keep_its_system_message(asked):
+    row = {"prompt": [SYSTEM, *asked]}
+    row |= {side: PROMPT + answer(side) for side in ("chosen", "rejected")}
+    assert as_preference(row)["prompt"] == [SYSTEM, *PROMPT]
+    inside = {side: [SYSTEM, *row[side]] for side in ("chosen", "rejected")}
+    assert as_preference(row | inside)["prompt"] == [SYSTEM, *PROMPT]
+
+
+CONVERT = {"preference": as_preference, "sft": as_sft, "prompt": as_prompt}
+PLAIN_PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+@pytest.mark.parametrize("kind", CONVERT)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_column_system_comes_first_in_every_shape(shape, kind):
+    plain, found = (
+        CONVERT[kind]({**SHAPES[shape], **more}) for more in ({}, {"system": "be kind"})
+    )
+    field = "messages" if kind == "sft" else "prompt"
+    assert found[field] == [SYSTEM, *plain[field]]
+    again = {**SHAPES["messages"], "prompt": [SYSTEM, *PROMPT], "system": "be kind"}
+    assert CONVERT[kind](again)[field][:2] == [SYSTEM, PROMPT[0]]
+
+
+def test_column_system_of_conversations_and_instructions():
+    asked = {"role": "user", "content": "add"}
+    row = {"system": "be kind", "instruction": "add", "output": "3"}
+    assert as_sft(row) == {"messages": [SYSTEM, asked, *answer("3")]}
+    row = {"system": "be kind", "messages": PROMPT + answer("fine")}
+    assert as_prompt(row) == {"prompt": [SYSTEM, *PROMPT]}
+
+
+def test_history_comes_before_an_instruction():
+    row = {"instruction": "how are\n\nyou?", "history": [["hello", "hi"]], "output": "fine"}
+    assert as_prompt(row) == {"prompt": PROMPT}
+    with pytest.raises(ValueError, match="history must be a list of pairs"):
+        as_sft({**row, "history": ["hello"]})
+
+
+@pytest.mark.parametrize("kind", CONVERT)
+@pytest.mark.parametrize("row", [SHAPES["messages"], HH, SHAPES["sharegpt"], PLAIN_PAIR])
+def test_columns_that_cannot_be_used_are_refused_by_name(row, kind):
+    for column in ("tools", "documents"):
+        with pytest.raises(ValueError, match=f"{column} changes what the assistant reads"):
+            CONVERT[kind]({**row, column: [{"name": "weather"}]})
+        assert CONVERT[kind]({**row, column: "[]"})
+
+
+@pytest.mark.parametrize("kind", CONVERT)
+def test_column_system_that_has_no_place_is_refused(kind):
+    with pytest.raises(ValueError, match="system must be text beside messages"):
+        CONVERT[kind]({**PLAIN_PAIR, "system": "be kind"})
+    with pytest.raises(ValueError, match="system differs from the system message"):
+        CONVERT[kind]({**SHAPES["messages"], "prompt": [SYSTEM, *PROMPT], "system": "be rude"})
+
+
+def test_opening_of_a_prompt_stays():
+    assert as_prompt({"prompt": PROMPT, "opening": "so"}) == {"prompt": PROMPT, "opening": "so"}
 
 
 def test_lists_with_different_prompts_are_dropped_and_counted():

@@ -97,6 +97,33 @@ def test_template_that_refuses_a_role_is_one_line(with_template):
         encode_messages(TALK, Chat(tokenizer), 500)
 
 
+def test_system_message_that_only_an_unanswered_turn_holds_is_in_the_prompt(with_template):
+    chat = Chat(with_template(templates.SYSTEM_LAST))
+    prompt = encode_prompt(TALK[:2], chat, 500)
+    assert chat.decode(prompt) == "<bos>[Q] be kind\n\nwhat do you think?[/Q]"
+    later = chat.decode(encode_prompt(TALK[:4], chat, 500))
+    assert later == (
+        "<bos>[Q] what do you think?[/Q] I like the sea.<eos>[Q] be kind\n\nand the people[/Q]"
+    )
+    # Too long: the older turn goes, the system message stays.
+    short = chat.decode(encode_prompt(TALK[:4], chat, len(chat.encode(later, first=True)) - 1))
+    assert short == "<bos>[Q] be kind\n\nand the people[/Q]"
+
+
+def test_system_message_that_an_answer_takes_away_is_refused_where_answers_are(with_template):
+    tokenizer = with_template(templates.SYSTEM_LAST)
+    pair = {"prompt": TALK[:2], "chosen": "yes", "rejected": "no"}
+    for kind, row in (
+        ("sft", {"messages": TALK[:3]}),
+        ("sft", {"prompt": TALK[:2], "response": "yes"}),
+        ("preference", pair),
+    ):
+        with pytest.raises(ValueError, match=r"row 0: .* before message 2 differently once"):
+            prepare.encode_rows(kind, [row], tokenizer, max_length=500)
+    # Without a system message nothing is lost.
+    assert prepare.encode_rows("sft", [{"messages": TALK[1:3]}], tokenizer, max_length=500)
+
+
 def test_changed_template_is_noticed(with_template):
     tokenizer = with_template(templates.CHATML)
     first = stop_tokens(tokenizer)
