@@ -15,6 +15,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import unread
+from configs.unread import SET, Unread, among, rows_by
+
 # The folder that SmolLM2-135M-Instruct is converted to, and what it is asked.
 SMOLLM2 = "runs/pretrained/smollm2/model"
 INSTRUCTION = "Review a movie in a few words."
@@ -37,6 +40,19 @@ RENAMED = {
 
 # Variants that the stages before take as well.
 PASSED_ON = ("harm",)
+
+_FALLING = among("linear", "cosine")
+# What no experiment reads; see configs/unread.py.
+UNREAD = (
+    Unread("lora.alpha lora.targets", unless="lora.rank", is_=SET),
+    Unread("log.wandb_project", unless="log.wandb", is_=SET),
+    Unread("data.domains", unless="data.source", is_=rows_by("domains")),
+    Unread("data.instruction", unless="data.source", is_=rows_by("instruction")),
+    Unread("data.min_gap", unless="data.source", is_=rows_by("min_gap")),
+    Unread("sampling.top_p sampling.top_k", unless="sampling.temperature", is_=SET),  # greedy
+    Unread("optimizer.end_fraction", unless="optimizer.schedule", is_=_FALLING),
+    Unread("critic_optimizer.end_fraction", unless="critic_optimizer.schedule", is_=_FALLING),
+)
 
 Change = Callable[[ConfigDict], None]
 
@@ -94,12 +110,15 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
     Args:
       config: the result of a `get_config`, perhaps changed since.
+
+    Raises:
+      ValueError: a key was set that nothing reads, see configs/unread.py.
     """
     module = importlib.import_module(f"configs.{config.experiment}")
     config = config.copy_and_resolve_references()
-    plain = module.get_config(",".join([config.scale, *config.variants]))
+    before, now = flat(module.get_config(",".join([config.scale, *config.variants]))), flat(config)
+    unread.refuse((*UNREAD, *module.UNREAD), now, before)
     if not config.workdir:
-        before, now = flat(plain), flat(config)
         changed = [k for k in now if now[k] != before.get(k) and not k.startswith(FREE)]
         settings = [f"{key}={now[key]}" for key in changed]
         name = "-".join([config.scale, *config.variants, *settings])
@@ -109,13 +128,14 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def idle_variants(config: ConfigDict) -> list[str]:
-    """Variants that change nothing at the scale, such as one that names the scale's own value."""
-    get_config = importlib.import_module(f"configs.{config.experiment}").get_config
-    named = list(config.variants)
+    """Variants that change nothing: they name the scale's own values, or keys that are not read."""
+    module = importlib.import_module(f"configs.{config.experiment}")
+    named, names_it = list(config.variants), ("variants", "label")
 
     def values(names: list[str]) -> dict[str, Any]:
-        keys = flat(get_config(",".join([config.scale, *names])))
-        return {k: v for k, v in keys.items() if k not in ("variants", "label")}
+        keys = flat(module.get_config(",".join([config.scale, *names])))
+        dead = unread.unread((*UNREAD, *module.UNREAD), keys)
+        return {k: v for k, v in keys.items() if k not in names_it and k not in dead}
 
     return [n for n in named if values(named) == values([m for m in named if m != n])]
 

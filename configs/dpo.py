@@ -129,6 +129,7 @@ VARIANTS = {
 }
 
 
+UNREAD = ()  # but for what no experiment reads
 SCALES = {"tiny": _tiny, "quickstart": _quickstart, "smollm2": _smollm2, "paper_en": _paper_en}
 
 

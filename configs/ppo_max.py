@@ -38,6 +38,7 @@ Variants (what an ablation changes; PPO-max is the default):
 from ml_collections import ConfigDict
 
 from configs import common
+from configs.unread import SET, Unread, among, no
 
 
 def _quickstart() -> ConfigDict:
@@ -88,7 +89,7 @@ def _quickstart() -> ConfigDict:
     config.advantage.returns = "gae"  # the critic's target with "gae"; or "monte_carlo"
     config.ppo = ConfigDict()
     config.ppo.objective = "clip"  # or "penalty", "surrogate", "policy_gradient", "trpo"
-    config.ppo.clip_eps = 0.2  # epsilon, for "clip"
+    config.ppo.clip_eps = 0.2  # epsilon of "clip"; other objectives count what leaves it
     config.ppo.value_clip_eps = 0.2  # the critic's move is clipped to it; 0 is off
     config.ppo.ratio_denominator = "old"  # or "reference" (Figure 7)
     config.ppo.entropy_coef = 0.0  # weight of the entropy bonus; 0 is off
@@ -97,10 +98,10 @@ def _quickstart() -> ConfigDict:
     config.ppo.normalize_advantages = False  # mean 0 and std 1 over the minibatch
     config.ppo.advantage_clip = 0.0  # advantages are clipped to it; 0 is off
     config.ppo.reduction = "token_mean"  # or "sequence_mean", "sequence_sum"
-    config.penalty = ConfigDict()  # for ppo.objective="penalty"
+    config.penalty = ConfigDict()  # of ppo.objective="penalty", and refused elsewhere
     config.penalty.coef = 1.0  # beta
     config.penalty.target = 0.0  # above 0 adapts beta (Schulman et al. 2017, section 4)
-    config.trpo = ConfigDict()  # for ppo.objective="trpo"
+    config.trpo = ConfigDict()  # of ppo.objective="trpo", and refused elsewhere
     config.trpo.max_kl = 0.01  # the trust region, nats per token
     config.trpo.damping = 0.1  # added to the diagonal of the Fisher matrix
     config.trpo.cg_iterations = 10  # products with the Fisher matrix
@@ -123,7 +124,7 @@ def _tiny() -> ConfigDict:
     config.train.update(iterations=4, prompts_per_iteration=16, minibatch=8)
     config.train.critic_pretrain_iterations = 1
     config.sampling.max_new_tokens = 8
-    config.eval.update(every=2, prompts=8, final_prompts=16)
+    config.eval.update(every=2, prompts=16, final_prompts=16)
     config.checkpoint.every = 2
     return config
 
@@ -324,6 +325,25 @@ SCALES = {
     "moss_en": lambda: _moss(_paper_en(), kl_coef=0.01),
     "moss_zh": lambda: _moss(_paper_zh(), kl_coef=0.1),
 }
+
+
+UNREAD = (
+    Unread("trpo.*", unless="ppo.objective", is_=among("trpo")),
+    Unread("penalty.*", unless="ppo.objective", is_=among("penalty")),
+    # The trust region takes the place of all of these.
+    Unread("optimizer.* ppo.clip_eps", unless="ppo.objective", is_=no("trpo")),
+    Unread(
+        "ppo.ratio_denominator",
+        unless="ppo.objective",
+        is_=among("clip", "penalty", "surrogate"),  # the others have no ratio, or their own
+    ),
+    Unread("ppo.entropy_max", unless="ppo.entropy_coef", is_=SET),
+    Unread("data.ptx_length", unless="ppo.ptx_coef", is_=SET),
+    Unread("kl.horizon", unless="kl.target", is_=SET),
+    Unread("advantage.lambda_ advantage.returns", unless="advantage.method", is_=among("gae")),
+    Unread("advantage.k", unless="advantage.method", is_=among("k_step")),
+    Unread("critic_optimizer.* ppo.value_clip_eps", unless="train.critic_init", is_=no("none")),
+)
 
 
 def derive(config: ConfigDict) -> None:

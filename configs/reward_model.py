@@ -24,6 +24,7 @@ Variants:
 from ml_collections import ConfigDict
 
 from configs import common
+from configs.unread import Unread, rows_by
 
 
 def _quickstart() -> ConfigDict:
@@ -143,6 +144,8 @@ SCALES = {
     "moss_zh": lambda: _moss(_paper_zh()),
 }
 VARIANTS = {"no_lm": _no_lm, "harm": _harm}
+# Of other sources data.pairs and data.eval_pairs say how many are taken.
+UNREAD = (Unread("data.limit", unless="data.source", is_=rows_by("limit", streams=True)),)
 
 
 def derive(config: ConfigDict) -> None:

@@ -19,6 +19,7 @@ Variants:
 from ml_collections import ConfigDict
 
 from configs import common
+from configs.unread import EMPTY, Unread
 
 
 def _quickstart() -> ConfigDict:
@@ -111,6 +112,8 @@ SCALES = {
     "paper_zh": _paper_zh,
 }
 VARIANTS = {"pretrain": _pretrain}
+# A pretrained model has its own sizes and tokenizer.
+UNREAD = (Unread("sizes.* tokenizer.*", unless="inputs.model", is_=EMPTY),)
 
 
 def derive(config: ConfigDict) -> None:

@@ -103,7 +103,7 @@ def open_config(experiment: str, config: ConfigDict, settings: type[Settings]) -
             f"this is a config of {config.get('experiment')!r}: give configs/{experiment}.py"
         )
     for name in common.idle_variants(config):
-        print(f"note: {config.scale} already is what the variant {name} asks for")
+        print(f"note: the variant {name} changes nothing that is read here")
     return typed(settings, common.resolve(config).to_dict())
 
 

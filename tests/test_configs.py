@@ -12,7 +12,7 @@ from rlhf_jax.runtime.settings import typed
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem[0] != "_")
-EXPERIMENTS.remove("common")
+EXPERIMENTS = [name for name in EXPERIMENTS if name not in ("common", "unread")]
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> dict:

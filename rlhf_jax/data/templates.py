@@ -109,7 +109,7 @@ class ChatTokenizer:
         stop = self._profile.stop
         messages = self._as_text(messages)
         whole = self.open_text(messages) if opened else self._render(messages)
-        pieces = []
+        pieces: list[Piece] = []
         done = 0
         for number, message in enumerate(messages):
             if message["role"] != "assistant":

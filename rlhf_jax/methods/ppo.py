@@ -31,7 +31,8 @@ class PPOConfig:
       objective: "clip" (PPO-clip), "penalty" (PPO-penalty), "surrogate" (the ratio without either),
         "policy_gradient" (log π weighted by Φ, no ratio), or "trpo" (the surrogate within a trust
         region: `trpo.make_trust_region_step` in place of `policy_loss`).
-      clip_eps: ε of PPO-clip.
+      clip_eps: ε of PPO-clip; other objectives only count the tokens whose ratio leaves it, and
+        TRPO does not read it.
       value_clip_eps: the critic's move away from its old value is clipped to this; 0 is off.
       ratio_denominator: "old" is the policy that sampled; "reference" is the paper's importance
         sampling ablation (Figure 7): the ratio is against the frozen reference.

@@ -90,7 +90,10 @@ class Respondent:
         self._evaluate = jax.jit(sharding.bind(evaluate))
 
     def __call__(self, policy: Any, key: jax.Array, count: int) -> Responses:
-        """Samples one response for each of the first `count` prompts (whole batches)."""
+        """Samples one response for each of the first `count` prompts.
+
+        They are drawn in whole batches, of which the last may be cut.
+        """
         rollouts, evaluations = [], []
         size = self._batches[0]["tokens"].shape[0]
         for index, batch in enumerate(self._batches[: -(-count // size)]):
@@ -102,7 +105,7 @@ class Respondent:
             evaluations.append(distributed.fetch(evaluated))
             rollouts.append(distributed.fetch(sampled))
             release_freed_memory()
-        return self._measure(_stack(rollouts), _stack(evaluations))
+        return self._measure(_stack(rollouts, count), _stack(evaluations, count))
 
     def _measure(self, sampled: Rollout, evaluated: experience.Evaluation) -> Responses:
         split = sampled.prompt_length
@@ -165,5 +168,6 @@ def rollout_statistics(sampled: Rollout, evaluated: experience.Evaluation) -> di
     }
 
 
-def _stack(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *trees)
+def _stack(trees: Sequence[Any], count: int) -> Any:
+    """The first rows of all batches."""
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *trees)

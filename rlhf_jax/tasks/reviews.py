@@ -29,7 +29,7 @@ from rlhf_jax.tasks.task import Task, TaskConfig
 class Reviews(Task):
     """Reviews of films and products, editorials and tweets; see `data.sets.reviews`."""
 
-    reads = ("domains", "instruction", "min_gap")
+    reads = ("domains", "instruction", "limit", "min_gap")
     judges = ("vader",)
 
     def __init__(self, config: TaskConfig):

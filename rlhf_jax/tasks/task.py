@@ -65,8 +65,9 @@ class Task(abc.ABC):
       config: which rows.
 
     Attributes:
-      reads: the keys of a `TaskConfig` that decide its rows, besides the source, the limit and the
-        seed. Reading `min_gap` is to draw pairs of rated texts.
+      reads: the keys of a `TaskConfig` that decide its rows, besides the source and the seed.
+        Reading `min_gap` is to draw pairs of rated texts, reading `limit` to draw them from so many
+        rows; documents and prompts are limited for every task.
       judges: names of the judges that may speak of the task; none if nothing but a reward model or
         a judge that the user names can.
       can_stream: whether `stream:` may be put before the source.

@@ -1,0 +1,236 @@
+"""Every key of every config is read: changing it changes what a run shows, or is refused.
+
+Each experiment runs dry (see tests/dry.py) at `tiny`, and again with one key changed. Programs,
+their inputs, the log, the saved model, the report: something must differ, or the key is refused
+because another one switches it off (`UNREAD` of configs/), and then it is tried where it is read.
+What is printed does not count. A key that nothing reads fails.
+"""
+
+import fnmatch
+from typing import Any
+
+import pytest
+
+from configs import common
+from tests import dry
+from tests.tasks import golden
+from tests.test_configs import EXPERIMENTS, get, leaves
+
+# What no number follows from, and why.
+ASIDE = {
+    "experiment": "given by the file",
+    "scale": "given by the argument",
+    "variants": "given by the argument",
+    "workdir": "where results lie",
+    "inputs.build": "who makes what is missing",
+    "log.*": "what is written besides",
+    "checkpoint.*": "when a state is kept",
+    "sharding.*": "where arrays lie",
+    "model.attention": "which kernel computes the same, on a GPU",
+}
+
+# Runs as short as they can be, with one device and few files.
+SHORT = {
+    "sft": ("train.steps=2", "eval.every=1", "data.limit=60"),
+    "reward_model": ("train.steps=2", "eval.every=1"),
+    "ppo_max": ("train.iterations=2", "eval.every=1"),
+    "dpo": ("train.steps=2", "eval.every=1"),
+}
+
+# Keys that are refused at `tiny`, and a run that reads them.
+READ_IN = {
+    "lora.*": {"sft": "inputs.model=runs/x/model,lora.rank=2", "": "lora.rank=2"},
+    "*optimizer.end_fraction": {
+        "ppo_max": "optimizer.schedule=linear,critic_optimizer.schedule=linear"
+    },
+    "trpo.*": {"ppo_max": "trpo"},
+    "penalty.*": {"ppo_max": "penalty_adaptive,train.iterations=3"},
+    "ppo.entropy_max": {"ppo_max": "entropy"},
+    "kl.horizon": {"ppo_max": "adaptive_kl"},
+    "advantage.k": {"ppo_max": "k_step"},
+}
+
+# Values that make sense where half of a number does not, or is the same to a run so short.
+OTHER: dict[str, Any] = {
+    "lora.rank": 2,
+    "lora.targets": ("q",),
+    "model.dtype": "bfloat16",
+    "model.remat": "full",
+    "data.domains": ("amazon",),
+    "data.prompt_buckets": (24,),
+    "data.ptx_length": 40,
+    "data.max_length": 90,
+    "data.limit": 50,
+    "judges": ("length",),
+    "label": "another",
+    "tokenizer.vocab_size": 400,
+    "sizes.hidden_size": 64,
+    "sizes.intermediate_size": 32,
+    "train.minibatch": 16,
+    "train.prompts_per_iteration": 8,
+    "train.iterations": 3,
+    "train.samples_per_prompt": 2,
+    "train.max_tokens": 1600,
+    "train.max_pairs": 8,
+    "train.microbatches": 2,
+    "train.row_length": 100,
+    "train.critic_pretrain_iterations": 0,
+    "train.critic_init": "policy",
+    "reward.transform": "scale",
+    "advantage.method": "td",
+    "advantage.returns": "monte_carlo",
+    "penalty.target": 0.1,
+    "ppo.objective": "surrogate",
+    "ppo.ratio_denominator": "reference",
+    "ppo.reduction": "sequence_mean",
+    "dpo.objective": "ipo",
+    "dpo.label_smoothing": 0.25,
+    "loss.comparisons": "batch",
+    "*optimizer.schedule": "constant",
+    "*optimizer.warmup_fraction": 0.5,
+    "inputs.policy_variant": "pretrain",
+}
+
+# What must be changed beside a key for the change to make sense.
+WITH = {
+    ("reward_model", "loss.comparisons"): "data.domains=('movie',),data.instruction=Review it.",
+    ("reward_model", "data.instruction"): "data.domains=('movie',)",
+    ("dpo", "data.instruction"): "data.domains=('movie',)",
+    ("sft", "lora.rank"): "inputs.model=runs/x/model",
+    ("sft", "train.microbatches"): "train.microbatches=1",
+    ("sft", "train.minibatch"): "train.microbatches=1",
+}
+
+# Keys that only say what must not be: they are read where a value is refused by them.
+GUARDS = {"train.min_pairs": 16}
+
+
+def matching(table: dict, key: str, default: Any = None) -> Any:
+    return next((v for pattern, v in table.items() if fnmatch.fnmatchcase(key, pattern)), default)
+
+
+def other(key: str, value: Any) -> Any:
+    """Another value that makes sense."""
+    found = matching(OTHER, key)
+    if found is not None:
+        return found
+    assert key != "data.source", "it is a file in the folder of the runs"
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value // 2 if value > 1 else value + 1
+    if isinstance(value, float):
+        return value / 2 if value else 0.5
+    assert isinstance(value, str), f"say in OTHER what {key}={value!r} may be besides"
+    return f"{value}another"
+
+
+class Knobs:
+    """Runs of one experiment, each as far as it differs from a run without the change."""
+
+    def __init__(self, experiment: str, folder):
+        self.experiment, self._folder = experiment, folder
+        self._dry, self._plain = dry.Dry(folder / "run"), {}
+        (folder / "config.json").write_text("{}")
+        self.source = golden.write_jsonl(folder / "rows.jsonl")
+
+    def config(self, argument: str, key: str = "", value: Any = None):
+        parts = ["tiny", "sharding.devices=1", "log.tensorboard=False", *SHORT[self.experiment]]
+        config = get(self.experiment, ",".join([*parts, argument] if argument else parts))
+        if self.experiment == "dpo":  # what the report compares with is there
+            config.compare.update(ppo_max=str(self._folder), reward_model=str(self._folder))
+        if key:
+            *groups, leaf = key.split(".")
+            node = config
+            for group in groups:
+                node = node[group]
+            node[leaf] = value
+        return config
+
+    def keys(self, argument: str = "") -> dict[str, Any]:
+        return leaves(self.config(argument))
+
+    def seen(self, key: str, value: Any, argument: str = "") -> str:
+        """What differs; empty where nothing does.
+
+        Raises:
+          ValueError: the change is refused.
+        """
+        if argument not in self._plain:
+            self._plain[argument] = self._dry.notes(self.experiment, self.config(argument))
+        try:
+            changed = self.config(argument, key, value)
+            self._dry.notes(self.experiment, changed, self._plain[argument])
+        except dry.Differs as difference:
+            return str(difference)
+        return ""
+
+
+@pytest.fixture(scope="module")
+def knobs(tmp_path_factory):
+    """The runs of an experiment, by its name."""
+    made: dict[str, Knobs] = {}
+
+    def knobs_of(experiment: str) -> Knobs:
+        if experiment not in made:
+            made[experiment] = Knobs(experiment, tmp_path_factory.mktemp(experiment))
+        return made[experiment]
+
+    return knobs_of
+
+
+def unread_at(knobs: Knobs, argument: str = "") -> dict:
+    module = __import__(f"configs.{knobs.experiment}", fromlist=["UNREAD"])
+    return common.unread.unread((*common.UNREAD, *module.UNREAD), knobs.keys(argument))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_key_changes_what_a_run_shows(knobs, experiment):
+    runs, dead = knobs(experiment), []
+    unread = unread_at(runs)
+    for key, value in runs.keys().items():
+        if matching(ASIDE, key) or key in unread or key in GUARDS:
+            continue
+        argument = WITH.get((experiment, key), "")
+        value = runs.keys(argument)[key]
+        value = runs.source if key == "data.source" else other(key, value)
+        if not runs.seen(key, value, argument):
+            dead.append(f"{key}={value!r}")
+    assert dead == [], "nothing differs: nobody reads them"
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_unread_keys_are_refused_and_read_where_the_refusal_says(knobs, experiment):
+    runs = knobs(experiment)
+    for key, rule in unread_at(runs).items():
+        changed = runs.config("", key, other(key, runs.keys()[key]))
+        with pytest.raises(ValueError, match=f"^{key}=.* is read where {rule.unless} is ") as error:
+            common.resolve(changed)
+        assert "\n" not in str(error.value)
+        if matching(ASIDE, key):
+            continue
+        places = matching(READ_IN, key, {})
+        argument = places.get(experiment, places.get(""))
+        assert argument is not None, f"say in READ_IN where {experiment} reads {key}"
+        assert key not in unread_at(runs, argument), f"{key} is refused with {argument}, too"
+        value = other(key, runs.keys(argument)[key])
+        assert runs.seen(key, value, argument), f"nobody reads {key}, not even with {argument}"
+
+
+@pytest.mark.parametrize("experiment", ["reward_model", "dpo"])
+def test_guards_refuse_by_their_name(knobs, experiment):
+    for key, value in GUARDS.items():
+        with pytest.raises(ValueError, match=key.split(".")[-1]):
+            knobs(experiment).seen(key, value)
+
+
+def test_a_run_without_a_change_leaves_the_same_notes(knobs):
+    for experiment in EXPERIMENTS:
+        runs = knobs(experiment)
+        assert runs.seen("log.wandb", False) == ""
+
+
+def test_the_lists_name_keys_that_are_there():
+    keys = {key for experiment in EXPERIMENTS for key in leaves(get(experiment, "tiny"))}
+    for pattern in (*ASIDE, *READ_IN, *OTHER, *GUARDS, *(key for _, key in WITH)):
+        assert fnmatch.filter(keys, pattern), pattern
