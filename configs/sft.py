@@ -113,7 +113,10 @@ SCALES = {
 }
 VARIANTS = {"pretrain": _pretrain}
 # A pretrained model has its own sizes and tokenizer.
-UNREAD = (Unread("sizes.* tokenizer.*", unless="inputs.model", is_=EMPTY),)
+UNREAD = (
+    Unread("sizes.* tokenizer.*", unless="inputs.model", is_=EMPTY),
+    Unread("train.epochs", unless="train.steps", is_=EMPTY),
+)
 
 
 def derive(config: ConfigDict) -> None:

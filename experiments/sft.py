@@ -94,7 +94,7 @@ class Settings(Shared):
         super().__post_init__()
         if self.lora.rank and not self.inputs.model:
             raise ValueError(
-                f"lora.rank={self.lora.rank} trains beside a model that is there: set "
+                f"lora.rank={self.lora.rank} needs a model to adapt: set "
                 "inputs.model, or lora.rank=0"
             )
 

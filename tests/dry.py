@@ -37,6 +37,7 @@ from rlhf_jax.models.files import hf_weights
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.runtime.metrics import MetricsWriter
 from rlhf_jax.runtime.progress import Progress
+from rlhf_jax.training import record
 from rlhf_jax.training import run as runs
 from tests import tiny
 
@@ -294,8 +295,8 @@ def _patch_inputs(patch: pytest.MonkeyPatch, notes: Notes) -> None:
     patch.setattr(hf_weights, "load_scalar_model", functools.partial(load, scalar=True))
     patch.setattr(tokenizers, "load_tokenizer", load_tokenizer)
     patch.setattr(reviews, "load_reviews", _reviews)
-    patch.setitem(judges.JUDGES, "vader", _vader)
-    patch.setitem(judges.JUDGES, "length", LengthJudge)
+    made = {"vader": _vader, "length": LengthJudge}
+    patch.setattr(judges, "make_judge", lambda name, **_: made[name]())
     patch.setattr(stages, "require", lambda folder, **made_by: folder)
 
 
@@ -320,7 +321,7 @@ def _patch_outputs(patch: pytest.MonkeyPatch, notes: Notes) -> None:
 
     patch.setattr(runs, "MetricsWriter", Noted)
     patch.setattr(runs, "Checkpointer", _Nowhere)
-    patch.setattr(runs, "run_info", lambda settings: {"command": "", "config": settings})
+    patch.setattr(record, "run_info", lambda settings: {"command": "", "config": settings})
     patch.setattr(runs, "progress", lambda *a, initial: Progress(*a, initial, stream=io.StringIO()))
     patch.setattr(runs.Run, "finish", finish)
     patch.setattr(hf_weights, "save_model", save_model)
@@ -351,7 +352,13 @@ class _Nowhere:
 class LengthJudge:
     """Longer is better."""
 
-    name, describe = "length", "counts characters"
+    name = scale = "length"
+
+    def describe(self) -> str:
+        return "counts characters"
+
+    def fingerprint(self) -> str:
+        return "length"
 
     def __call__(self, texts: Any) -> np.ndarray:
         return np.array([float(len(text)) for text in texts])

@@ -48,10 +48,14 @@ READ_IN = {
     "ppo.entropy_max": {"ppo_max": "entropy"},
     "kl.horizon": {"ppo_max": "adaptive_kl"},
     "advantage.k": {"ppo_max": "k_step"},
+    "train.epochs": {"sft": "train.steps=0,train.epochs=2.0"},
 }
 
 # Values that make sense where half of a number does not, or is the same to a run so short.
 OTHER: dict[str, Any] = {
+    "eval.sampling.temperature": 0.5,
+    "eval.sampling.top_k": 5,
+    "eval.sampling.max_new_tokens": 4,
     "lora.rank": 2,
     "lora.targets": ("q",),
     "model.dtype": "bfloat16",

@@ -66,7 +66,9 @@ def test_one_set_of_axes_a_panel_with_its_title_unit_and_curve():
     assert len(figure.axes) == len(PPO_PANELS) == 12
     assert figure.get_suptitle() == "PPO-max"
     for index, (axes, panel) in enumerate(zip(figure.axes, PPO_PANELS, strict=True)):
-        assert axes.get_title() == panel.title
+        # A panel for each metric of a group says which.
+        several = [name.split("/")[1] for name in panel.metrics if name.endswith("/*")]
+        assert axes.get_title() == ": ".join([panel.title, *several])
         assert axes.get_ylabel() == panel.ylabel
         assert axes.get_xlabel() == "step"
         ((_, steps, values),) = _curves(axes)

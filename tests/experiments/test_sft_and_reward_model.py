@@ -119,7 +119,7 @@ def test_missing_model_is_built_only_where_asked(tmp_path):
     ("experiment", "configs", "change", "message"),
     [
         (sft, sft_configs, "train.microbatches=3", "train.minibatch=8 must be divisible by 3"),
-        (sft, sft_configs, "train.steps=0", "train.steps=0 must be at least 1"),
+        (sft, sft_configs, "train.steps=0", "one says how long, the other must be 0"),
         (sft, sft_configs, "eval.every=0", "eval.every=0 must be at least 1"),
         (reward_model, reward_configs, "train.steps=0", "train.steps=0 must be at least 1"),
     ],
