@@ -15,6 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
+from rlhf_jax.data.templates import stop_tokens
+from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.models.config import ModelConfig, RopeScaling
 from rlhf_jax.models.files import hf_files
 from rlhf_jax.models.files.hf_config import config_from_hf, config_to_hf
@@ -602,6 +604,21 @@ def test_the_tokenizer_is_saved_too(tmp_path):
     assert json.loads((tmp_path / "model/generation_config.json").read_text())["eos_token_id"] == 2
     assert (tmp_path / "model/tokenizer.json").exists()
     assert_same(random_model(), load_model(tmp_path / "model"))
+
+
+def test_generation_ends_where_the_sampler_stops(tmp_path):
+    tokenizer = train_bpe(["the sea"], 300)
+    folder = tmp_path / "model"
+    model = random_model(vocab_size=320)
+    save_model(model, folder, tokenizer)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|eot|>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "'<|eot|>'")
+    stop = tokenizer.convert_tokens_to_ids("<|eot|>")
+    save_model(model, folder, tokenizer)
+    found = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert found == [stop, 2] == list(stop_tokens(tokenizer))
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 2
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
