@@ -543,6 +543,17 @@ def test_broken_folders_give_one_line(saved, tmp_path):
     one_line(lambda: load_model(tmp_path / "absent"), "is not a folder, nor a name on")
 
 
+@pytest.mark.parametrize("shards", [True, False])
+def test_one_file_goes_before_an_old_index(tmp_path, shards):
+    old, new = tmp_path / "old", tmp_path / "new"
+    save_model(jax.tree.map(lambda leaf: leaf + 1, random_model()), old, max_shard_bytes=1000)
+    save_model(random_model(), new)
+    for file in old.glob("model*" if shards else "*.index.json"):
+        file.rename(new / file.name)
+    assert len(list(new.glob("model-*"))) > 1 or not shards
+    assert_same(random_model(), load_model(new))
+
+
 def test_an_index_cannot_point_outside_of_its_folder(saved, tmp_path):
     (saved / "model.safetensors").rename(tmp_path / "model-1.safetensors")
     index = saved / "model.safetensors.index.json"
