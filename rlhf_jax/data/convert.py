@@ -19,6 +19,7 @@ from rlhf_jax.data.schemas import (
     Kind,
     Message,
     Row,
+    check_characters,
     check_messages,
     require,
     require_sft,
@@ -69,6 +70,8 @@ def rows_of_kind(
     for number, row in enumerate(rows):
         try:
             converted = _CONVERT[kind](row, drops)
+            if converted is not None:
+                check_characters(converted)
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from error
         if converted is None:
