@@ -310,3 +310,18 @@ def test_half_of_a_surrogate_pair_is_refused_with_its_row(plain, kind, shape):
     made = CONVERT[kind](row)
     with pytest.raises(ValueError, match=match):
         prepare.encode_rows(kind, [CONVERT[kind](PLAIN_PAIR), made], plain, max_length=99)
+
+
+@pytest.mark.parametrize("kind", CONVERT)
+def test_sides_of_two_kinds_are_refused(kind):
+    for sides in (("b", answer("c")), (answer("c"), "b")):
+        row = {"prompt": "a"} | dict(zip(("chosen", "rejected"), sides, strict=True))
+        with pytest.raises(ValueError, match="must both be text or both lists"):
+            CONVERT[kind](row)
+
+
+@pytest.mark.parametrize("kind", CONVERT)
+def test_sides_that_end_with_the_user_are_refused(kind):
+    row = {"chosen": PROMPT + answer("fine"), "rejected": PROMPT}
+    with pytest.raises(ValueError, match="rejected must end with the assistant, not with the user"):
+        CONVERT[kind](row)
