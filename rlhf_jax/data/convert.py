@@ -19,6 +19,7 @@ from rlhf_jax.data.schemas import (
     Kind,
     Message,
     Row,
+    check_characters,
     check_messages,
     require,
     require_sft,
@@ -69,6 +70,8 @@ def rows_of_kind(
     for number, row in enumerate(rows):
         try:
             converted = _CONVERT[kind](row, drops)
+            if converted is not None:
+                check_characters(converted)
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from error
         if converted is None:
@@ -236,7 +239,7 @@ def _preference(row: Row, drops: DropCounts | None) -> Row | None:
             "chosen": _message(chosen)["content"],
             "rejected": _message(rejected)["content"],
         }
-    if not isinstance(chosen, str):
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
         return _from_lists(row, drops)
     if "prompt" not in row and is_transcript(chosen):
         return convert_hh(row, drops)
@@ -303,7 +306,16 @@ def texts_of(row: Row) -> list[str]:
 
 def _from_lists(row: Row, drops: DropCounts | None) -> Row | None:
     """Chosen and rejected are lists of turns: all but the last are the prompt, or end it."""
+    for name in ("chosen", "rejected"):
+        if not isinstance(row[name], list):
+            kind = type(row[name]).__name__
+            raise ValueError(
+                f"chosen and rejected must both be text or both lists; {name} is {kind}"
+            )
     sides = [_turns(row[name]) for name in ("chosen", "rejected")]
+    for name, side in zip(("chosen", "rejected"), sides, strict=True):
+        if side and side[-1]["role"] != "assistant":
+            raise ValueError(f"{name} must end with the assistant, not with the {side[-1]['role']}")
     prompts = [side[:-1] for side in sides]
     if row.get("prompt") is not None:
         before = _asked(row["prompt"])

@@ -28,6 +28,7 @@ from rlhf_jax.data.schemas import (
     Kind,
     Message,
     Row,
+    check_characters,
     check_messages,
     require,
     require_sft,
@@ -49,6 +50,7 @@ def encode_row(
     Raises:
       ValueError: a field is missing or holds something else.
     """
+    check_characters(row)
     if kind == "preference":
         return encode_pair(row, tokenizer, max_length, drops)
     if kind == "prompt":

@@ -8,6 +8,7 @@ a list of messages.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -94,6 +95,24 @@ class DropCounts(Counter[str]):
         if self[self.TRUNCATED]:
             line += f", truncated {self[self.TRUNCATED]:,}"
         return line
+
+
+def check_characters(row: Row) -> None:
+    """Checks that every text of a row can be written and tokenized.
+
+    Raises:
+      ValueError: a text holds half of a surrogate pair, as cutting within an emoji leaves it; names
+        the column.
+    """
+    for column, value in row.items():
+        try:
+            json.dumps([column, value], ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(
+                f"{column!a} holds {half!a}, half of a surrogate pair (a character that "
+                "was cut in two): mend the text, or leave out the row"
+            ) from error
 
 
 def require(row: Row, fields: Sequence[str], what: str) -> None:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_jax.data.schemas import Message, Row, check_messages
+from rlhf_jax.data.schemas import Message, Row, check_characters, check_messages
 
 _PROBE = "zq7w"  # A word that no template writes itself.
 # Stands inside the name of a control token that is only text, from rendering to tokenization; no
@@ -233,6 +233,7 @@ class ChatTokenizer:
         try:
             if isinstance(prompt, str):
                 return []
+            check_characters(row)
             said = check_messages(prompt, "prompt")
             sides = [row[side] for side in ("chosen", "rejected", "response") if side in row]
             talks = [[*said, {"role": "assistant", "content": side}] for side in sides] or [said]

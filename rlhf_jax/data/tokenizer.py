@@ -88,7 +88,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
 def load_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> Any:
     """Loads the tokenizer of a folder (or a hub name) and makes it fit for training.
 
-    What `ensure_pad` and `ensure_template` changed is logged as a warning.
+    Code that the folder holds is never run. What `ensure_pad` and `ensure_template` changed is
+    logged as a warning.
 
     Args:
       path: a folder with the files of `save_pretrained`, or a name on the hub.
@@ -100,7 +101,8 @@ def load_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        # False is not the default: left out, transformers asks on standard input.
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot load a tokenizer from {str(path)!r}: {reason}") from error

@@ -1,6 +1,9 @@
+import json
+
 import pytest
 
-from rlhf_jax.data.convert import as_preference, as_prompt, as_sft, convert_hh
+from rlhf_jax.data import prepare
+from rlhf_jax.data.convert import as_preference, as_prompt, as_sft, convert_hh, rows_of_kind
 from rlhf_jax.data.schemas import DropCounts
 
 START = "\n\nHuman: hello\n\nAssistant: hi\n\nHuman: how are\n\nyou?"
@@ -294,3 +297,31 @@ def test_missing_fields_are_named_with_those_found():
         as_sft({"conversations": [{"speaker": "a", "value": "b"}]})
     with pytest.raises(ValueError, match="need a prompt and an answer each"):
         as_preference({"chosen": answer("a"), "rejected": answer("b")})
+
+
+@pytest.mark.parametrize("kind", CONVERT)
+@pytest.mark.parametrize("shape", ["strings", "messages", "sharegpt"])
+def test_half_of_a_surrogate_pair_is_refused_with_its_row(plain, kind, shape):
+    whole = json.dumps({"strings": PLAIN_PAIR, **SHAPES}[shape])
+    row = json.loads(whole.replace("hello", "a \\ud83d").replace('"a"', '"a \\ud83d"'))
+    match = r"row 1: '\w+' holds '\\ud83d', half of a surrogate pair"
+    with pytest.raises(ValueError, match=match):
+        list(rows_of_kind([PLAIN_PAIR, row], kind, "all", DropCounts()))
+    made = CONVERT[kind](row)
+    with pytest.raises(ValueError, match=match):
+        prepare.encode_rows(kind, [CONVERT[kind](PLAIN_PAIR), made], plain, max_length=99)
+
+
+@pytest.mark.parametrize("kind", CONVERT)
+def test_sides_of_two_kinds_are_refused(kind):
+    for sides in (("b", answer("c")), (answer("c"), "b")):
+        row = {"prompt": "a"} | dict(zip(("chosen", "rejected"), sides, strict=True))
+        with pytest.raises(ValueError, match="must both be text or both lists"):
+            CONVERT[kind](row)
+
+
+@pytest.mark.parametrize("kind", CONVERT)
+def test_sides_that_end_with_the_user_are_refused(kind):
+    row = {"chosen": PROMPT + answer("fine"), "rejected": PROMPT}
+    with pytest.raises(ValueError, match="rejected must end with the assistant, not with the user"):
+        CONVERT[kind](row)

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -137,3 +138,31 @@ def test_template_is_given_only_where_there_is_none(with_template):
     other = with_template(CHATML)
     assert ensure_template(other) == "has a chat template"
     assert other.chat_template == CHATML
+
+
+ASKED_PROGRAM = """
+import sys
+from rlhf_jax.data.tokenizer import load_tokenizer
+try:
+    load_tokenizer(sys.argv[1])
+except ValueError as error:
+    print("refused", error)
+"""
+
+
+def test_code_of_a_folder_never_runs_and_nobody_is_asked(tmp_path):
+    code = "open(__file__ + '.ran', 'w')\nopen({!r}, 'w')\nclass Own: pass\n"
+    (tmp_path / "own.py").write_text(code.format(str(tmp_path / "ran")))
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", **config}))
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED_PROGRAM, str(tmp_path)],
+        input="y\ny\ny\n",
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+    )
+    assert not (tmp_path / "ran").exists()
+    assert "[y/N]" not in done.stdout
+    assert done.stdout.startswith("refused cannot load a tokenizer from"), done.stderr

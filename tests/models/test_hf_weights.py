@@ -15,6 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
+from rlhf_jax.data.templates import stop_tokens
+from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.models.config import ModelConfig, RopeScaling
 from rlhf_jax.models.files import hf_files
 from rlhf_jax.models.files.hf_config import config_from_hf, config_to_hf
@@ -541,6 +543,17 @@ def test_broken_folders_give_one_line(saved, tmp_path):
     one_line(lambda: load_model(tmp_path / "absent"), "is not a folder, nor a name on")
 
 
+@pytest.mark.parametrize("shards", [True, False])
+def test_one_file_goes_before_an_old_index(tmp_path, shards):
+    old, new = tmp_path / "old", tmp_path / "new"
+    save_model(jax.tree.map(lambda leaf: leaf + 1, random_model()), old, max_shard_bytes=1000)
+    save_model(random_model(), new)
+    for file in old.glob("model*" if shards else "*.index.json"):
+        file.rename(new / file.name)
+    assert len(list(new.glob("model-*"))) > 1 or not shards
+    assert_same(random_model(), load_model(new))
+
+
 def test_an_index_cannot_point_outside_of_its_folder(saved, tmp_path):
     (saved / "model.safetensors").rename(tmp_path / "model-1.safetensors")
     index = saved / "model.safetensors.index.json"
@@ -602,6 +615,21 @@ def test_the_tokenizer_is_saved_too(tmp_path):
     assert json.loads((tmp_path / "model/generation_config.json").read_text())["eos_token_id"] == 2
     assert (tmp_path / "model/tokenizer.json").exists()
     assert_same(random_model(), load_model(tmp_path / "model"))
+
+
+def test_generation_ends_where_the_sampler_stops(tmp_path):
+    tokenizer = train_bpe(["the sea"], 300)
+    folder = tmp_path / "model"
+    model = random_model(vocab_size=320)
+    save_model(model, folder, tokenizer)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|eot|>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "'<|eot|>'")
+    stop = tokenizer.convert_tokens_to_ids("<|eot|>")
+    save_model(model, folder, tokenizer)
+    found = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert found == [stop, 2] == list(stop_tokens(tokenizer))
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 2
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):

@@ -113,7 +113,12 @@ class TensorFiles:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder."""
+    """The safetensors files of a folder; one file goes before an index, as in transformers.
+
+    A model that is saved again as one file leaves the old index, perhaps with the old shards.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -123,8 +128,6 @@ def _weight_files(folder: Path) -> list[Path]:
         if absent:
             raise ValueError(f"{folder / INDEX} names files that are absent: {', '.join(absent)}")
         return files
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
     pickles = sorted(file.name for file in folder.glob("*.bin"))
     hint = "; pickles are never read, convert them with save_pretrained" if pickles else ""
     held = f" (only {pickles[0]})" if pickles else ""

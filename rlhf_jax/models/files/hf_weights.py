@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.data.templates import stop_tokens
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.files import hf_files
 from rlhf_jax.models.files.hf_config import (
@@ -167,7 +168,8 @@ def save_model(
             tokenizer.save_pretrained(partial)
             special = _special_tokens(tokenizer)
             raw |= special
-            hf_files.write_json(partial / "generation_config.json", special)
+            generation = special | _ends(tokenizer)
+            hf_files.write_json(partial / "generation_config.json", generation)
         hf_files.write_json(partial / "config.json", raw)
         hf_files.write_tensors(partial, _tensors_of(model, config), max_shard_bytes)
 
@@ -196,6 +198,17 @@ def _special_tokens(tokenizer: Any) -> dict[str, int]:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {name: getattr(tokenizer, name, None) for name in names}
     return {name: int(token) for name, token in ids.items() if token is not None}
+
+
+def _ends(tokenizer: Any) -> dict[str, int | list[int]]:
+    """What ends a response, as the sampler has it: with a chat template often not EOS alone."""
+    if not getattr(tokenizer, "chat_template", None):
+        return {}
+    try:
+        stops = [int(token) for token in stop_tokens(tokenizer)]
+    except ValueError:  # Its template ends no turn. Nothing samples with it, yet it may be saved.
+        return {}
+    return {"eos_token_id": stops if len(stops) > 1 else stops[0]}
 
 
 def _tensors_of(
