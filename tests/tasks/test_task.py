@@ -151,15 +151,24 @@ def test_batches_plan_by_the_lengths_of_a_store_and_read_no_row(folder, plain, m
     assert 0 < len(read) < 20
 
 
-def test_whatever_decides_the_rows_makes_another_store(folder, plain, monkeypatch, tmp_path):
+def test_rows_without_a_fingerprint_stay_in_memory(folder, plain, monkeypatch, tmp_path):
+    monkeypatch.setattr(prepare, "IN_MEMORY", 5)
+    monkeypatch.setattr(TASKS["hh"], "fingerprint", lambda self, split: None)
+    assert isinstance(documents(folder, plain).rows, list)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_whatever_decides_the_rows_makes_another_store(
+    folder, plain, folding, monkeypatch, tmp_path
+):
     monkeypatch.setattr(prepare, "IN_MEMORY", 5)
 
     def stores():
         return len(list((tmp_path / "cache" / "tokens").iterdir()))
 
-    def made(config, task=None, kind="documents", split="train", **limits):
+    def made(config, task=None, kind="documents", split="train", tokenizer=plain, **limits):
         task = task or make_task(TaskConfig(**{"source": folder} | config))
-        getattr(task, kind)(plain, split, **{"max_length": 64} | limits)
+        getattr(task, kind)(tokenizer, split, **{"max_length": 64} | limits)
         return stores()
 
     class Other(type(make_task(TaskConfig(folder)))):
@@ -176,19 +185,36 @@ def test_whatever_decides_the_rows_makes_another_store(folder, plain, monkeypatc
         made({}, max_length=65),
         made({"seed": 5}),  # decides nothing here
         made({}, task=Other(TaskConfig(folder))),
-    ] == [1, 1, 2, 3, 4, 5, 6, 7, 7, 8]
+        # The same template and special tokens: only what the tokenizer does to text differs.
+        made({}, tokenizer=folding),
+    ] == [1, 1, 2, 3, 4, 5, 6, 7, 7, 8, 9]
 
 
-def test_other_processes_open_what_process_0_has_encoded(folder, plain, monkeypatch):
+def test_other_processes_wait_for_process_0_and_open_what_it_has_encoded(
+    folder, plain, monkeypatch
+):
     monkeypatch.setattr(prepare, "IN_MEMORY", 50)
-    events = []
-    monkeypatch.setattr(distributed, "barrier", events.append)
-    first = documents(folder, plain)
-    monkeypatch.setattr(distributed, "is_main", lambda: False)
-    monkeypatch.setattr(prepare, "encoded_rows", lambda *_, **__: events.append("encoded"))
+    encode, events = prepare.encoded_rows, []
+    main = [False]
+
+    def encoded_rows(*arguments, **settings):
+        events.append(f"process {0 if main[0] else 1} encodes")
+        return encode(*arguments, **settings)
+
+    def barrier(name):
+        events.append(name)
+        if not main[0]:  # process 0 gets there as well
+            main[0] = True
+            events.append(documents(folder, plain))
+            main[0] = False
+
+    monkeypatch.setattr(distributed, "is_main", lambda: main[0])
+    monkeypatch.setattr(distributed, "barrier", barrier)
+    monkeypatch.setattr(prepare, "encoded_rows", encoded_rows)
     second = documents(folder, plain)
+    *said, first = events
+    assert said == ["sft rows are encoded", "process 0 encodes", "sft rows are encoded"]
     assert len(first) == len(second) == 80
-    assert events == ["sft rows are encoded"] * 2
     assert second.rows.counts == first.rows.counts
 
 
