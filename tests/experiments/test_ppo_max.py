@@ -16,6 +16,7 @@ from rlhf_jax.methods.ppo_max import PPOMax
 from rlhf_jax.models.files import hf_weights
 from rlhf_jax.runtime.metrics import NonFiniteError, read_metrics
 from rlhf_jax.training.run import Run, Stopped
+from tests.programs import compiled_programs
 
 
 def tiny(chain, workdir, *changes):
@@ -201,32 +202,23 @@ def test_programs_are_as_many_as_buckets_and_no_iteration_repeats_a_key(
     chain, tmp_path, monkeypatch
 ):
     """Training and evaluation, policy and reference, share one sampler for each bucket."""
-    compiled, keys = {}, set()
-    make_generate, make_updates = method.make_generate, method.make_updates
+    keys, make_generate = set(), method.make_generate
 
     def watched_generate(*arguments, **settings):
-        compiled["generate"] = make_generate(*arguments, **settings)
+        generate = make_generate(*arguments, **settings)
 
         def sample(model, tokens, mask, key):
             keys.add(tuple(jax.random.key_data(key).tolist()))
-            return compiled["generate"](model, tokens, mask, key)
+            return generate(model, tokens, mask, key)
 
         return sample
 
-    def watched_updates(*arguments):
-        made = make_updates(*arguments)
-        compiled["policy step"], compiled["critic step"] = made
-        return made
-
     monkeypatch.setattr(method, "make_generate", watched_generate)
-    monkeypatch.setattr(method, "make_updates", watched_updates)
     config = tiny(chain, tmp_path, "data.prompt_buckets=(12,16)", "log.tensorboard=False")
-    ppo_max.main(config)
-    assert {name: function._cache_size() for name, function in compiled.items()} == {
-        "generate": 2,
-        "policy step": 2,
-        "critic step": 2,
-    }
+    with compiled_programs() as programs:
+        ppo_max.main(config)
+    assert programs["generate"] == 2
+    assert programs["step"] == 2 * 2  # policy and critic
     # Four iterations have a key each; evaluations, of one batch, share one.
     assert len(keys) == 4 + 1
 

@@ -10,6 +10,7 @@ import pytest
 from rlhf_jax.rollouts import sampling
 from rlhf_jax.rollouts.rollout import SamplingConfig, generate
 from tests import tiny
+from tests.programs import compiled_programs
 from tests.references import decoder
 
 GRID = list(tiny.SETTINGS)
@@ -140,14 +141,17 @@ def test_neither_the_batch_nor_more_padding_changes_a_row():
     """Two rows alone, their prompts padded by three more columns: the second program of greedy."""
     tokens, mask = (np.pad(x[2:4], ((0, 0), (3, 0))) for x in tiny.prompts())
     run, whole = tiny.sampler("greedy"), tiny.rollout("greedy")
-    few = run(tiny.language_model(), tokens, mask, jax.random.key(0))
+    with compiled_programs() as programs:
+        few = run(tiny.language_model(), tokens, mask, jax.random.key(0))
+    assert programs["generate"] == 1
     assert np.array_equal(few.responses, whole.responses[2:4])
     assert np.array_equal(few.response_mask, whole.response_mask[2:4])
     tiny.close(few.log_probs, whole.log_probs[2:4])
     # One program for each prompt length: other weights, prompts and keys need none.
-    run(tiny.language_model(seed=3), tokens + 1, mask, jax.random.key(1))
-    run(tiny.language_model(seed=3), *tiny.prompts(), jax.random.key(2))
-    assert run._cache_size() == 2
+    with compiled_programs() as programs:
+        run(tiny.language_model(seed=3), tokens + 1, mask, jax.random.key(1))
+        run(tiny.language_model(seed=3), *tiny.prompts(), jax.random.key(2))
+    assert not programs["generate"]
 
 
 def test_a_row_without_prompt_gives_numbers_and_leaves_the_others_alone():

@@ -15,6 +15,7 @@ from rlhf_jax.runtime.sharding import Sharding, make_mesh
 from rlhf_jax.training import step as train
 from rlhf_jax.training.step import create_state, make_train_step
 from tests import bigram, tiny
+from tests.programs import compiled_programs
 
 # Every term of the loss, advantages normalised over the whole batch, and plain gradient descent:
 # a difference of the states is a difference of the gradients.
@@ -222,9 +223,10 @@ def test_the_same_run_twice_gives_the_same_bits():
 
 def test_one_program_for_each_shape_of_batch():
     step, state = toy_step(2, optax.adam(0.1)), toy_state(optax.adam(0.1))
-    for rows in (2, 4, 2, 4, 4, 2):
-        state, _ = step(state, {"x": np.ones((rows, 1), np.float32)})
-    assert step._cache_size() == 2
+    with compiled_programs() as programs:
+        for rows in (2, 4, 2, 4, 4, 2):
+            state, _ = step(state, {"x": np.ones((rows, 1), np.float32)})
+    assert programs["step"] == 2
 
 
 @pytest.mark.slow
@@ -240,9 +242,10 @@ def test_the_model_of_a_real_step_is_one_program_too(mode):
         return jnp.sum(jnp.square(model.logits(hidden))), {}
 
     step = make_train_step(loss, optimizer, sharding)
-    for _ in range(3):
-        state, metrics = step(state, {"tokens": np.ones((2, 4), np.int32)})
-    assert step._cache_size() == 1
+    with compiled_programs() as programs:
+        for _ in range(3):
+            state, metrics = step(state, {"tokens": np.ones((2, 4), np.int32)})
+    assert programs["step"] == 1
     assert tiny.largest_difference(state.model, frozen) > 1e-4
     assert tiny.largest_difference(model, frozen) == 0.0
     assert metrics["optim/grad_norm"] > 0
