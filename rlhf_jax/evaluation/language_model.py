@@ -12,11 +12,14 @@ import numpy as np
 
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.evaluation.log_odds import first_tokens, log_odds
+from rlhf_jax.evaluation.statistics import repetition
 from rlhf_jax.models.files import hf_files, hf_weights
 
 _log = logging.getLogger(__name__)
 
 TEXT = "{text}"
+# Words of a phrase whose second occurrence in a text costs.
+PHRASE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,20 +79,28 @@ SENTIMENT = Question(
 class LanguageModelJudge:
     """Log-odds of the first answer of a question against the second, by a language model.
 
-    By default the sentiment of a text, after one positive and one negative labelled review. Numbers
-    are rounded to four decimals: a text may be read in batches of different shapes, and the
-    rounding errors of these must not decide between two equal texts.
+    By default the sentiment of a text, after one positive and one negative labelled review:
+
+        log p(" positive" | prompt) − log p(" negative" | prompt) − cost · repetition(text)
+
+    where repetition is the share of the text's four-word phrases that it has used before. Without
+    this term a fluent sentence of praise is liked the more the more often it is said. Numbers are
+    rounded to four decimals: a text may be read in batches of different shapes, and the rounding
+    errors of these must not decide between two equal texts.
 
     Args:
       folder: Of a language model with its tokenizer; or a name on the hub.
       question: What is asked.
       name: In reports; empty is the name of the folder.
       dtype: Of the weights in memory, "float32" or "bfloat16"; None is that of the file.
+      repetition_cost: In nats, what a text pays that says nothing but what it said before; 0 leaves
+        the log-odds as they are.
       max_length: See `log_odds`.
       batch_tokens: See `log_odds`.
 
     Raises:
-      ValueError: No such model, or the two answers begin with the same token.
+      ValueError: No such model, the two answers begin with the same token, or a negative or
+        infinite `repetition_cost`.
     """
 
     def __init__(
@@ -99,15 +110,18 @@ class LanguageModelJudge:
         question: Question = SENTIMENT,
         name: str = "",
         dtype: str | None = None,
+        repetition_cost: float = 6.0,
         max_length: int = 1024,
         batch_tokens: int = 1024,
     ):
+        if not 0 <= repetition_cost < float("inf"):
+            raise ValueError(f"repetition_cost={repetition_cost} must be a number of nats, >= 0")
         config = hf_weights.load_config(folder)
         self.tokenizer = load_tokenizer(folder, vocab_size=config.vocab_size)
         hf_weights.check_vocabulary(self.tokenizer, config, str(folder))
         first_tokens(self.tokenizer, question.prefix, question.suffix, question.answers)
         self.model = hf_weights.load_model(folder, dtype=dtype)
-        self.question = question
+        self.question, self.repetition_cost = question, repetition_cost
         self.name = name or short_name(folder)
         self.num_read = self.num_cut = 0
         self._folder, self._max_length, self._batch_tokens = folder, max_length, batch_tokens
@@ -116,7 +130,8 @@ class LanguageModelJudge:
     def scale(self) -> str:
         """What the number is, for the axis of a figure or the head of a column."""
         high, low = (answer.strip() for answer in self.question.answers)
-        return f"{self.name}, log-odds of '{high}' against '{low}'"
+        less = " less repetition" if self.repetition_cost else ""
+        return f"{self.name}, log-odds of '{high}' against '{low}'{less}"
 
     def describe(self) -> str:
         """One line for reports: what it is, what it cannot see, what fools it."""
@@ -125,9 +140,13 @@ class LanguageModelJudge:
         high, low = (answer.strip() for answer in self.question.answers)
         return (
             f"{self.name} judges {self.question.about}: a language model's log-odds of '{high}' "
-            f"against '{low}', {shown}. It reads whole sentences, yet fluent repetition and text "
-            "written to sway it fool it; it does not check truth or relevance."
+            f"against '{low}', {shown}{self._repetition()}. It reads whole sentences, yet text "
+            "written to sway it fools it; it does not check truth or relevance."
         )
+
+    def _repetition(self) -> str:
+        cost = self.repetition_cost
+        return f", less {cost:g} times the share of repeated phrases" if cost else ""
 
     def fingerprint(self) -> str:
         """Changes when a number might: digests the model's files, the question and settings."""
@@ -135,6 +154,7 @@ class LanguageModelJudge:
             "question": dataclasses.asdict(self.question),
             "dtype": self.model.config.dtype,
             "max_length": self._max_length,
+            "repetition_cost": self.repetition_cost,
         }
         return f"{_digest_of_folder(self._folder)} {settings}"
 
@@ -145,7 +165,7 @@ class LanguageModelJudge:
           texts: N texts.
 
         Returns:
-          float64 [N], in nats; 0 is undecided.
+          float64 [N], in nats; 0 is undecided for a text without repetition.
 
         Raises:
           ValueError: `texts` is one string instead of a sequence of them.
@@ -167,7 +187,8 @@ class LanguageModelJudge:
                 "%s: %d of %d texts were cut, prompts have at most %d tokens",
                 *(self.name, int(cut.sum()), len(texts), limit),
             )
-        return np.round(values, 4)
+        repeated = np.array([repetition([text], PHRASE) for text in texts])
+        return np.round(values - self.repetition_cost * repeated, 4)
 
 
 def short_name(folder: str | Path) -> str:

@@ -78,7 +78,7 @@ def test_a_score_is_the_log_odds_rounded_so_that_equal_texts_tie(judge):
 
 def test_it_says_what_it_is(judge):
     assert judge.name == "critic"
-    assert judge.scale == "critic, log-odds of 'positive' against 'negative'"
+    assert judge.scale == "critic, log-odds of 'positive' against 'negative' less repetition"
     described = judge.describe()
     assert "after 2 labelled examples" in described and "does not check truth" in described
     assert "\n" not in described
@@ -159,3 +159,20 @@ def test_answers_that_begin_alike_are_refused_when_the_judge_is_made(folder):
 )
 def test_names_of_folders(path, name):
     assert short_name(path) == name
+
+
+def test_a_repeated_phrase_costs_its_share_and_nothing_else(folder):
+    plain = LanguageModelJudge(folder, repetition_cost=0.0)
+    dear = LanguageModelJudge(folder, repetition_cost=3.0)
+    texts = ["one two three four five", "one two three four one two three four", "a b", ""]
+    # Of the second text's five phrases of four words, 1234 2341 3412 4123 1234, one is old.
+    tiny.close(plain(texts) - dear(texts), [0.0, 3.0 / 5, 0.0, 0.0], 1e-4)
+    assert "less 3 times the share of repeated phrases" in dear.describe()
+    assert "repe" not in plain.describe() and "repe" not in plain.scale
+    assert plain.fingerprint() != dear.fingerprint()
+
+
+@pytest.mark.parametrize("cost", [-1.0, float("inf"), float("nan")])
+def test_a_cost_that_makes_no_sense_is_refused(folder, cost):
+    with pytest.raises(ValueError, match=r"repetition_cost=.* must be a number of nats"):
+        LanguageModelJudge(folder, repetition_cost=cost)
