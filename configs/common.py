@@ -23,7 +23,7 @@ SMOLLM2 = "runs/pretrained/smollm2/model"
 INSTRUCTION = "Review a movie in a few words."
 
 # Keys that do not change the numbers of a run, and so do not name its folder.
-FREE = ("log.", "checkpoint.", "sharding.", "workdir", "label", "inputs.build")
+FREE = ("log.", "checkpoint.", "sharding.", "collapse.", "workdir", "label", "inputs.build")
 
 # Keys and scales of version 0.1 -> their names now.
 RENAMED = {

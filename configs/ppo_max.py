@@ -114,6 +114,12 @@ def _quickstart() -> ConfigDict:
     config.eval.final_prompts = 512  # test prompts for the report
     config.eval.samples = 8  # responses that the report shows
     config.eval.sampling = common.eval_sampling()
+    config.collapse = ConfigDict()  # see rlhf_jax/evaluation/collapse.py
+    config.collapse.action = "log"  # or "stop", "rollback" (to before it, slower), "off"
+    config.collapse.retries = 2  # of "rollback"; then it stops
+    config.collapse.start = 5  # iterations whose median the policy is compared with
+    config.collapse.kinds = 2  # of evidence that must speak at once
+    config.collapse.patience = 2  # iterations in a row
     config.judges = ()  # such as ("vader",); () asks the task
     return config
 
@@ -342,6 +348,10 @@ UNREAD = (
     Unread("kl.horizon", unless="kl.target", is_=SET),
     Unread("advantage.lambda_ advantage.returns", unless="advantage.method", is_=among("gae")),
     Unread("advantage.k", unless="advantage.method", is_=among("k_step")),
+    Unread("collapse.retries", unless="collapse.action", is_=among("rollback")),
+    Unread(
+        "collapse.start collapse.kinds collapse.patience", unless="collapse.action", is_=no("off")
+    ),
     Unread("critic_optimizer.* ppo.value_clip_eps", unless="train.critic_init", is_=no("none")),
 )
 

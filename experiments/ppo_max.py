@@ -18,6 +18,7 @@ from experiments import command, folders, reporting, stages
 from experiments.settings import AnswersConfig, PromptData, Shared, check_label, judge_names
 from rlhf_jax.data.batches import fixed_prompts, packed_batches, prompt_batches
 from rlhf_jax.data.templates import stop_tokens
+from rlhf_jax.evaluation.collapse import OFF, CollapseConfig, CollapseMonitor
 from rlhf_jax.methods.ppo import PPOConfig
 from rlhf_jax.methods.ppo_max import (
     KLConfig,
@@ -37,6 +38,7 @@ from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig
+from rlhf_jax.training.rollback import retried, rollbacks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Settings(Shared):
     optimizer: OptimizerConfig
     critic_optimizer: OptimizerConfig
     eval: AnswersConfig
+    collapse: CollapseConfig
     judges: tuple[str, ...]
 
     def __post_init__(self):
@@ -87,11 +90,19 @@ class Settings(Shared):
         self.method()
 
     def method(self) -> PPOMaxConfig:
-        """Everything that decides the numbers, except models and data."""
+        """Everything that decides the numbers, except models and data.
+
+        A run that was rolled back from a collapse learns half as fast after each time.
+        """
         names = [field.name for field in dataclasses.fields(PPOMaxConfig)]
         if self.lora.rank and self.ppo.objective == "trpo":
             raise ValueError("ppo.objective='trpo' steps in every weight: set lora.rank=0")
-        return PPOMaxConfig(**{name: getattr(self, name) for name in names})
+        method = PPOMaxConfig(**{name: getattr(self, name) for name in names})
+        return method.slower(len(rollbacks(self.workdir)))
+
+    def monitor(self) -> CollapseMonitor | None:
+        """What watches the policy; None where nothing is to."""
+        return CollapseMonitor(self.collapse) if self.collapse.action != OFF else None
 
 
 def require_stages(settings: Settings) -> None:
@@ -199,6 +210,7 @@ def derived_numbers(settings: Settings, prompts: Any, sharding: Sharding) -> dic
     }
 
 
+@retried
 def main(config: ConfigDict) -> None:
     """Trains, compares with SFT and reports; resumes where an earlier run stopped."""
     settings = command.open_config("ppo_max", config, Settings)
@@ -277,7 +289,7 @@ def main(config: ConfigDict) -> None:
 
     # 5. Algorithm 1.
     show = ("reward/mean", *(f"win_rate/{name}" for name in judges), "policy/kl_ref_sequence")
-    with settings.run(train.iterations, "PPO", show=show) as run:
+    with settings.run(train.iterations, "PPO", show=show, monitor=settings.monitor()) as run:
         state = run.restore(state, *cursors)
         for iteration in run.steps():
             rollout = method.sample(state, next(prompts), iteration)  # line 2
@@ -302,7 +314,15 @@ def main(config: ConfigDict) -> None:
         for name, model in (("SFT", reference), (settings.label, model))
     }
     notes = () if settings.kl.coef else reporting.figure_4(run.workdir, answers)
-    reporting.write(settings, run, answers, judges, notes=notes)
+    collapses = run.collapses()
+    reporting.write(
+        settings,
+        run,
+        answers,
+        judges,
+        notes=(*collapses, *notes),
+        summary={"collapses": collapses},
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
+from rlhf_jax.evaluation.collapse import CollapseMonitor
 from rlhf_jax.models.config import ATTENTIONS, DTYPES, REMATS
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.rollouts.rollout import SamplingConfig
@@ -215,7 +216,13 @@ class Shared:
         """What the policy is asked, and who may judge it."""
         return self.data.task(self.seed)
 
-    def run(self, total: int, desc: str, show: tuple[str, ...]) -> Run:
+    def run(
+        self,
+        total: int,
+        desc: str,
+        show: tuple[str, ...],
+        monitor: CollapseMonitor | None = None,
+    ) -> Run:
         """The run in its folder."""
         return Run(
             self.workdir,
@@ -225,6 +232,7 @@ class Shared:
             settings=dataclasses.asdict(self),
             log=self.log,
             checkpoint=self.checkpoint,
+            monitor=monitor,
         )
 
 

@@ -26,6 +26,7 @@ ASIDE = {
     "log.*": "what is written besides",
     "checkpoint.*": "when a state is kept",
     "sharding.*": "where arrays lie",
+    "collapse.[rskp]*": "seen where a policy collapses: tests/training/test_collapse_in_a_run.py",
     "model.attention": "which kernel computes the same, on a GPU",
 }
 
@@ -66,6 +67,7 @@ OTHER: dict[str, Any] = {
     "data.max_length": 90,
     "data.limit": 50,
     "judges": ("length",),
+    "collapse.action": "off",
     "label": "another",
     "tokenizer.vocab_size": 400,
     "sizes.hidden_size": 64,

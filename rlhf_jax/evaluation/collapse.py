@@ -140,6 +140,12 @@ class Collapse:
         """For JSON."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Collapse:
+        """What `as_dict` gave."""
+        witnesses = tuple(Witness(**witness) for witness in content["witnesses"])
+        return cls(**{**content, "witnesses": witnesses})
+
 
 class CollapseMonitor:
     """Sees the metrics of each iteration in order, and says when the policy collapses.
@@ -149,7 +155,7 @@ class CollapseMonitor:
     """
 
     def __init__(self, config: CollapseConfig = CollapseConfig()):  # frozen
-        self._config = config
+        self.config = config
         self._first: dict[str, list[float]] = {}
         self._seen = 0
         self._in_a_row = self._calm = 0
@@ -160,7 +166,7 @@ class CollapseMonitor:
     @property
     def start(self) -> dict[str, float]:
         """Median of each metric over the first iterations; empty until these are there."""
-        if self._seen < self._config.start:
+        if self._seen < self.config.start:
             return {}
         return {name: statistics.median(values) for name, values in self._first.items()}
 
@@ -195,12 +201,12 @@ class CollapseMonitor:
             if bound.metric in watched and bound.passed(float(metrics[bound.metric]), start)
         )
         self.num_witnesses = len({witness.kind for witness in witnesses})
-        if self.num_witnesses < self._config.kinds:
+        if self.num_witnesses < self.config.kinds:
             self._in_a_row, self._calm = 0, self._calm + 1
-            self._collapsed = self._collapsed and self._calm < self._config.patience
+            self._collapsed = self._collapsed and self._calm < self.config.patience
             return None
         self._in_a_row, self._calm = self._in_a_row + 1, 0
-        if self._collapsed or self._in_a_row < self._config.patience:
+        if self._collapsed or self._in_a_row < self.config.patience:
             return None
         self._collapsed = True
         also = {name: float(metrics[name]) for name in ALSO if name in metrics}
@@ -208,23 +214,28 @@ class CollapseMonitor:
         self.events.append(event)
         return event
 
+    def see_log(self, log: Mapping[str, np.ndarray]) -> None:
+        """Takes the iterations of a log; see `find_collapses`."""
+        for row, step in enumerate(log["step"]):
+            numbers = {name: float(values[row]) for name, values in log.items()}
+            seen = {name: value for name, value in numbers.items() if not math.isnan(value)}
+            self.see(int(step), seen)
+
 
 def find_collapses(
-    columns: Mapping[str, np.ndarray],
+    log: Mapping[str, np.ndarray],
     config: CollapseConfig = CollapseConfig(),  # frozen
 ) -> list[Collapse]:
     """Collapses in the log of a finished run.
 
     Args:
-      columns: of metrics.jsonl as `read_metrics` gives them: `step` and metrics, [S] each, NaN
-        where a step logged none.
+      log: metrics.jsonl as `read_metrics` gives it: `step` and metrics, [S] each, NaN where a step
+        logged none.
       config: what counts as one; `action` is not asked.
 
     Returns:
       All of them, in order.
     """
     monitor = CollapseMonitor(config)
-    for row, step in enumerate(columns["step"]):
-        numbers = {name: float(values[row]) for name, values in columns.items()}
-        monitor.see(int(step), {n: value for n, value in numbers.items() if not math.isnan(value)})
+    monitor.see_log(log)
     return monitor.events

@@ -217,6 +217,16 @@ class PPOMaxConfig:
         """Minibatches of the run."""
         return self.train.iterations * self.train.updates_per_iteration
 
+    def slower(self, times: int) -> PPOMaxConfig:
+        """The same with the learning rates, or TRPO's trust region, halved so many times."""
+        halved = 0.5**times
+        return dataclasses.replace(
+            self,
+            optimizer=self.optimizer.scaled(halved),
+            critic_optimizer=self.critic_optimizer.scaled(halved),
+            trpo=dataclasses.replace(self.trpo, max_kl=self.trpo.max_kl * halved),
+        )
+
     def check_devices(self, devices: int) -> None:
         """Checks that rows can be spread.
 

@@ -62,6 +62,14 @@ class Checkpointer:
         """The newest step on disk, whole or not; None when there is none."""
         return self._manager.latest_step()
 
+    def keep_until(self, step: int) -> int:
+        """Removes the states after a step, and returns the newest that is left; 0 where none is."""
+        steps = distributed.from_main(sorted(self._manager.all_steps()))
+        for later in steps:
+            if later > step:
+                self._manager.delete(later)
+        return max((kept for kept in steps if kept <= step), default=0)
+
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
         """Writes arrays `state` and the JSON-able `position` (data cursors, counters).
 

@@ -1,5 +1,7 @@
 """Optimizers and learning-rate schedules, from the names in a config."""
 
+from __future__ import annotations
+
 import dataclasses
 
 import jax
@@ -50,6 +52,10 @@ class OptimizerConfig:
             weight_decay="[0, 1e6]",
             max_grad_norm="[0, inf)",
         )
+
+    def scaled(self, factor: float) -> OptimizerConfig:
+        """The same with so many times the learning rate."""
+        return dataclasses.replace(self, learning_rate=self.learning_rate * factor)
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

@@ -11,8 +11,8 @@ from rlhf_jax.runtime import distributed
 from rlhf_jax.runtime.files import read_json, write_whole
 from rlhf_jax.runtime.run_info import run_info
 
-# What may change when a run goes on: it does not change the numbers.
-FREE = ("log.", "checkpoint.", "sharding.")
+# What may change when a run goes on: it does not change the numbers, or says so in the run folder.
+FREE = ("log.", "checkpoint.", "sharding.", "collapse.")
 
 
 def check_settings(path: Path, settings: Mapping[str, Any]) -> None:

@@ -7,22 +7,24 @@ import io
 import json
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from rlhf_jax.evaluation.collapse import EVENT, ROLLBACK, STOP, WITNESSES, Collapse, CollapseMonitor
 from rlhf_jax.runtime import distributed, lock, signals
 from rlhf_jax.runtime.files import write_whole
 from rlhf_jax.runtime.host_memory import release_freed_memory
-from rlhf_jax.runtime.metrics import MetricsWriter, check_finite
+from rlhf_jax.runtime.metrics import METRICS_FILE, MetricsWriter, check_finite, read_metrics
 from rlhf_jax.runtime.progress import Progress, progress
 from rlhf_jax.runtime.run_info import to_json
 from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.signals import GracefulStop
 from rlhf_jax.training.checkpoint import Checkpointer
 from rlhf_jax.training.record import check_settings, read_config
+from rlhf_jax.training.rollback import Collapsed, RolledBack, note_rollback, rollbacks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Run:
         with that file when a run is resumed.
       log: where metrics go besides metrics.jsonl.
       checkpoint: when states are saved.
+      monitor: watches the metrics for a collapse of the policy; None where nothing is watched.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Run:
         settings: Mapping[str, Any] | None = None,
         log: LogConfig = LogConfig(),  # frozen
         checkpoint: CheckpointConfig = CheckpointConfig(),  # frozen
+        monitor: CollapseMonitor | None = None,
     ):
         self.workdir = Path(workdir)
         self.total = total
@@ -100,6 +104,8 @@ class Run:
         self._settings = json.loads(json.dumps(settings or {}, default=str))
         self._log, self._checkpoint = log, checkpoint
         self._desc, self._show = desc, show
+        self._monitor = monitor
+        self._collapse: Collapse | None = None
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._shown: dict[str, float] = {}
         self._next = 0
@@ -161,7 +167,20 @@ class Run:
             for cursor, where in zip(cursors, position["cursors"], strict=True):
                 cursor.restore(where)
             print(f"{self._desc}: resuming at step {self._next} of {self.total}")
+            self._watch_again()
         return state
+
+    def _watch_again(self) -> None:
+        """Shows the monitor what was logged before, up to where the run resumes."""
+        if self._monitor is None:
+            return
+        read = distributed.is_main() and (self.workdir / METRICS_FILE).exists()
+        log = distributed.from_main(read_metrics(self.workdir) if read else None)
+        if log is not None:
+            before = log["step"] < self._next
+            self._monitor.see_log({name: values[before] for name, values in log.items()})
+        if self._monitor.events and self._monitor.config.action == STOP:
+            raise self._collapsed(self._monitor.events[-1])
 
     def steps(self) -> Iterator[int]:
         """Step numbers that are left; raises `Stopped` after a signal, once the state is saved."""
@@ -211,28 +230,86 @@ class Run:
         step, metrics = self._pending
         self._pending = None
         fetched = {name: float(value) for name, value in metrics.items()}
+        if self._monitor is not None:
+            fetched |= self._watched(step, fetched)
         if self._writer is not None:
             self._writer.write(step, fetched)
         check_finite(fetched, step)
         self._shown |= {n.split("/")[-1]: fetched[n] for n in self._show if n in fetched}
+
+    def _watched(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What the monitor makes of a step, as metrics; remembers a collapse for `checkpoint`."""
+        assert self._monitor is not None
+        event = self._monitor.see(step, metrics)
+        if event is not None:
+            print(f"\n{self._desc}: {event.text()}", flush=True)
+            if self._monitor.config.action in (STOP, ROLLBACK):
+                self._collapse = event
+        return {WITNESSES: self._monitor.num_witnesses, EVENT: float(event is not None)}
+
+    def _collapsed(self, event: Collapse) -> Collapsed:
+        return Collapsed(
+            f"{self._desc} in {self.workdir}: {event.text()}. It was to stop; "
+            "--config.collapse.action=log goes on"
+        )
+
+    def _heed(self, event: Collapse, save: Callable[[], None]) -> None:
+        """Stops, or goes back to the last checkpoint before a collapse.
+
+        Raises:
+          Collapsed: the run stops here, and has saved.
+          RolledBack: the same command goes on from an earlier step.
+        """
+        assert self._monitor is not None
+        config, tried = self._monitor.config, len(rollbacks(self.workdir))
+        if config.action == STOP or tried >= config.retries:
+            save()
+            error = self._collapsed(event)
+            raise Collapsed(f"{error}; {tried} rollbacks did not help") if tried else error
+        step = self._checkpointer.keep_until(event.since)
+        note_rollback(self.workdir, event, step)
+        raise RolledBack(
+            f"{self._desc}: back to step {step} of {self.total}, with 1/{2 ** (tried + 1)} of the "
+            f"learning rate (try {tried + 1} of {config.retries})"
+        )
+
+    def collapses(self) -> list[str]:
+        """Collapses so far, one line each; those that were rolled back come first."""
+        if self._monitor is None:
+            return []
+        back = [
+            f"{Collapse.from_dict(noted['collapse']).text()}; "
+            f"went back to step {noted['resumed_at']}"
+            for noted in rollbacks(self.workdir)
+        ]
+        return back + [event.text() for event in self._monitor.events]
 
     def checkpoint(self, step: int, state: Any, *cursors: Any) -> None:
         """Saves every `checkpoint.every` steps, at the end, and when a signal asks to stop.
 
         Raises:
           Stopped: after saving, when a signal came.
+          Collapsed: after saving, when the policy has collapsed and the run was to stop.
+          RolledBack: it was to go back.
         """
         done = step + 1
         every = self._checkpoint.every
         due = done == self.total or (every and done % every == 0)
         # A signal may reach one process alone, and all must save the same step.
         stop = distributed.any_process(self._stop.requested)
+        if due or stop:
+            self.flush()
+
+        def save() -> None:
+            position = {"cursors": [cursor.state() for cursor in cursors]}
+            self._checkpointer.save(done, state, position)
+            self._remember(done)
+
+        if self._collapse is not None:
+            self._heed(self._collapse, save)
         if not due and not stop:
             return
-        self.flush()
-        position = {"cursors": [cursor.state() for cursor in cursors]}
-        self._checkpointer.save(done, state, position)
-        self._remember(done)
+        save()
         # It may have come while the state was written. In the last step it is heeded as well: what
         # is left to do, the model and the report, takes its time.
         if stop or distributed.any_process(self._stop.requested):

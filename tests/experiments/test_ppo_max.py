@@ -93,6 +93,33 @@ def test_same_numbers_also_after_a_stop(chain, finished, tmp_path, monkeypatch):
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
+def test_a_collapse_is_rolled_back_and_the_rest_learns_half_as_fast(chain, tmp_path, monkeypatch):
+    original, calls, tries = PPOMax.metrics, [], []
+
+    def collapsing(self, experience, updates):
+        metrics = original(self, experience, updates)
+        calls.append(len(tries))
+        if not tries and len(calls) > 1:
+            metrics |= {"response/distinct_2": 0.01, "response/length": 1e3}
+        return metrics
+
+    def start(self, begin=PPOMax.start):
+        if (tmp_path / "collapse.json").exists():
+            tries.append(self)
+        return begin(self)
+
+    monkeypatch.setattr(PPOMax, "metrics", collapsing)
+    monkeypatch.setattr(PPOMax, "start", start)
+    settings = ("collapse.action=rollback", "collapse.start=1", "collapse.patience=1")
+    config = tiny(chain, tmp_path, *settings, "optimizer.schedule=constant")
+    ppo_max.main(config)
+    rate = read_metrics(tmp_path)["optim/learning_rate"]
+    np.testing.assert_allclose(rate[-3:], config.optimizer.learning_rate / 2, rtol=1e-6)
+    assert calls == [0, 0, 1, 1, 1, 1]
+    report = (tmp_path / "report.md").read_text()
+    assert "COLLAPSE at step 2" in report and "went back to step 0" in report
+
+
 def test_a_finished_run_is_not_run_again(chain, finished, capsys):
     before = (finished / "metrics.jsonl").read_text()
     ppo_max.main(tiny(chain, finished))
