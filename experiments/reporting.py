@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from collections.abc import Mapping
@@ -54,9 +55,18 @@ def hardware() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return (
-        f"{jax.device_count()} x {device.device_kind}, {cores} CPU cores, {memory:.0f} GiB memory, "
-        f"{platform.system()}"
+        f"{jax.device_count()} x {device.device_kind}, {cores} CPU cores ({processor()}), "
+        f"{memory:.0f} GiB memory, {platform.system()}"
     )
+
+
+def processor() -> str:
+    """The processor's name, as the system gives it: numbers differ between processors."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def summary_table(

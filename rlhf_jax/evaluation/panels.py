@@ -172,10 +172,12 @@ def _across_seeds(logs: Sequence[Log], name: str) -> tuple[np.ndarray, np.ndarra
 
 
 def _draw_band(axes: Axes, steps: np.ndarray, seeds: np.ndarray, color: str) -> None:
-    """Shades from the lowest to the highest of several seeds."""
+    """Shades from the lowest to the highest of several seeds, each of them a thin line."""
     if len(seeds) > 1:
         low, high = seeds.min(axis=0), seeds.max(axis=0)
-        axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+        axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+        for values in seeds:
+            axes.plot(steps, values, color=color, alpha=0.4, linewidth=0.5)
 
 
 def draw_curve(

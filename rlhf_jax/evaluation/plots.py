@@ -87,7 +87,7 @@ def compare_runs(
       ValueError: no run, or no metric of any panel was logged.
     """
     logs = {label: [read_metrics(path) for path in _as_list(run)] for label, run in runs.items()}
-    return _save(draw_panels(logs, panels, title=title, xlabel=xlabel), path)
+    return save_figure(draw_panels(logs, panels, title=title, xlabel=xlabel), path)
 
 
 def plot_reward_histogram(
@@ -100,7 +100,7 @@ def plot_reward_histogram(
     """
     figure = new_figure(1, 1, width=5.2, height=3.4)
     draw_reward_histogram(figure.axes[0], chosen_scores, rejected_scores, title=title)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_accuracy(
@@ -118,7 +118,7 @@ def plot_accuracy(
     """
     figure = new_figure(1, 1, width=5.2, height=3.4)
     draw_accuracy(figure.axes[0], curves, title=title)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_reward_histogram(
@@ -188,7 +188,8 @@ def _as_list(run: PathLike | Sequence[PathLike]) -> list[PathLike]:
     return [run] if isinstance(run, str | os.PathLike) else list(run)
 
 
-def _save(figure: Figure, path: PathLike) -> Path:
+def save_figure(figure: Figure, path: PathLike) -> Path:
+    """Writes a PNG, and returns its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path):
