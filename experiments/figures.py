@@ -201,18 +201,20 @@ FIGURES = {
     ),
     "18": PaperFigure(
         "Clipping gradients, without KL penalty",
-        tuple(
-            Series(
-                f"gradient clip {norm:g}",
-                ("vanilla",),
-                settings=(
-                    f"optimizer.max_grad_norm={norm}",
-                    f"critic_optimizer.max_grad_norm={norm}",
-                ),
-            )
-            for norm in (0.0, 0.5)
-        )
-        + (Series("gradient clip 1", ("vanilla",)),),
+        (
+            *(
+                Series(
+                    f"gradient clip {norm}",
+                    ("vanilla",),
+                    settings=(
+                        f"optimizer.max_grad_norm={norm}",
+                        f"critic_optimizer.max_grad_norm={norm}",
+                    ),
+                )
+                for norm in (0.0, 0.5)
+            ),
+            Series("gradient clip 1.0", ("vanilla",)),
+        ),
         (*FOUR, POLICY_LOSS, VALUE_LOSS),
     ),
     "19": PaperFigure(
