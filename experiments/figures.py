@@ -367,7 +367,8 @@ def _wanted(log: Mapping[str, np.ndarray], panels: Sequence[Panel]) -> list[str]
 
 def collect(name: str, scale: str, seeds: Sequence[int], failed: Mapping[str, str]) -> dict:
     """Everything of a figure, for its JSON: curves, where they are from, and the verdicts."""
-    figure, series = FIGURES[name], {}
+    figure = FIGURES[name]
+    series: dict[str, Any] = {}
     runs: dict[int, dict[str, claims.Curves]] = {seed: {} for seed in seeds}
     broken: set[int] = set()
     for one in figure.series:
