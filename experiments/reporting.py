@@ -25,6 +25,9 @@ from rlhf_jax.tasks import Task
 from rlhf_jax.training.record import read_summary
 from rlhf_jax.training.run import Run
 
+# What a reward model makes of held-out pairs, in its run folder.
+HELD_OUT = "held_out_pairs.npz"
+
 # Rows of the table: metric -> how it reads.
 ROWS = {
     "reward/mean": "reward (reward model)",

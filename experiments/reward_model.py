@@ -116,6 +116,35 @@ def training_batches(
     return batches, ratings
 
 
+def save_scores(
+    path: Path,
+    pairs: Sequence[EncodedPair],
+    batches: Sequence[dict],
+    scores: tuple[np.ndarray, np.ndarray],
+    scale: float,
+) -> None:
+    """Writes the scores of held-out pairs with their lengths and gaps, for `experiments.diagnose`.
+
+    Args:
+      path: .npz file.
+      pairs: in any order.
+      batches: of these pairs.
+      scores: of both sides, in the order of the batches.
+      scale: by which they were divided to be normalised.
+    """
+    order = np.concatenate([batch["index"][batch["valid"]] for batch in batches])
+    chosen, rejected = scores
+    np.savez(
+        path,
+        chosen=chosen,
+        rejected=rejected,
+        scale=scale,
+        chosen_length=np.array([len(pairs[i].chosen.tokens) for i in order]),
+        rejected_length=np.array([len(pairs[i].rejected.tokens) for i in order]),
+        gap=np.array([pairs[i].margin for i in order], np.float32),
+    )
+
+
 def draw_figures(workdir: Path, chosen: np.ndarray, rejected: np.ndarray) -> None:
     """The histogram of score differences and the accuracy curves."""
     plots.plot_reward_histogram(chosen, rejected, workdir / "reward_histogram.png")
@@ -201,7 +230,8 @@ def main(config: ConfigDict) -> None:
     stages.save_tuned(tuning, normalized(state.model), run.workdir, tokenizer, base=folder)
 
     # 5. Compare with the judges on the same pairs, report.
-    scores = reward_model.score_pairs(trained, once_pairs(test, **batching), sharding)
+    test_batches = once_pairs(test, **batching)
+    scores = reward_model.score_pairs(trained, test_batches, sharding)
     chosen, rejected = (normalized(side) for side in scores)
     accuracies = {
         name: pair_accuracy(*judge_pairs(judge, test, tokenizer)) for name, judge in judges.items()
@@ -209,6 +239,9 @@ def main(config: ConfigDict) -> None:
     accuracy = pair_accuracy(chosen, rejected)
     if distributed.is_main():
         draw_figures(run.workdir, chosen, rejected)
+        scale = float(np.std(scores) / np.std([chosen, rejected]))
+        path = run.workdir / reporting.HELD_OUT
+        save_scores(path, test, test_batches, (chosen, rejected), scale)
     run.finish(
         {
             "accuracy": accuracy,

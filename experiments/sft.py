@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import command, folders, reporting, stages
@@ -119,6 +121,15 @@ def documents_line(documents: Examples, batches: Any) -> str:
     return f"about {len(documents) / batches.steps_per_epoch:,.0f}"
 
 
+def trained_share(batches: Sequence[Mapping[str, np.ndarray]]) -> float:
+    """Tokens that are trained on, over all tokens of rows, padding included."""
+    trained, tokens = (
+        sum(int(np.sum(of(batch))) for batch in batches)
+        for of in (lambda b: b["loss_mask"], lambda b: np.ones_like(b["tokens"]))
+    )
+    return trained / tokens
+
+
 def main(config: ConfigDict) -> None:
     """Trains, evaluates and saves; resumes where an earlier run of the same config stopped."""
     settings = command.open_config("sft", config, Settings)
@@ -184,7 +195,7 @@ def main(config: ConfigDict) -> None:
     # 4. Save what the next stage loads.
     model = stages.save_tuned(tuning, state.model, run.workdir, tokenizer, base=folder)
     result = sft.evaluate(model, eval_batches, sharding)
-    run.finish({"perplexity": result})
+    run.finish({"perplexity": result, "trained_share": trained_share(eval_batches)})
     print(f"SFT: held-out perplexity {result:.1f}; model in {run.workdir / 'model'}")
 
 
