@@ -15,12 +15,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_jax.data.schemas import Message, Row, check_characters, check_messages
+from rlhf_jax.data.schemas import MARK, Message, Row, check_characters, check_messages
 
 _PROBE = "zq7w"  # A word that no template writes itself.
-# Stands inside the name of a control token that is only text, from rendering to tokenization; no
-# text that is meant to be exchanged holds it (a noncharacter of Unicode).
-_BREAK = "\ufdd0"
 _log = logging.getLogger(__name__)
 
 
@@ -179,7 +176,7 @@ class ChatTokenizer:
         """Marks the names of control tokens in a text, so that `encode` takes them as text."""
         if self._control is None:
             return text
-        return self._control.sub(lambda found: found[0][:1] + _BREAK + found[0][1:], text)
+        return self._control.sub(lambda found: found[0][:1] + MARK + found[0][1:], text)
 
     def _as_text(self, value: Any) -> Any:
         """The same of whatever a message holds, except its role."""
@@ -251,7 +248,7 @@ class ChatTokenizer:
         backend, found = self._backend, {}
         if backend is None:
             return {}
-        wanted = [piece for piece in dict.fromkeys(pieces) if piece[0] and _BREAK not in piece[0]]
+        wanted = [piece for piece in dict.fromkeys(pieces) if piece[0] and MARK not in piece[0]]
         seam = "\n" if self._adds_space else ""
         head = self._encode_alone(seam)
         texts = [text if first else seam + text for text, first in wanted]
@@ -266,7 +263,7 @@ class ChatTokenizer:
         """Encodes without special tokens: where it is safe, past transformers, twice as fast."""
         if not text:
             return []
-        if _BREAK in text:
+        if MARK in text:
             return self._encode_literal(text)
         backend = self._backend
         if backend is None:
@@ -278,9 +275,9 @@ class ChatTokenizer:
         ids: list[int] = []
         marked = self._control.split(text) if self._control is not None else [text]
         for stretch in marked:
-            if _BREAK not in stretch:
+            if MARK not in stretch:
                 ids += self._encode_alone(stretch)
-            elif (plain := stretch.replace(_BREAK, "")) and self._literal is not None:
+            elif (plain := stretch.replace(MARK, "")) and self._literal is not None:
                 ids += self._literal.encode(plain, add_special_tokens=False).ids
             else:
                 ids += self.tokenizer.encode(
