@@ -2,8 +2,8 @@
 
 Read: {"prompt", "chosen", "rejected"} with strings or message lists; transcripts ("\\n\\nHuman: ...
 \\n\\nAssistant: ...", HH-RLHF); lists of turns (MOSS-RLHF); "conversations" with "from" and "value"
-(ShareGPT); "instruction", "input", "output" (Alpaca); {"prompt", "completion"} (TRL), of which those
-with a "label" are unpaired feedback (KTO). Made: the rows described in each function.
+(ShareGPT); "instruction", "input", "output" (Alpaca); {"prompt", "completion"} (TRL), with a
+"label" unpaired feedback (KTO). Made: the rows described in each function.
 """
 
 from __future__ import annotations
@@ -442,8 +442,8 @@ def _open_prompt(prompt: Any, where: str = "prompt") -> list[Message]:
     said = _conversation(prompt, where)
     if said and said[-1]["role"] == "assistant":
         raise ValueError(
-            f"{where} ends with the assistant, so that a second answer would follow: leave that turn "
-            "out, or give words with which the answer begins as opening"
+            f"{where} ends with the assistant, so that a second answer would follow: leave that "
+            "turn out, or give words with which the answer begins as opening"
         )
     return said
 

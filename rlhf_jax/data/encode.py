@@ -89,8 +89,11 @@ def encode_messages(
     said = check_messages(messages, "messages")
     while said and said[-1]["role"] != "assistant":
         said = said[:-1]
-    if not said or not said[-1]["content"].strip():
-        drops.drop(EMPTY if said else "no assistant turn")
+    if not any(message["role"] != "assistant" for message in said):
+        drops.drop("no question" if said else "no assistant turn")
+        return None
+    if not said[-1]["content"].strip() and not said[-1].get("tool_calls"):
+        drops.drop(EMPTY)
         return None
     return _count(fit(said, tokenizer, max_length), said, drops)
 
