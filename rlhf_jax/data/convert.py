@@ -240,7 +240,7 @@ def _with_columns(row: Row, made: Row | None) -> Row | None:
 
 
 def _preference(row: Row, drops: DropCounts | None) -> Row | None:
-    if "chosen" not in row and "completion" in row:
+    if row.get("chosen") is None and row.get("completion") is not None:
         raise ValueError(
             "completion with prompt is no pair, and no method here learns from unpaired feedback: "
             "SFT takes the row, read_unpaired gives its label; a pair needs chosen and rejected"
@@ -256,7 +256,7 @@ def _preference(row: Row, drops: DropCounts | None) -> Row | None:
         return {"prompt": prompt, **answers, **margin}
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         return _from_lists(row, drops)
-    if "prompt" not in row and is_transcript(chosen):
+    if row.get("prompt") is None and is_transcript(chosen):
         return convert_hh(row, drops)
     require(row, ("prompt", "chosen", "rejected"), "a preference row")
     if not isinstance(row["prompt"], str):
@@ -355,7 +355,8 @@ def _shape(row: Row) -> str:
     """
     there = [column for column in _SHAPES if column in row]
     # Files of tables hold every column in every row, and null where a row has none.
-    return next((column for column in there if row[column] is not None), (*there, "prompt")[0])
+    nothing = "prompt" if row.get("prompt") is not None or not there else there[0]
+    return next((column for column in there if row[column] is not None), nothing)
 
 
 def texts_of(row: Row) -> list[str]:
