@@ -3,6 +3,7 @@
 import json
 import random
 
+import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -131,6 +132,7 @@ def attempt(run):
         return None
 
 
+@pytest.mark.slow
 @settings(
     max_examples=EXAMPLES,
     deadline=None,
