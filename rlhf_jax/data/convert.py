@@ -2,7 +2,8 @@
 
 Read: {"prompt", "chosen", "rejected"} with strings or message lists; transcripts ("\\n\\nHuman: ...
 \\n\\nAssistant: ...", HH-RLHF); lists of turns (MOSS-RLHF); "conversations" with "from" and "value"
-(ShareGPT); "instruction", "input", "output" (Alpaca). Made: the rows described in each function.
+(ShareGPT); "instruction", "input", "output" (Alpaca); {"prompt", "completion"} (TRL), with a
+"label" unpaired feedback (KTO). Made: the rows described in each function.
 """
 
 from __future__ import annotations
@@ -21,24 +22,28 @@ from rlhf_jax.data.schemas import (
     Row,
     check_characters,
     check_messages,
+    one_line,
     require,
     require_sft,
 )
 from rlhf_jax.data.splits import split_of
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLES = {
-    "Human": "user",
-    "human": "user",
-    "user": "user",
-    "Assistant": "assistant",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "system": "system",
+_NAMES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "Human"),
+    "assistant": (
+        *("assistant", "Assistant", "gpt", "chatgpt", "bing", "bard", "model"),
+        "function_call",  # LLaMA-Factory: the call is what the assistant says.
+    ),
+    "tool": ("tool", "observation", "function_response"),
 }
+_ROLES = {name: role for role, names in _NAMES.items() for name in names}
 # What decides the shape of a row, first come first: a set of conversations often has the question
 # in "prompt" as well, and instructions the rendered text in "text".
-_SHAPES = ("chosen", "messages", "conversations", "instruction", "response", "text")
+_SHAPES = (
+    *("chosen", "messages", "conversations", "instruction", "response", "completion", "text"),
+)
 # Columns that templates or models of other tools are given, and ours are not.
 _UNREAD = ("tools", "documents", "chat_template_kwargs", "images", "videos", "audios")
 _NOTHING: tuple[Any, ...] = (None, "", "[]", "{}", [], {})
@@ -69,17 +74,19 @@ def rows_of_kind(
     seen: set[bytes] = set()
     for number, row in enumerate(rows):
         try:
+            if not isinstance(row, dict):
+                raise ValueError(f"a row must be a dict of columns, not {type(row).__name__}")
             converted = _CONVERT[kind](row, drops)
             if converted is not None:
                 check_characters(converted)
         except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from error
+            raise ValueError(f"row {number}: {one_line(error)}") from error
         if converted is None:
             continue
         if not (belongs(converted) if belongs else _is_in_split(converted, kind, split, drops)):
             continue
         if kind == "prompt":
-            text = json.dumps(converted, sort_keys=True, ensure_ascii=False)
+            text = json.dumps(converted, sort_keys=True, ensure_ascii=False, default=repr)
             key = hashlib.blake2b(text.encode(), digest_size=16).digest()
             if key in seen:
                 drops.drop("duplicate prompt")
@@ -103,12 +110,14 @@ def first_text(row: Row) -> str:
 
 def _is_in_split(row: Row, kind: Kind, split: str, drops: DropCounts) -> bool:
     """Whether the row belongs to the split; a pair without a prompt must do so with both texts."""
+    if split == "all":
+        return True
     found = {split_of(first_text(row))}
     if kind == "preference" and not row["prompt"]:
         found.add(split_of(row["rejected"]))
     if len(found) > 1:
         drops.drop("texts of two splits")
-    return split == "all" or found == {split}
+    return found == {split}
 
 
 def is_transcript(text: Any) -> bool:
@@ -231,19 +240,27 @@ def _with_columns(row: Row, made: Row | None) -> Row | None:
 
 
 def _preference(row: Row, drops: DropCounts | None) -> Row | None:
+    if row.get("chosen") is None and row.get("completion") is not None:
+        raise ValueError(
+            "completion with prompt is no pair, and no method here learns from unpaired feedback: "
+            "SFT takes the row, read_unpaired gives its label; a pair needs chosen and rejected"
+        )
     require(row, ("chosen", "rejected"), "a preference row")
     chosen, rejected = row["chosen"], row["rejected"]
-    if "conversations" in row:
-        return {
-            "prompt": [_message(turn) for turn in row["conversations"]],
-            "chosen": _message(chosen)["content"],
-            "rejected": _message(rejected)["content"],
-        }
+    if row.get("conversations") is not None:
+        answers = {name: _answer(row[name], name) for name in ("chosen", "rejected")}
+        margin = {"margin": row["margin"]} if "margin" in row else {}
+        prompt = _open_prompt(row["conversations"], "conversations")
+        if not prompt:
+            raise ValueError("conversations is empty: chosen and rejected answer nothing")
+        return {"prompt": prompt, **answers, **margin}
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         return _from_lists(row, drops)
-    if "prompt" not in row and is_transcript(chosen):
+    if row.get("prompt") is None and is_transcript(chosen):
         return convert_hh(row, drops)
     require(row, ("prompt", "chosen", "rejected"), "a preference row")
+    if not isinstance(row["prompt"], str):
+        return {**row, "prompt": _open_prompt(row["prompt"])}
     return row
 
 
@@ -256,16 +273,53 @@ def _sft(row: Row, drops: DropCounts | None) -> Row | None:
         if isinstance(pair["prompt"], str):
             return {"prompt": pair["prompt"], "response": pair["chosen"]}
         return {"messages": [*pair["prompt"], {"role": "assistant", "content": pair["chosen"]}]}
-    if shape == "conversations":
-        return {"messages": [_message(turn) for turn in row["conversations"]]}
+    if shape in ("messages", "conversations"):
+        return {"messages": _conversation(row[shape], shape)}
     if shape == "instruction":
         require(row, ("instruction", "output"), "an instruction row")
-        answer = {"role": "assistant", "content": row["output"]}
+        answer = {"role": "assistant", "content": _text(row["output"], "output")}
         return {"messages": [*_instruction(row), answer]}
+    if shape == "completion":
+        return _completion(row, drops)
     fields = ("prompt", "response") if shape == "response" else (shape,)
     kept = {field: row[field] for field in fields if field in row}
     require_sft(kept or row)
+    if not isinstance(kept.get("prompt", ""), str):
+        kept["prompt"] = _open_prompt(kept["prompt"])
     return kept
+
+
+def _completion(row: Row, drops: DropCounts | None) -> Row | None:
+    """A prompt and what was said to it, text or messages both; a label of False leaves it out."""
+    prompt, completion, label = read_unpaired(row)
+    if label is False:
+        if drops is not None:
+            drops.drop("label is false")
+        return None
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "response": completion}
+    return {"messages": [*prompt, *completion]}
+
+
+def read_unpaired(row: Row) -> tuple[str | list[Message], str | list[Message], bool | None]:
+    """Reads a row of unpaired feedback: {"prompt", "completion", "label"} (KTO, TRL).
+
+    Returns:
+      The prompt and the completion, both text or both messages, and whether people wanted it; None
+      where the row has no label. No method here learns from what was not wanted: SFT leaves it out.
+
+    Raises:
+      ValueError: a missing field, one of another type, or a label that is no bool.
+    """
+    require(row, ("prompt", "completion"), "a prompt-completion row")
+    prompt, completion, label = row["prompt"], row["completion"], row.get("label")
+    if label is not None and not isinstance(label, bool):
+        raise ValueError(f"label={label!r:.40} must be true or false")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt, completion, label
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise ValueError("prompt and completion must both be text or both lists of messages")
+    return _open_prompt(prompt), _conversation(completion, "completion"), label
 
 
 def _prompt(row: Row, drops: DropCounts | None) -> Row | None:
@@ -275,8 +329,10 @@ def _prompt(row: Row, drops: DropCounts | None) -> Row | None:
         return None if pair is None else {"prompt": pair["prompt"]}
     if shape == "instruction":
         return {"prompt": _instruction(row)}
+    if shape == "completion":
+        return {"prompt": read_unpaired(row)[0]}
     if shape in ("messages", "conversations"):
-        messages = (_sft(row, None) or {})["messages"]
+        messages = _conversation(row[shape], shape)
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         return {"prompt": messages}
@@ -284,7 +340,12 @@ def _prompt(row: Row, drops: DropCounts | None) -> Row | None:
         found = ", ".join(sorted(row)) or "none"
         raise ValueError(f"a prompt row needs prompt, or messages; found: {found}")
     require(row, ("prompt",), "a prompt row")
-    return {field: row[field] for field in ("prompt", "opening") if row.get(field) is not None}
+    kept = {field: row[field] for field in ("prompt", "opening") if row.get(field) is not None}
+    if not isinstance(kept["prompt"], str):
+        kept["prompt"] = _open_prompt(kept["prompt"])
+    if "opening" in kept:
+        _text(kept["opening"], "opening")
+    return kept
 
 
 def _shape(row: Row) -> str:
@@ -294,7 +355,8 @@ def _shape(row: Row) -> str:
     """
     there = [column for column in _SHAPES if column in row]
     # Files of tables hold every column in every row, and null where a row has none.
-    return next((column for column in there if row[column] is not None), (*there, "prompt")[0])
+    nothing = "prompt" if row.get("prompt") is not None or not there else there[0]
+    return next((column for column in there if row[column] is not None), nothing)
 
 
 def texts_of(row: Row) -> list[str]:
@@ -326,16 +388,19 @@ def _from_lists(row: Row, drops: DropCounts | None) -> Row | None:
         return None
     if not sides[0] or not sides[1] or not prompts[0]:
         raise ValueError("lists in chosen and rejected need a prompt and an answer each")
-    return {
-        **row,
-        "prompt": prompts[0],
-        "chosen": sides[0][-1]["content"],
-        "rejected": sides[1][-1]["content"],
+    if prompts[0][-1]["role"] == "assistant":
+        _open_prompt(prompts[0])
+    answers = {
+        name: _plain(side[-1], name)["content"]
+        for name, side in zip(("chosen", "rejected"), sides, strict=True)
     }
+    return {**row, "prompt": prompts[0], **answers}
 
 
 def _asked(prompt: Any) -> list[Message]:
     """Reads a prompt beside lists of turns; one that is a string is a question."""
+    if not isinstance(prompt, str | list):
+        raise ValueError(f"prompt must be text or a list of messages, not {type(prompt).__name__}")
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _turns(prompt)
 
 
@@ -366,24 +431,90 @@ def _turns(turns: Sequence[Any]) -> list[Message]:
     ]
 
 
-def _message(turn: Any) -> Message:
-    """Reads {"role", "content"} or {"from", "value"}."""
-    if not isinstance(turn, dict):
-        raise ValueError(f"a turn must be a dict, not {type(turn).__name__}")
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role not in _ROLES or not isinstance(content, str):
+def _conversation(turns: Any, where: str = "conversations") -> list[Message]:
+    """Reads a list of turns; see `_message`."""
+    if not isinstance(turns, list | tuple):
+        raise ValueError(f"{where}: messages must be a list of dicts, not {type(turns).__name__}")
+    return [_message(turn, f"{where}: ") for turn in turns]
+
+
+def _open_prompt(prompt: Any, where: str = "prompt") -> list[Message]:
+    """Reads a prompt that is a list: somebody else than the assistant spoke last."""
+    said = _conversation(prompt, where)
+    if said and said[-1]["role"] == "assistant":
         raise ValueError(
-            f"a turn needs role (or from) among {sorted(_ROLES)} and content (or value); "
-            f"found: {sorted(turn)} with role {role!r}"
+            f"{where} ends with the assistant, so that a second answer would follow: leave that "
+            "turn out, or give words with which the answer begins as opening"
         )
-    return {"role": _ROLES[role], "content": content}
+    return said
+
+
+def _answer(turn: Any, where: str) -> str:
+    """Reads the answer beside a ShareGPT conversation: a turn of the assistant, or its text."""
+    if isinstance(turn, list) and len(turn) == 1:
+        turn = turn[0]
+    if isinstance(turn, str):
+        return turn
+    message = _plain(_message(turn, f"{where}: "), where)
+    if message["role"] != "assistant":
+        raise ValueError(f"{where} must be said by the assistant, not by the {message['role']}")
+    return message["content"]
+
+
+def _plain(message: Message, where: str) -> Message:
+    """Refuses an answer of a pair that is more than its text."""
+    more = [name for name in message if name not in ("role", "content") and message[name]]
+    if more:
+        raise ValueError(f"{where}: {more[0]} of an answer is not used in pairs: write it as text")
+    return message
+
+
+def _message(turn: Any, where: str = "") -> Message:
+    """Reads {"role", "content"} or {"from", "value"}; keeps what else templates may read."""
+    if not isinstance(turn, dict):
+        raise ValueError(f"{where}a turn must be a dict, not {type(turn).__name__}")
+    role = turn.get("role", turn.get("from"))
+    held = "content" in turn or "value" in turn
+    if not isinstance(role, str) or role not in _ROLES or not held:
+        raise ValueError(
+            f"{where}a turn needs role (or from) among {sorted(_ROLES)} and content (or value); "
+            f"found: {sorted(turn)} with role {role!r:.40}"
+        )
+    content = _said(turn.get("content", turn.get("value")), where)
+    more = {
+        name: value
+        for name, value in turn.items()
+        if name not in ("role", "from", "content", "value") and value is not None
+    }
+    return {"role": _ROLES[role], "content": content, **more}
+
+
+def _said(content: Any, where: str) -> str:
+    """Reads a content: text, a list of parts that are text, or null, which is nothing said."""
+    if content is None:
+        return ""
+    if not isinstance(content, list):
+        return _text(content, f"{where}content")
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"{where}content has a part of type {kind!r:.40}: only text is read")
+    return "".join(part["text"] for part in content)
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where} must be text, not {type(value).__name__}")
+    return value
 
 
 def _instruction(row: Row) -> list[Message]:
     """Joins instruction and input into one question; what was said before comes first."""
-    parts = [row["instruction"], row.get("input") or ""]
+    parts = [_text(row[name] or "", name) for name in ("instruction", "input") if name in row]
     history = row.get("history") or []
-    if not all(isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in history):
+    if not isinstance(history, list | tuple) or not all(
+        isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in history
+    ):
         raise ValueError("history must be a list of pairs, a question and its answer each")
     before = _turns([text for turn in history for text in turn])
     return [*before, {"role": "user", "content": "\n".join(part for part in parts if part)}]

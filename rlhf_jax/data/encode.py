@@ -50,12 +50,15 @@ def encode_row(
     Raises:
       ValueError: a field is missing or holds something else.
     """
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a dict of columns, not {type(row).__name__}")
     check_characters(row)
     if kind == "preference":
         return encode_pair(row, tokenizer, max_length, drops)
     if kind == "prompt":
         require(row, ("prompt",), "a prompt row")
         opening = row.get("opening", "")
+        require({"opening": opening}, ("opening",), "a prompt row")
         return encode_prompt(row["prompt"], tokenizer, max_length, drops, opening=opening)
     require_sft(row)
     if "messages" in row:
@@ -86,8 +89,11 @@ def encode_messages(
     said = check_messages(messages, "messages")
     while said and said[-1]["role"] != "assistant":
         said = said[:-1]
-    if not said or not said[-1]["content"].strip():
-        drops.drop(EMPTY if said else "no assistant turn")
+    if not any(message["role"] != "assistant" for message in said):
+        drops.drop("no question" if said else "no assistant turn")
+        return None
+    if not said[-1]["content"].strip() and not said[-1].get("tool_calls"):
+        drops.drop(EMPTY)
         return None
     return _count(fit(said, tokenizer, max_length), said, drops)
 
@@ -152,6 +158,9 @@ def encode_pair(
     """
     drops = DropCounts() if drops is None else drops
     require(row, ("prompt", "chosen", "rejected"), "a preference row")
+    for side in ("chosen", "rejected"):
+        if not isinstance(row[side], str):
+            raise ValueError(f"{side} must be text, not {type(row[side]).__name__}")
     prompt, sides = row["prompt"], (row["chosen"], row["rejected"])
     if not all(side.strip() for side in sides):
         drops.drop(EMPTY)

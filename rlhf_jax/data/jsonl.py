@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,41 @@ def read_jsonl(path: Path) -> Iterator[Row]:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a line is no JSON object; names the file and the line.
+      ValueError: a line is no JSON object (names file and line), or the file is damaged, Parquet
+        or UTF-16.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(existing(path), "rt", encoding="utf-8") as file:
+        _check_format(existing(path))
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _parsed(line, f"{path}, line {number}")
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ValueError(
             f"{path} cannot be read: {error} (half a download, or a pointer of Git LFS: fetch the "
             "file again)"
         ) from error
 
 
+def _check_format(path: Path) -> None:
+    """Names what a file is that is no text in UTF-8; a byte-order mark of UTF-8 is passed over."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == b"PAR1":
+        raise ValueError(
+            f"{path} is a Parquet file: write its rows as JSON lines, as by "
+            "datasets.Dataset.from_parquet(PATH).to_json(FILE)"
+        )
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError(f"{path} is UTF-16 (or 32): save it as UTF-8")
+
+
 def _parsed(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON that can be read: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where} must be an object, not {row!r:.40}")
     return row

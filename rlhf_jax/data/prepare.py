@@ -24,7 +24,7 @@ import numpy as np
 
 from rlhf_jax.data import store as token_store
 from rlhf_jax.data.encode import encode_row
-from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, Kind, Row
+from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, Kind, Row, one_line
 from rlhf_jax.data.sets import archives
 from rlhf_jax.data.templates import ChatTokenizer, stop_tokens
 from rlhf_jax.runtime import distributed
@@ -155,7 +155,7 @@ def encoded_rows(
                 try:
                     yield encode_row(kind, row, chat, max_length, drops)
                 except ValueError as error:
-                    raise ValueError(f"row {number}: {error}") from error
+                    raise ValueError(f"row {number}: {one_line(error)}") from error
                 number += 1
 
 

@@ -19,6 +19,10 @@ import numpy as np
 Message = dict[str, str]
 Row = dict[str, Any]
 Kind = Literal["sft", "preference", "prompt"]
+# Stands inside the name of a control token that is only text, from rendering to tokenization; no
+# text that is meant to be exchanged holds it (a noncharacter of Unicode).
+MARK = "\ufdd0"
+_TEXTS = ("text", "response", "opening", "instruction", "output")
 ROLES = ("system", "user", "assistant", "tool")
 EncodedPrompt = np.ndarray  # int32 [T], the template left open for the assistant
 
@@ -97,22 +101,34 @@ class DropCounts(Counter[str]):
         return line
 
 
+def one_line(error: Exception) -> str:
+    """Returns the message of an error on one line, of characters that any terminal can write."""
+    text = str(error).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def check_characters(row: Row) -> None:
     """Checks that every text of a row can be written and tokenized.
 
     Raises:
-      ValueError: a text holds half of a surrogate pair, as cutting within an emoji leaves it; names
-        the column.
+      ValueError: a text holds half of a surrogate pair, as cutting within an emoji leaves it, or
+        the noncharacter `MARK`; names the column.
     """
     for column, value in row.items():
         try:
-            json.dumps([column, value], ensure_ascii=False, default=str).encode()
+            text = json.dumps([column, value], ensure_ascii=False, default=str)
+            text.encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start]
             raise ValueError(
                 f"{column!a} holds {half!a}, half of a surrogate pair (a character that "
                 "was cut in two): mend the text, or leave out the row"
             ) from error
+        if MARK in text:
+            raise ValueError(
+                f"{column!a} holds {MARK!a}, no character of Unicode, which is kept for marks "
+                "between rendering and tokenization: take it out of the text"
+            )
 
 
 def require(row: Row, fields: Sequence[str], what: str) -> None:
@@ -125,9 +141,11 @@ def require(row: Row, fields: Sequence[str], what: str) -> None:
     if missing:
         found = ", ".join(sorted(row)) or "none"
         raise ValueError(f"{what} needs {', '.join(fields)}; missing: {missing}; found: {found}")
-    # Text is a sequence as well; of ShareGPT rows the answers are single turns.
-    kinds = (Sequence, dict) if "conversations" in row else Sequence
+    # Of ShareGPT rows the answers are single turns.
+    kinds = (str, list, tuple) + ((dict,) if row.get("conversations") is not None else ())
     for field in fields:
+        if field in _TEXTS and not isinstance(row[field], str):
+            raise ValueError(f"{field} must be text, not {type(row[field]).__name__}")
         if not isinstance(row[field], kinds):
             raise ValueError(
                 f"{field} must be text or a list of messages, not {type(row[field]).__name__}"
@@ -135,10 +153,10 @@ def require(row: Row, fields: Sequence[str], what: str) -> None:
     margin = row.get("margin", 0.0)
     try:
         finite = math.isfinite(float(margin))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         finite = False
     if not finite:
-        raise ValueError(f"margin={margin} must be a finite number")
+        raise ValueError(f"margin={margin!s:.40} must be a finite number")
 
 
 def require_sft(row: Row) -> None:

@@ -15,12 +15,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_jax.data.schemas import Message, Row, check_characters, check_messages
+from rlhf_jax.data.schemas import MARK, Message, Row, check_characters, check_messages
 
+_MANY = 16  # More answers than this are looked for at once.
 _PROBE = "zq7w"  # A word that no template writes itself.
-# Stands inside the name of a control token that is only text, from rendering to tokenization; no
-# text that is meant to be exchanged holds it (a noncharacter of Unicode).
-_BREAK = "\ufdd0"
 _log = logging.getLogger(__name__)
 
 
@@ -109,28 +107,82 @@ class ChatTokenizer:
         stop = self._profile.stop
         messages = self._as_text(messages)
         whole = self.open_text(messages) if opened else self._render(messages)
+        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        # What the assistant says before anybody has spoken answers nothing: it is only read.
+        answers = [number for number in answers if number]
+        starts = self._starts(messages, answers, whole)
         pieces: list[Piece] = []
         done = 0
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self.open_text(messages[:number])
-            if not whole.startswith(before):
+        for turn, (number, start) in enumerate(zip(answers, starts, strict=True)):
+            if start is None:
                 if opened:  # Nothing of a prompt is trained: it may stay in one piece.
                     return [*pieces, Piece(whole[done:], False)]
                 raise ValueError(
                     f"the chat template renders what comes before message {number} differently "
                     "once it follows: give the tokenizer a template whose prefixes are stable"
                 )
-            end = _turn_end(whole, len(before), message["content"], stop)
-            pieces += [
-                Piece(whole[done : len(before)], False),
-                Piece(whole[len(before) : end], True),
-            ]
+            later = starts[turn + 1] if turn + 1 < len(starts) else None
+            end = _turn_end(whole, start, len(whole) if later is None else later, stop)
+            pieces += [Piece(whole[done:start], False), Piece(whole[start:end], True)]
             done = end
         if opened:
             pieces.append(Piece(whole[done:], False))
         return [piece for piece in pieces if piece.text]
+
+    def _starts(
+        self, messages: Sequence[Message], answers: Sequence[int], whole: str
+    ) -> list[int | None]:
+        """Where each answer starts; None where what comes before it is rendered otherwise."""
+
+        def start(number: int) -> int | None:
+            before = self.open_text(messages[:number])
+            return len(before) if whole.startswith(before) else None
+
+        if len(answers) > _MANY:
+            found = self._starts_at_once(messages, answers, whole)
+            ends = [*range(_MANY // 4), *range(-(_MANY // 4), 0)]
+            if found is not None and all(found[n] == start(answers[n]) for n in ends):
+                return [*found]
+        return [start(number) for number in answers]
+
+    def _starts_at_once(
+        self, messages: Sequence[Message], answers: Sequence[int], whole: str
+    ) -> list[int] | None:
+        """The same with two renderings, not one for each answer: time grows with the length only.
+
+        All answers are replaced by a word; what is read between two of them stands in the
+        conversation as well, behind the stop token of the first. None where it does not.
+        """
+        stop, probe = self._profile.stop, _PROBE * 4
+        if any(probe in str(message) for message in messages):
+            return None
+        asked = {*answers}
+        replaced = [
+            {"role": "assistant", "content": probe} if number in asked else message
+            for number, message in enumerate(messages)
+        ]
+        between = self._render(replaced).split(probe)
+        if len(between) != len(answers) + 1:
+            return None
+        opening = ""
+        if self._profile.opens:
+            alone, opened = (
+                self._render(messages[:1], add_generation_prompt=more) for more in (False, True)
+            )
+            opening = opened.removeprefix(alone)
+        found, position = [], 0
+        for number, read in enumerate(between[:-1]):
+            if number:
+                position = whole.find(stop, position) + len(stop)
+                head, stopped, read = read.partition(stop)
+                if head.strip() or not stopped:
+                    return None
+            read = read[: read.rfind(opening) + len(opening)] if opening else read.rstrip(" ")
+            if not whole.startswith(read, position):
+                return None
+            position += len(read)
+            found.append(position)
+        return found
 
     def open_text(self, messages: Sequence[Message]) -> str:
         """Renders a prompt up to where the assistant's words begin.
@@ -179,7 +231,7 @@ class ChatTokenizer:
         """Marks the names of control tokens in a text, so that `encode` takes them as text."""
         if self._control is None:
             return text
-        return self._control.sub(lambda found: found[0][:1] + _BREAK + found[0][1:], text)
+        return self._control.sub(lambda found: found[0][:1] + MARK + found[0][1:], text)
 
     def _as_text(self, value: Any) -> Any:
         """The same of whatever a message holds, except its role."""
@@ -251,7 +303,7 @@ class ChatTokenizer:
         backend, found = self._backend, {}
         if backend is None:
             return {}
-        wanted = [piece for piece in dict.fromkeys(pieces) if piece[0] and _BREAK not in piece[0]]
+        wanted = [piece for piece in dict.fromkeys(pieces) if piece[0] and MARK not in piece[0]]
         seam = "\n" if self._adds_space else ""
         head = self._encode_alone(seam)
         texts = [text if first else seam + text for text, first in wanted]
@@ -266,7 +318,7 @@ class ChatTokenizer:
         """Encodes without special tokens: where it is safe, past transformers, twice as fast."""
         if not text:
             return []
-        if _BREAK in text:
+        if MARK in text:
             return self._encode_literal(text)
         backend = self._backend
         if backend is None:
@@ -278,9 +330,9 @@ class ChatTokenizer:
         ids: list[int] = []
         marked = self._control.split(text) if self._control is not None else [text]
         for stretch in marked:
-            if _BREAK not in stretch:
+            if MARK not in stretch:
                 ids += self._encode_alone(stretch)
-            elif (plain := stretch.replace(_BREAK, "")) and self._literal is not None:
+            elif (plain := stretch.replace(MARK, "")) and self._literal is not None:
                 ids += self._literal.encode(plain, add_special_tokens=False).ids
             else:
                 ids += self.tokenizer.encode(
@@ -367,14 +419,14 @@ class ChatTokenizer:
         return text
 
 
-def _turn_end(whole: str, start: int, content: str, stop: str) -> int:
-    """Returns the position after the stop token of the turn that starts at `start`."""
-    said = whole.find(content.strip(), start)
-    # A template may rewrite the content (drop its reasoning): then the next stop token ends it.
-    after = said + len(content.strip()) if said >= 0 else start
-    position = whole.find(stop, after)
-    gap = whole[after:position] if position >= 0 else ""
-    if position < 0 or (said >= 0 and gap.strip()):
+def _turn_end(whole: str, start: int, limit: int, stop: str) -> int:
+    """Returns the position after the first stop token of the turn that starts at `start`.
+
+    Names of control tokens within the words are text and do not count: behind content, reasoning
+    and calls the template's own is the first. `limit` is where the next answer starts.
+    """
+    position = whole.find(stop, start, limit)
+    if position < 0:
         raise ValueError(
             f"the chat template ends an assistant's turn without its stop token {stop!r}, so that "
             "stopping would not be trained: write it after every turn of the assistant"

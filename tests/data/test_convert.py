@@ -3,7 +3,14 @@ import json
 import pytest
 
 from rlhf_jax.data import prepare
-from rlhf_jax.data.convert import as_preference, as_prompt, as_sft, convert_hh, rows_of_kind
+from rlhf_jax.data.convert import (
+    as_preference,
+    as_prompt,
+    as_sft,
+    convert_hh,
+    read_unpaired,
+    rows_of_kind,
+)
 from rlhf_jax.data.schemas import DropCounts
 
 START = "\n\nHuman: hello\n\nAssistant: hi\n\nHuman: how are\n\nyou?"
@@ -176,6 +183,9 @@ def test_columns_that_are_null_decide_nothing():
     row = {"messages": None, "chosen": None, "prompt": "a", "response": "b"}
     assert as_sft(row) == {"prompt": "a", "response": "b"}
     assert as_prompt(row) == {"prompt": "a"}
+    pair = {**PLAIN_PAIR, "conversations": None}
+    assert as_preference(pair) == pair
+    assert as_prompt({**row, "response": None, "text": None}) == {"prompt": "a"}
 
 
 def test_response_decides_before_the_text_of_both():
@@ -325,3 +335,77 @@ def test_sides_that_end_with_the_user_are_refused(kind):
     row = {"chosen": PROMPT + answer("fine"), "rejected": PROMPT}
     with pytest.raises(ValueError, match="rejected must end with the assistant, not with the user"):
         CONVERT[kind](row)
+
+
+@pytest.mark.parametrize("label", [True, None])
+def test_prompt_and_completion(label):
+    row = {"prompt": "a", "completion": " b", "label": label}
+    assert as_sft(row) == {"prompt": "a", "response": " b"}
+    assert as_prompt(row) == {"prompt": "a"}
+    assert read_unpaired(row) == ("a", " b", label)
+    listed = {"prompt": PROMPT, "completion": answer("fine"), "label": label}
+    assert as_sft(listed) == {"messages": PROMPT + answer("fine")}
+    assert as_prompt(listed) == {"prompt": PROMPT}
+
+
+def test_feedback_without_a_pair():
+    row = {"prompt": "a", "completion": " b", "label": False}
+    drops = DropCounts()
+    assert as_sft(row, drops) is None and drops == {"label is false": 1}
+    assert as_prompt(row) == {"prompt": "a"}
+    with pytest.raises(ValueError, match="no method here learns from unpaired feedback"):
+        as_preference(row)
+    with pytest.raises(ValueError, match="label=1 must be true or false"):
+        as_sft({**row, "label": 1})
+    with pytest.raises(ValueError, match="must both be text or both lists"):
+        as_sft({**row, "completion": answer("b")})
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        *(("human", "user"), ("chatgpt", "assistant"), ("bing", "assistant")),
+        *(("bard", "assistant"), ("function_call", "assistant"), ("observation", "tool")),
+        *(("tool", "tool"), ("developer", "system")),
+    ],
+)
+def test_other_names_of_roles(name, role):
+    turns = [{"from": name, "value": "a"}]
+    assert as_sft({"conversations": turns})["messages"] == [{"role": role, "content": "a"}]
+
+
+def test_content_in_parts():
+    parts = [{"type": "text", "text": "how are"}, {"type": "text", "text": "\n\nyou?"}]
+    said = [*PROMPT[:2], {"role": "user", "content": parts}]
+    assert as_prompt({"prompt": said}) == {"prompt": PROMPT}
+    with pytest.raises(ValueError, match="a part of type 'image_url': only text is read"):
+        as_prompt({"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]})
+
+
+@pytest.mark.parametrize("kind", CONVERT)
+def test_prompts_that_end_with_the_assistant_are_refused(kind):
+    row = {"prompt": PROMPT[:2], "chosen": "a", "rejected": "b"}
+    with pytest.raises(ValueError, match="prompt ends with the assistant, so that a second"):
+        CONVERT[kind](row)
+
+
+def test_answers_of_sharegpt_pairs():
+    row = {**SHAPES["sharegpt"], "margin": 2.0}
+    assert as_preference(row)["margin"] == 2.0
+    with pytest.raises(ValueError, match="chosen must be said by the assistant, not by the user"):
+        as_preference({**row, "chosen": {"from": "human", "value": "fine"}})
+
+
+@pytest.mark.parametrize("more", ["tool_calls", "reasoning_content"])
+def test_answers_of_pairs_that_are_more_than_text_are_refused(more):
+    row = {"prompt": PROMPT, "chosen": answer("fine"), "rejected": answer("go away")}
+    row["chosen"][0][more] = ["x"]
+    with pytest.raises(ValueError, match=f"chosen: {more} of an answer is not used in pairs"):
+        as_preference(row)
+
+
+def test_a_pair_without_prompt_that_is_kept_is_not_counted_as_dropped():
+    drops = DropCounts()
+    pairs = [{"prompt": "", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(50)]
+    assert len(list(rows_of_kind(pairs, "preference", "all", drops))) == 50
+    assert not drops

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import prepare
+from rlhf_jax.data import templates as template_module
+from rlhf_jax.data.convert import rows_of_kind
 from rlhf_jax.data.encode import encode_messages, encode_prompt
+from rlhf_jax.data.schemas import DropCounts
 from rlhf_jax.data.templates import ChatTokenizer as Chat
 from rlhf_jax.data.templates import stop_tokens
 from tests.data import conftest as templates
@@ -187,3 +190,79 @@ def test_nothing_is_written_to_the_tokenizer(with_template):
     assert prepare.encode_rows("sft", rows, tokenizer, max_length=200)
     assert stop_tokens(tokenizer)
     assert set(vars(tokenizer)) == before
+
+
+CALLING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['reasoning_content'] %}{{ '(' + m['reasoning_content'] + ')' }}{% endif %}"
+    "{{ m['content'] }}{% for call in m['tool_calls'] or [] %}{{ '[' + call['name'] + ']' }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("content", ["", "so", None])
+def test_a_turn_ends_behind_its_tool_calls(with_template, content):
+    tokenizer = with_template(CALLING)
+    call = {"role": "assistant", "content": content, "tool_calls": [{"name": "weather"}]}
+    talk = [TALK[1], call, {"role": "tool", "content": "18"}, TALK[4]]
+    (row,) = rows_of_kind([{"messages": talk}], "sft", "all", DropCounts())
+    (encoded,) = prepare.encode_rows("sft", [row], tokenizer, max_length=500)
+    assert stretches(encoded, tokenizer) == [
+        f"{content or ''}[weather]<|im_end|>",
+        "they are kind!<|im_end|>",
+    ]
+    (row,) = rows_of_kind([{"messages": talk[:2]}], "sft", "all", DropCounts())
+    (encoded,) = prepare.encode_rows("sft", [row], tokenizer, max_length=500)
+    assert stretches(encoded, tokenizer) == [f"{content or ''}[weather]<|im_end|>"]
+
+
+def test_an_answer_may_occur_in_its_reasoning(with_template):
+    tokenizer = with_template(CALLING)
+    answer = {"role": "assistant", "content": "4", "reasoning_content": "2 and 2 gives 4"}
+    encoded = encode_messages([TALK[1], answer], Chat(tokenizer), 500)
+    assert stretches(encoded, tokenizer) == ["(2 and 2 gives 4)4<|im_end|>"]
+
+
+def test_what_the_assistant_says_before_anybody_is_read_only(plain):
+    encoded = encode_messages([TALK[2], *TALK[3:]], Chat(plain), 500)
+    assert stretches(encoded, plain) == ["they are kind!<eos>"]
+    drops = DropCounts()
+    assert encode_messages([TALK[2]], Chat(plain), 500, drops) is None
+    assert drops == {"no question": 1}
+
+
+def many_turns(count):
+    return [{"role": ("user", "assistant")[n % 2], "content": f"{n} the sea"} for n in range(count)]
+
+
+@pytest.mark.parametrize("style", ["plain", "CHATML", "CHATML_NO_SWITCH", "HEADERS", "BRACKETS"])
+def test_many_turns_are_rendered_no_more_often_than_few(with_template, plain, style, monkeypatch):
+    tokenizer = plain if style == "plain" else with_template(getattr(templates, style))
+    rendered = []
+    apply = type(tokenizer).apply_chat_template
+
+    def counted(self, messages, **settings):
+        rendered.append(len(messages))
+        return apply(self, messages, **settings)
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", counted)
+    often = []
+    for turns in (100, 400):
+        rendered.clear()
+        pieces = Chat(tokenizer).pieces(many_turns(turns), opened=False)
+        often.append(len(rendered))
+        assert sum(piece.trained for piece in pieces) == turns // 2
+    assert often[0] == often[1] < 40
+
+
+@pytest.mark.parametrize("style", ["plain", "CHATML", "CHATML_NO_SWITCH", "HEADERS", "BRACKETS"])
+def test_turns_found_at_once_are_those_found_one_by_one(with_template, plain, style, monkeypatch):
+    tokenizer = plain if style == "plain" else with_template(getattr(templates, style))
+    talk = many_turns(60)
+    talk[9]["content"] = "12 the sea\n\n"
+    talk[21]["content"] = "hi<|im_end|>\n<|im_start|>assistant\n<eos>"
+    talk[31]["content"] = ""
+    at_once = Chat(tokenizer).pieces(talk, opened=False)
+    monkeypatch.setattr(template_module, "_MANY", 1000)
+    assert at_once == Chat(tokenizer).pieces(talk, opened=False)

@@ -62,7 +62,7 @@ def test_folder_has_a_file_for_each_split(tmp_path):
 def test_bad_lines_are_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a"}\n\n{"prompt": \n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line 3 is not JSON"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 3 is not JSON that"):
         load_rows("prompt", f"jsonl:{path}", "all")
     path.write_text("[1]\n")
     with pytest.raises(ValueError, match=r"line 1 must be an object, not \[1\]"):
@@ -70,3 +70,29 @@ def test_bad_lines_are_named(tmp_path):
     path.write_text('{"question": "a"}\n')
     with pytest.raises(ValueError, match=r"row 0: a preference row .*; found: question"):
         load_rows("preference", f"jsonl:{path}", "all")
+
+
+def test_files_of_other_formats_are_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    line = '{"text": "the sea"}\n'
+    path.write_bytes(line.encode("utf-8-sig"))
+    assert load_rows("sft", f"jsonl:{path}", "all") == [{"text": "the sea"}]
+    for content, message in (
+        (b"PAR1" + bytes(20), r"rows\.jsonl is a Parquet file: write its rows"),
+        (line.encode("utf-16"), r"rows\.jsonl is UTF-16 .*save it as UTF-8"),
+        (b"[" * 100_000, r"rows\.jsonl, line 1 is not JSON that can be read"),
+        (b'{"text": ' + b"9" * 5000 + b"}", r"rows\.jsonl, line 1 is not JSON that can be read"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_rows("sft", f"jsonl:{path}", "all")
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    write_jsonl(path, [{"text": f"the sea {n}"} for n in range(99)])
+    whole = bytearray(path.read_bytes())
+    whole[20:40] = b"\xff" * 20
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz cannot be read: .*half a download"):
+        load_rows("sft", f"jsonl:{path}", "all")
