@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from rlhf_jax.models.config import ATTENTIONS, DTYPES, REMATS
@@ -215,14 +215,15 @@ class Shared:
         """What the policy is asked, and who may judge it."""
         return self.data.task(self.seed)
 
-    def run(self, total: int, desc: str, show: tuple[str, ...]) -> Run:
-        """The run in its folder."""
+    def run(self, total: int, desc: str, show: tuple[str, ...], inputs: Mapping[str, Any]) -> Run:
+        """The run in its folder; for `inputs` see `stages.inputs`."""
         return Run(
             self.workdir,
             total=total,
             desc=desc,
             show=show,
             settings=dataclasses.asdict(self),
+            inputs=inputs,
             log=self.log,
             checkpoint=self.checkpoint,
         )
