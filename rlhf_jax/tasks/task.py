@@ -244,7 +244,7 @@ class Task(abc.ABC):
             max_length=max_length,
             drops=drops,
             name=f"{self.config.source} ({split})",
-            decides=None if decides is None else [*decides, _code_of(type(self)), split, count],
+            decides=None if decides is None else [*decides, code_of(type(self)), split, count],
             total=count,
         )
         print(f"{_COUNTED[kind]} ({split}): {drops.summary()}")
@@ -285,7 +285,7 @@ def make_task(config: TaskConfig) -> Task:
 
 
 @functools.cache
-def _code_of(task: type[Task]) -> str:
+def code_of(task: type[Task]) -> str:
     """Hash of the files that define a task: rows chosen by other code are not taken for its own."""
     modules = [sys.modules[one.__module__] for one in task.__mro__ if issubclass(one, Task)]
     files = [path for module in modules if (path := getattr(module, "__file__", None))]
