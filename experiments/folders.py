@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import time
 from pathlib import Path
 
 from experiments.settings import Shared
 from rlhf_jax.runtime import distributed, lock
-from rlhf_jax.training.record import check_settings, read_summary
+from rlhf_jax.training.record import check_settings, pinned_inputs, read_summary
 
 # Between two looks at a folder that another process works in.
 WAIT_SECONDS = 2.0
@@ -26,6 +27,14 @@ def is_whole(folder: str) -> bool:
     """
     there = (Path(folder) / "config.json").exists()
     return there and (not is_run(folder) or read_summary(Path(folder).parent) is not None)
+
+
+def date(workdir: str) -> str:
+    """The day that chat templates write in a run: that of its first start, as in 2026-01-31."""
+    pinned = {}
+    if distributed.is_main():
+        pinned = pinned_inputs(Path(workdir) / "config.json")
+    return distributed.from_main(pinned.get("date", "") or datetime.date.today().isoformat())
 
 
 def claim(settings: Shared, title: str) -> bool:

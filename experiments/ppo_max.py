@@ -222,7 +222,11 @@ def main(config: ConfigDict) -> None:
 
     # 1. What the stages before left: policy and reference from SFT, and the reward model.
     require_stages(settings)
-    tokenizer = stages.load_tokenizer(inputs.reference, inputs.model, inputs.reward_model)
+    models = {
+        f"inputs.{name}": getattr(inputs, name) for name in ("model", "reference", "reward_model")
+    }
+    date = folders.date(settings.workdir)
+    tokenizer = stages.load_tokenizer(inputs.reference, *models.values(), date=date)
     policy, reference = load_policies(settings, sharding)
     reward_model = load_reward_model(settings, policy, sharding)
 
@@ -289,7 +293,9 @@ def main(config: ConfigDict) -> None:
 
     # 5. Algorithm 1.
     show = ("reward/mean", *(f"win_rate/{name}" for name in judges), "policy/kl_ref_sequence")
-    with settings.run(train.iterations, "PPO", show=show, monitor=settings.monitor()) as run:
+    pinned = stages.inputs(task, tokenizer, settings=settings, models=models)
+    monitor = settings.monitor()
+    with settings.run(train.iterations, "PPO", show, pinned, monitor) as run:
         state = run.restore(state, *cursors)
         for iteration in run.steps():
             rollout = method.sample(state, next(prompts), iteration)  # line 2

@@ -168,7 +168,7 @@ def main(config: ConfigDict) -> None:
     inputs, data = settings.inputs, settings.data
     argument = common.stage_argument("sft", settings)
     folder = stages.require(inputs.model, stage="sft", argument=argument, build=inputs.build)
-    tokenizer = stages.load_tokenizer(folder)
+    tokenizer = stages.load_tokenizer(folder, date=folders.date(settings.workdir))
     key = jax.random.key(settings.seed)
     model = stages.load_scalar(folder, settings.model, sharding, key=key, layers=inputs.layers)
     tuning = stages.make_tuning(settings, model)
@@ -203,7 +203,8 @@ def main(config: ConfigDict) -> None:
 
     # 3. Train.
     show = ("loss/bradley_terry", "reward/accuracy", "eval/accuracy")
-    with settings.run(train.steps, "reward model", show=show) as run:
+    pinned = stages.inputs(task, tokenizer, settings=settings, models={"inputs.model": folder})
+    with settings.run(train.steps, "reward model", show, pinned) as run:
         state = run.restore(state, batches)
         for step in run.steps():
             batch = next(batches)

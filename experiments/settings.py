@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from rlhf_jax.evaluation.collapse import CollapseMonitor
@@ -221,15 +221,17 @@ class Shared:
         total: int,
         desc: str,
         show: tuple[str, ...],
+        inputs: Mapping[str, Any],
         monitor: CollapseMonitor | None = None,
     ) -> Run:
-        """The run in its folder."""
+        """The run in its folder; for `inputs` see `stages.inputs`."""
         return Run(
             self.workdir,
             total=total,
             desc=desc,
             show=show,
             settings=dataclasses.asdict(self),
+            inputs=inputs,
             log=self.log,
             checkpoint=self.checkpoint,
             monitor=monitor,

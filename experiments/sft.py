@@ -105,7 +105,8 @@ def starting_point(settings: Settings, task: Task, sharding: Sharding) -> tuple[
     """The tokenizer and the model to train: a pretrained one, or both from scratch."""
     folder, options = settings.inputs.model, settings.model
     if folder:
-        return stages.load_tokenizer(folder), stages.load_policy(folder, options, sharding)
+        tokenizer = stages.load_tokenizer(folder, date=folders.date(settings.workdir))
+        return tokenizer, stages.load_policy(folder, options, sharding)
     tokenizer = train_bpe(task.texts(), settings.tokenizer.vocab_size)
     sizes = dataclasses.asdict(settings.sizes) | options.keywords()
     model_config = ModelConfig(vocab_size=len(tokenizer), **sizes)
@@ -181,7 +182,8 @@ def main(config: ConfigDict) -> None:
     )
 
     # 3. Train.
-    with settings.run(steps, "SFT", show=("loss/lm", "eval/perplexity")) as run:
+    inputs = stages.inputs(task, tokenizer, settings=settings, models={"inputs.model": folder})
+    with settings.run(steps, "SFT", ("loss/lm", "eval/perplexity"), inputs) as run:
         state = run.restore(state, batches)
         for step in run.steps():
             state, metrics = train_step(state, sharding.put_batch(next(batches)))

@@ -16,15 +16,18 @@ from configs.common import SMOLLM2
 from experiments import folders
 from experiments.settings import ModelOptions, Shared
 from rlhf_jax.data import tokenizer as tokenizers
+from rlhf_jax.data.prepare import tokenizer_text
 from rlhf_jax.data.sets import archives
+from rlhf_jax.data.templates import set_date
 from rlhf_jax.evaluation.judges import LANGUAGE_MODEL, Judge, make_judges
 from rlhf_jax.models import lora
-from rlhf_jax.models.files import hf_weights, lora_files
+from rlhf_jax.models.files import hf_files, hf_weights, lora_files
 from rlhf_jax.models.files.gguf import gguf_to_hf
 from rlhf_jax.models.lora import Tuning
 from rlhf_jax.models.transformer import first_layers
-from rlhf_jax.runtime import distributed, lock
+from rlhf_jax.runtime import digests, distributed, lock
 from rlhf_jax.runtime.sharding import Sharding
+from rlhf_jax.tasks import Task
 from rlhf_jax.training import memory
 
 # Folder of a run with the adapters that it trained, next to the merged model.
@@ -103,12 +106,13 @@ def load_judges(names: tuple[str, ...]) -> dict[str, Judge]:
     return make_judges(names, default_model=SMOLLM2)
 
 
-def load_tokenizer(folder: str, *others: str) -> Any:
+def load_tokenizer(folder: str, *others: str, date: str = "") -> Any:
     """The tokenizer of a model, fit for training, before any weights are read.
 
     Args:
       folder: folder of the model.
       *others: folders of models that will read the same tokens.
+      date: the day that its template writes, see `folders.date`; empty is today.
 
     Raises:
       ValueError: no tokenizer there, or one of the models has fewer rows than it has tokens.
@@ -119,7 +123,46 @@ def load_tokenizer(folder: str, *others: str) -> Any:
     loaded = tokenizers.load_tokenizer(folder, vocab_size=rows)
     for name, config in configs.items():
         hf_weights.check_vocabulary(loaded, config, name)
+    if date:
+        set_date(loaded, date)
     return loaded
+
+
+def inputs(
+    task: Task, tokenizer: Any, *, settings: Shared, models: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Digests of what a run reads besides its settings; once everything is loaded.
+
+    Rows and tokenizer count as they are in memory, weights as they are in the files.
+
+    Args:
+      task: the task that the run's rows came from.
+      tokenizer: that of the run.
+      settings: those of the run.
+      models: folders, or hub names, by the key that names them; empty names are left out.
+    """
+    date = folders.date(settings.workdir)
+    if not distributed.is_main():
+        return {}
+    weights = {name: folder for name, folder in (models or {}).items() if folder}
+    digest = {folder: weights_digest(folder) for folder in set(weights.values())}
+    return {
+        "date": date,
+        "chat_template": digests.of_text(str(tokenizer.chat_template)),
+        "tokenizer": digests.of_text(tokenizer_text(tokenizer), str(tokenizer.special_tokens_map)),
+        "weights": {name: digest[folder] for name, folder in weights.items()},
+        "rows": task.digests,
+    }
+
+
+def weights_digest(folder: str) -> str:
+    """A digest of the weights of a model and of what says how they are read, adapters included."""
+    patterns = (*hf_files.CONFIG_PATTERNS, *hf_files.WEIGHT_PATTERNS)
+    found = hf_files.find_folder(folder, patterns)
+    files = [found / "config.json", *sorted(found.glob("*.safetensors"))]
+    if folders.is_run(folder):
+        files += sorted((found.parent / ADAPTERS).glob("*.safetensors"))
+    return digests.of_files(files)
 
 
 def load_policy(

@@ -297,6 +297,7 @@ def _patch_inputs(patch: pytest.MonkeyPatch, notes: Notes) -> None:
     patch.setattr(reviews, "load_reviews", _reviews)
     made = {"vader": _vader, "length": LengthJudge}
     patch.setattr(judges, "make_judge", lambda name, **_: made[name]())
+    patch.setattr(stages, "weights_digest", lambda folder: "")
     patch.setattr(stages, "require", lambda folder, **made_by: folder)
 
 

@@ -26,7 +26,7 @@ from rlhf_jax.data import store as token_store
 from rlhf_jax.data.encode import encode_row
 from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, Kind, Row, one_line
 from rlhf_jax.data.sets import archives
-from rlhf_jax.data.templates import ChatTokenizer, stop_tokens
+from rlhf_jax.data.templates import ChatTokenizer, date_of, stop_tokens
 from rlhf_jax.runtime import distributed
 from rlhf_jax.runtime.progress import progress
 
@@ -229,13 +229,15 @@ def _key(decides: Sequence[Any], tokenizer: Any) -> str:
     everything = [
         *decides,
         [str(tokenizer.chat_template), tokenizer.bos_token, tokenizer.eos_token],
-        _tokenizer_text(tokenizer),
+        date_of(tokenizer),
+        tokenizer_text(tokenizer),
         _code(),
     ]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:24]
 
 
-def _tokenizer_text(tokenizer: Any) -> str:
+def tokenizer_text(tokenizer: Any) -> str:
+    """Returns a text that decides what a tokenizer does, its chat template aside."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return repr(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
 

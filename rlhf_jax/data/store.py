@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, EncodedPromp
 
 _TYPES = {"tokens": np.dtype(np.int32), "loss_mask": np.dtype(bool)}
 _META = "store.json"
+_BLOCK = 2**24  # Tokens that are read at a time where all are.
 
 
 class _Column:
@@ -30,15 +31,15 @@ class _Column:
     def __init__(self, folder: Path, name: str):
         self.lengths = np.load(folder / f"{name}.lengths.npy")
         self._ends = np.cumsum(self.lengths, dtype=np.int64)
-        self._arrays = [
-            np.memmap(folder / f"{name}.{field}", dtype=dtype, mode="r")
+        self.arrays = {
+            field: np.memmap(folder / f"{name}.{field}", dtype=dtype, mode="r")
             for field, dtype in _TYPES.items()
-        ]
+        }
 
     def __getitem__(self, index: int) -> Encoded:
         end = int(self._ends[index])
         start = end - int(self.lengths[index])
-        return Encoded(*(np.asarray(array[start:end]) for array in self._arrays))
+        return Encoded(*(np.asarray(array[start:end]) for array in self.arrays.values()))
 
 
 class TokenStore(Sequence[Any]):
@@ -71,6 +72,16 @@ class TokenStore(Sequence[Any]):
         if self.kind == "prompt":
             return first.tokens
         return EncodedPair(first, second[0], float(self._margins[index])) if second else first
+
+    def blocks(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yields all that decides the rows, file by file and block by block, for a digest."""
+        if self.kind == "preference":
+            yield {"margins": self._margins}
+        for name, column in zip(_columns_of(self.kind), self._columns, strict=True):
+            yield {f"{name}.lengths": column.lengths}
+            for field, array in column.arrays.items():
+                for start in range(0, len(array), _BLOCK):
+                    yield {f"{name}.{field}": array[start : start + _BLOCK]}
 
 
 class _Writer:

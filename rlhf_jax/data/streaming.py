@@ -10,16 +10,19 @@ only.
 
 The order of an epoch is a function of (seed, epoch, block size) and the files, so a position is
 three numbers: epoch, block, and batches taken of the block. Restoring it reads (without encoding)
-the rows of the blocks before: some seconds for 160,000 rows of local files.
+the rows of the blocks before: some seconds for 160,000 rows of local files. A position holds a
+digest of the rows that were read as well, and other rows are refused.
 """
 
 from __future__ import annotations
 
 import collections
+import hashlib
 import itertools
+import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -61,6 +64,8 @@ class StreamedBatches:
         self._share: Callable[[int], slice] | None = None
         self._epoch, self._block, self._step = 0, 0, 0
         self._rows: Iterator[Row] | None = None
+        self._read, self._digest = 0, hashlib.sha256()  # Of the rows of this epoch so far.
+        self._expected: tuple[int, str] | None = None
         self._batches: Batches | None = None
 
     def __iter__(self) -> StreamedBatches:
@@ -104,8 +109,9 @@ class StreamedBatches:
         """One line for the log: shapes."""
         return ", ".join(f"{shape.rows}x{shape.length}" for shape in self.shapes)
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """Returns the position."""
+        read, digest = self._expected or (self._read, self._digest.hexdigest()[:16])
         return {
             "epoch": self._epoch,
             "block": self._block,
@@ -113,10 +119,12 @@ class StreamedBatches:
             "seed": self._seed,
             "block_rows": self._block_rows,
             "source": self._source,
+            "read": read,
+            "digest": digest,
         }
 
-    def restore(self, state: dict[str, int]) -> None:
-        """Moves to a position.
+    def restore(self, state: dict[str, Any]) -> None:
+        """Moves to a position; the next batch is refused if the rows before it have changed.
 
         Raises:
           ValueError: the position is one in another source, or under other settings.
@@ -129,6 +137,9 @@ class StreamedBatches:
                     f"{name}={mine[name]}: resume with the source and the seed of the saved run"
                 )
         self._move(int(state["epoch"]), int(state["block"]), int(state["step"]))
+        self._read, self._digest = 0, hashlib.sha256()
+        # Positions of version 0.1 hold no digest.
+        self._expected = (int(state["read"]), state["digest"]) if state.get("read") else None
 
     def _move(self, epoch: int, block: int, step: int) -> None:
         self._epoch, self._block, self._step = epoch, block, step
@@ -163,7 +174,25 @@ class StreamedBatches:
 
     def _rows_of(self, epoch: int) -> Iterator[Row]:
         order = np.random.default_rng([self._seed, epoch])
-        return itertools.islice(drawn(self._open(), order), self._limit or None)
+        self._read, self._digest = 0, hashlib.sha256()
+        return self._watched(itertools.islice(drawn(self._open(), order), self._limit or None))
+
+    def _watched(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The same rows, digested; a restored position is compared where it was saved."""
+        for row in rows:
+            text = json.dumps(row, sort_keys=True, default=str)
+            self._digest.update(text.encode())
+            self._read += 1
+            if self._expected is not None and self._read == self._expected[0]:
+                if self._digest.hexdigest()[:16] != self._expected[1]:
+                    break
+                self._expected = None
+            yield row
+        if self._expected is not None:
+            raise ValueError(
+                f"the first {self._expected[0]:,} rows of the stream are not those that the saved "
+                "run has read: put them back, choose another --config.workdir, or remove the folder"
+            )
 
 
 def _block_seed(seed: int, epoch: int, block: int) -> int:

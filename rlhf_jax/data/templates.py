@@ -9,7 +9,9 @@ that the template writes after the assistant's words.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
+import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +21,9 @@ from rlhf_jax.data.schemas import MARK, Message, Row, check_characters, check_me
 
 _MANY = 16  # More answers than this are looked for at once.
 _PROBE = "zq7w"  # A word that no template writes itself.
+# The function by which templates ask for the date.
+_NOW = "strftime_now"
+_ASKS_DATE = re.compile(_NOW + r"\s*\(\s*(['\"])(.*?)\1\s*\)")
 _log = logging.getLogger(__name__)
 
 
@@ -29,6 +34,30 @@ def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
       ValueError: the template ends the assistant's turn with no token at all.
     """
     return ChatTokenizer(tokenizer).stop_tokens
+
+
+def set_date(tokenizer: Any, date: str) -> None:
+    """Sets the day that a template writes where it asks for today's; it is not saved with the rest.
+
+    Args:
+      tokenizer: a tokenizer of transformers, changed in place.
+      date: as in 2026-01-31.
+
+    Raises:
+      ValueError: it is no date.
+    """
+    datetime.date.fromisoformat(date)
+    tokenizer.date_of_template = date
+
+
+def date_of(tokenizer: Any) -> str:
+    """Returns the day that a template writes, as in 2026-01-31: that of `set_date`, or today's.
+
+    Empty where the template asks for none.
+    """
+    if _NOW not in str(getattr(tokenizer, "chat_template", None)):
+        return ""
+    return getattr(tokenizer, "date_of_template", "") or datetime.date.today().isoformat()
 
 
 class Piece(NamedTuple):
@@ -374,6 +403,23 @@ class ChatTokenizer:
         return after[-len(alone) :] != alone
 
     @functools.cached_property
+    def _dated(self) -> dict[str, str]:
+        """The template with its date written out, if it asks for one: one day for all rows."""
+        date = date_of(self.tokenizer)
+        if not date:
+            return {}
+        day = datetime.datetime.fromisoformat(date)
+        template = _ASKS_DATE.sub(
+            lambda found: json.dumps(day.strftime(found[2])), self.tokenizer.get_chat_template()
+        )
+        if re.search(rf"{_NOW}\s*\(", template):
+            raise ValueError(
+                f"the chat template calls {_NOW} with a format that is no string, so that its date "
+                "cannot be fixed for a run: write the format into the call"
+            )
+        return {"chat_template": template}
+
+    @functools.cached_property
     def _profile(self) -> _Profile:
         """Renders the probes."""
         tokenizer = self.tokenizer
@@ -409,7 +455,10 @@ class ChatTokenizer:
             return kept[key]
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._dated,
             )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)

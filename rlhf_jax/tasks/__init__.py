@@ -11,6 +11,7 @@ from rlhf_jax.tasks.harm import Harm
 from rlhf_jax.tasks.hh import HH
 from rlhf_jax.tasks.jsonl import JSONLines
 from rlhf_jax.tasks.llamafactory import LlamaFactory
+from rlhf_jax.tasks.mix import Mix
 from rlhf_jax.tasks.reviews import Reviews
 from rlhf_jax.tasks.task import TASKS, Task, TaskConfig, make_task
 
@@ -22,4 +23,5 @@ TASKS |= {
     "jsonl": JSONLines,
     "harm": Harm,
     "llamafactory": LlamaFactory,
+    "mix": Mix,
 }

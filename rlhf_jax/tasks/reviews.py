@@ -93,6 +93,7 @@ class Reviews(Task):
                 sides.append((document, review.rating))
         pairs, ratings = self._drawn(sides, count, drops)
         print(f"pairs ({split}): {drops.summary()}")
+        self.note("preference", split, pairs)
         return pairs, ratings
 
     def check_ratings(self) -> None:

@@ -21,9 +21,11 @@ import numpy as np
 
 from rlhf_jax.data import prepare
 from rlhf_jax.data.convert import texts_of
+from rlhf_jax.data.digests import rows_digest
 from rlhf_jax.data.examples import Examples, StreamedExamples
 from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, EncodedPrompt, Kind, Row
 from rlhf_jax.data.splits import check_split
+from rlhf_jax.runtime import distributed
 
 STREAM = "stream:"
 _COUNTED: dict[Kind, str] = {"sft": "SFT documents", "preference": "pairs", "prompt": "prompts"}
@@ -71,6 +73,8 @@ class Task(abc.ABC):
       judges: names of the judges that may speak of the task; none if nothing but a reward model or
         a judge that the user names can.
       can_stream: whether `stream:` may be put before the source.
+      digests: of the rows that were read so far, by kind and split, see `data.digests`. Rows of a
+        stream are not among them: its position holds theirs.
       where: what follows the colon in the source: `FOLDER` of `hh:FOLDER`.
       streamed: whether training rows are read as the run trains.
     """
@@ -81,6 +85,7 @@ class Task(abc.ABC):
 
     def __init__(self, config: TaskConfig):
         self.config = config
+        self.digests: dict[str, str] = {}
         self.streamed = config.source.startswith(STREAM)
         self.where = config.source.removeprefix(STREAM).partition(":")[2]
         if self.streamed and not self.can_stream:
@@ -239,11 +244,20 @@ class Task(abc.ABC):
             max_length=max_length,
             drops=drops,
             name=f"{self.config.source} ({split})",
-            decides=None if decides is None else [*decides, _code_of(type(self)), split, count],
+            decides=None if decides is None else [*decides, code_of(type(self)), split, count],
             total=count,
         )
         print(f"{_COUNTED[kind]} ({split}): {drops.summary()}")
+        self.note(kind, split, found)
         return Examples(found)
+
+    def note(self, kind: Kind, split: str, rows: Sequence[Any]) -> None:
+        """Keeps the digest of encoded rows, for a run to compare when it resumes.
+
+        `documents`, `preferences` and `prompts` do it; what takes their place in a subclass must.
+        """
+        if distributed.is_main():  # It alone compares, and the others read no rows but their own.
+            self.digests[f"{kind} {split}"] = rows_digest(rows)
 
     def _encode_block(
         self, kind: Kind, tokenizer: Any, max_length: int, rows: list[Row]
@@ -271,7 +285,7 @@ def make_task(config: TaskConfig) -> Task:
 
 
 @functools.cache
-def _code_of(task: type[Task]) -> str:
+def code_of(task: type[Task]) -> str:
     """Hash of the files that define a task: rows chosen by other code are not taken for its own."""
     modules = [sys.modules[one.__module__] for one in task.__mro__ if issubclass(one, Task)]
     files = [path for module in modules if (path := getattr(module, "__file__", None))]

@@ -1,4 +1,8 @@
-"""What a run folder says of its run: config.json from the beginning, summary.json at the end."""
+"""What a run folder says of its run: config.json from the beginning, summary.json at the end.
+
+config.json holds the settings, and digests of what the run reads: rows, weights, chat template.
+A run resumes where both are as they were.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from rlhf_jax.runtime.run_info import run_info
 
 # What may change when a run goes on: it does not change the numbers, or says so in the run folder.
 FREE = ("log.", "checkpoint.", "sharding.", "collapse.")
+# The section of config.json with the digests of what a run reads.
+INPUTS = "inputs"
 
 
 def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
@@ -41,6 +47,54 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         return
     if distributed.is_main():
         write_whole(path, json.dumps(run_info(settings), indent=2, default=str) + "\n")
+
+
+def pin_inputs(path: Path, inputs: Mapping[str, Any]) -> None:
+    """Adds to config.json what a run reads, or compares with it; after `check_settings`.
+
+    Paths and times may change, what is in the files may not: the rest of the run would be of
+    another experiment than its beginning.
+
+    Args:
+      path: config.json of the run.
+      inputs: digests, perhaps nested; causes before what follows from them, since the first that
+        differs is named. Those of process 0 count.
+
+    Raises:
+      ValueError: an input is not what the run began with; names it. In all processes.
+    """
+    problem = distributed.from_main(_pinned(path, inputs) if distributed.is_main() else "")
+    if problem:
+        raise ValueError(problem)
+
+
+def _pinned(path: Path, inputs: Mapping[str, Any]) -> str:
+    """Writes the inputs where none are noted; says what differs from those that are."""
+    record = read_config(path)
+    inputs = json.loads(json.dumps(inputs))
+    if INPUTS not in record:
+        write_whole(path, json.dumps(record | {INPUTS: inputs}, indent=2) + "\n")
+        return ""
+    before, now = _flat(pinned_inputs(path)), _flat(inputs)
+    names = [*now, *(name for name in before if name not in now)]
+    changed = [name for name in names if before.get(name) != now.get(name)]
+    if not changed:
+        return ""
+    name, others = changed[0], len(changed) - 1
+    return (
+        f"{path.parent} holds a run that began with other inputs ({name.replace('.', ' of ', 1)} "
+        f"was {before.get(name, 'not read')}, now {now.get(name, 'not read')}"
+        f"{f'; {others} more differ' if others else ''}): put back what it began with, choose "
+        "another --config.workdir, or remove the folder"
+    )
+
+
+def pinned_inputs(path: Path) -> dict[str, Any]:
+    """What `pin_inputs` wrote; empty where there is no run, or one that has read nothing yet."""
+    found = read_config(path).get(INPUTS, {}) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not that of a run: inputs={found!r} must be an object")
+    return found
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from rlhf_jax.runtime.run_info import to_json
 from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.signals import GracefulStop
 from rlhf_jax.training.checkpoint import Checkpointer
-from rlhf_jax.training.record import check_settings, read_config
+from rlhf_jax.training.record import check_settings, pin_inputs, read_config
 from rlhf_jax.training.rollback import Collapsed, RolledBack, note_rollback, rollbacks
 
 
@@ -80,6 +80,7 @@ class Run:
       show: metrics that the progress bar shows.
       settings: every setting of the run, as a nested mapping: written to config.json, and compared
         with that file when a run is resumed.
+      inputs: digests of what the run reads, treated alike; None compares nothing.
       log: where metrics go besides metrics.jsonl.
       checkpoint: when states are saved.
       monitor: watches the metrics for a collapse of the policy; None where nothing is watched.
@@ -93,6 +94,7 @@ class Run:
         desc: str = "",
         show: tuple[str, ...] = (),
         settings: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, Any] | None = None,
         log: LogConfig = LogConfig(),  # frozen
         checkpoint: CheckpointConfig = CheckpointConfig(),  # frozen
         monitor: CollapseMonitor | None = None,
@@ -102,6 +104,7 @@ class Run:
         self.started_at = time.time()
         self.first_step_seconds: float | None = None
         self._settings = json.loads(json.dumps(settings or {}, default=str))
+        self._inputs = inputs
         self._log, self._checkpoint = log, checkpoint
         self._desc, self._show = desc, show
         self._monitor = monitor
@@ -114,6 +117,8 @@ class Run:
         self._locked = lock.claim(self.workdir)
         try:
             check_settings(self.workdir / "config.json", self._settings)
+            if self._inputs is not None:
+                pin_inputs(self.workdir / "config.json", self._inputs)
             self._checkpointer = Checkpointer(
                 self.workdir / "checkpoints", keep=self._checkpoint.keep
             )

@@ -1,5 +1,7 @@
 """Loss masks of several styles of chat template."""
 
+import datetime
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from rlhf_jax.data.convert import rows_of_kind
 from rlhf_jax.data.encode import encode_messages, encode_prompt
 from rlhf_jax.data.schemas import DropCounts
 from rlhf_jax.data.templates import ChatTokenizer as Chat
-from rlhf_jax.data.templates import stop_tokens
+from rlhf_jax.data.templates import date_of, set_date, stop_tokens
 from tests.data import conftest as templates
 from tests.data.conftest import TALK, sentencepiece_like, stretches
 
@@ -266,3 +268,30 @@ def test_turns_found_at_once_are_those_found_one_by_one(with_template, plain, st
     at_once = Chat(tokenizer).pieces(talk, opened=False)
     monkeypatch.setattr(template_module, "_MANY", 1000)
     assert at_once == Chat(tokenizer).pieces(talk, opened=False)
+
+
+def test_a_date_that_was_set_is_that_of_every_row(with_template):
+    dated = (
+        "{{ bos_token }}{%- if strftime_now is defined %}{{ strftime_now( '%d %b %Y') }} "
+        '{{ strftime_now("%H:%M") }}{%- endif %}' + templates.CHATML
+    )
+    tokenizer = with_template(dated)
+    assert date_of(tokenizer) == datetime.date.today().isoformat()
+    of_today = prepare._key([], tokenizer)
+    set_date(tokenizer, "2024-07-26")
+    assert date_of(tokenizer) == "2024-07-26"
+    for _ in range(2):  # a new one for each kind and split
+        assert Chat(tokenizer).open_text(TALK[:1]).startswith("<bos>26 Jul 2024 00:00<|im")
+    assert tokenizer.chat_template == dated
+    assert prepare._key([], tokenizer) != of_today  # encoded rows of another day stay aside
+    plain = with_template(templates.CHATML)
+    set_date(plain, "2024-07-26")
+    assert date_of(plain) == "" and Chat(plain).open_text(TALK[:1]).startswith("<|im")
+
+
+def test_a_date_that_cannot_be_set_is_refused(with_template):
+    with pytest.raises(ValueError, match="month"):
+        set_date(with_template(templates.CHATML), "2024-13-01")
+    computed = with_template("{% set f = '%d' %}{{ strftime_now(f) }}" + templates.CHATML)
+    with pytest.raises(ValueError, match="calls strftime_now with a format that is no string"):
+        Chat(computed).open_text(TALK[:1])
