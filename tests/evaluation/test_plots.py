@@ -178,9 +178,13 @@ def test_seeds_are_drawn_as_their_mean_and_range():
     seeds[1]["reward/mean"][0] = np.nan  # step 0 is missing in one seed
     seeds[2] = {name: values[:5] for name, values in seeds[2].items()}  # and step 5 in another
     (axes,) = draw_panels({"": seeds}, PPO_PANELS).axes
-    ((_, steps, values),) = _curves(axes)
+    (_, steps, values), *thin = _curves(axes)
     assert steps == [1, 2, 3, 4]
     assert values == [step + 2.0 for step in steps]  # (0 + 1 + 5) / 3
+    assert [seed for *_, seed in thin] == [
+        [step + offset for step in steps] for offset in (0.0, 1.0, 5.0)
+    ]
+    assert all(line.get_linewidth() < 1 for line in axes.lines[1:])
     (band,) = axes.collections
     outline = band.get_paths()[0].vertices
     for step in steps:
@@ -196,7 +200,9 @@ def test_one_seed_has_no_band():
 def test_held_out_values_of_seeds():
     seeds = [{"step": np.arange(3), "eval/reward/mean": np.arange(3) + k} for k in (0.0, 4.0)]
     (axes,) = draw_panels({"": seeds}, PPO_PANELS).axes
-    assert _curves(axes) == [("held out", [0, 1, 2], [2.0, 3.0, 4.0])]
+    mean, *thin = _curves(axes)
+    assert mean == ("held out", [0, 1, 2], [2.0, 3.0, 4.0])
+    assert [seed for *_, seed in thin] == [[0.0, 1.0, 2.0], [4.0, 5.0, 6.0]]
     assert len(axes.collections) == 1
 
 
