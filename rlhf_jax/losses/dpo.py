@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
-from rlhf_jax.losses._numbers import select
+from rlhf_jax.losses._numbers import log_loss, select, subtractable
 from rlhf_jax.losses.reward import preference_accuracy
 
 Scalar = float | jax.Array
@@ -30,6 +30,10 @@ def dpo_loss(
 
     At the reference u = 0 and L = log 2. With ε = 0 the gradient is
     −β σ(−u) (∇log π_θ(y⁺|x) − ∇log π_θ(y⁻|x)).
+
+    A log-ratio past 8.5e37, infinity included (a response that is impossible to one of the two
+    policies), counts as 8.5e37 and has no gradient; of one that is impossible to both nothing is
+    known, NaN. So in all of this file.
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), eq 7; slide "DPO", whose π_{θ_old} is the
     frozen SFT policy π_ref. Label smoothing: Mitchell 2023, conservative DPO.
@@ -59,7 +63,7 @@ def dpo_loss(
     u = beta * _log_ratio_margin(
         chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs
     )
-    return (1 - label_smoothing) * jax.nn.softplus(-u) + label_smoothing * jax.nn.softplus(u)
+    return log_loss(-u, label_smoothing)
 
 
 def ipo_loss(
@@ -74,6 +78,8 @@ def ipo_loss(
 
         h = log(π_θ(y⁺|x)/π_ref(y⁺|x)) − log(π_θ(y⁻|x)/π_ref(y⁻|x))
         L = (h − 1/(2β))²
+
+    From |h| = 1.8e19 on the square is inf in float32.
 
     Source: Azar et al. 2023 (arXiv 2310.12036), eq 17, whose τ is β here. Some implementations
     average over tokens first: `sequence_log_prob(..., normalize=True)`.
@@ -167,7 +173,7 @@ def implicit_rewards(log_probs: jax.Array, ref_log_probs: jax.Array, *, beta: Sc
     """
     check.same_shape(check.floats(log_probs=log_probs, ref_log_probs=ref_log_probs))
     check.scalars(beta=beta)
-    return jax.lax.stop_gradient(beta * (log_probs - ref_log_probs))
+    return jax.lax.stop_gradient(subtractable(beta * (log_probs - ref_log_probs)))
 
 
 def dpo_gradient_coefficient(
@@ -275,7 +281,7 @@ def _log_ratio_margin(
     """h = log(π_θ(y⁺)/π_ref(y⁺)) − log(π_θ(y⁻)/π_ref(y⁻)); the reference is constant."""
     _check_pair(chosen, rejected, ref_chosen, ref_rejected)
     ref_chosen, ref_rejected = jax.lax.stop_gradient((ref_chosen, ref_rejected))
-    return (chosen - ref_chosen) - (rejected - ref_rejected)
+    return subtractable(chosen - ref_chosen) - subtractable(rejected - ref_rejected)
 
 
 def _check_pair(

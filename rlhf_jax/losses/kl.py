@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
-from rlhf_jax.losses._numbers import widen
+from rlhf_jax.losses._numbers import LOG_RATIO_LIMIT, limit, widen
 
 Scalar = float | jax.Array
 
@@ -16,6 +16,9 @@ def kl_estimate(log_probs: jax.Array, ref_log_probs: jax.Array, *, estimator: st
         k1 = d        unbiased, can be negative
         k2 = d²/2     biased, low variance
         k3 = exp(−d) − 1 + d      unbiased, never negative
+
+    In k3 d is kept at or above −20, where its exponential grows to 4.9e8; beyond there is no
+    gradient. (No token that π draws is e^20 times as likely under π_ref.) k2 may overflow to inf.
 
     Source: Schulman, "Approximating KL Divergence" (2020). k3 is computed with expm1: for small d
     `exp(−d) − 1` loses every digit in float32 and goes below 0.
@@ -42,6 +45,7 @@ def kl_estimate(log_probs: jax.Array, ref_log_probs: jax.Array, *, estimator: st
         return log_ratio
     if estimator == "k2":
         return jnp.square(log_ratio) / 2
+    log_ratio = limit(log_ratio, -LOG_RATIO_LIMIT, jnp.inf)
     return jnp.expm1(-log_ratio) + log_ratio
 
 
@@ -53,6 +57,9 @@ def old_policy_kl(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
     This is k3 of the old policy against the new, but differentiated in the second: its gradient
     is that of the exact KL in expectation, (ρ − 1) ∇log π_θ, and 0 at ρ = 1. `kl_estimate` is for
     the other case, where the sampled policy is the one that learns.
+
+    log ρ is kept at or below 20, as in `importance_weights`; beyond there is no gradient. Below,
+    the pull back to π_old stays, however far.
 
     Source: Schulman, "Approximating KL Divergence" (2020); Schulman et al. 2017 (arXiv
     1707.06347), eq 8.
@@ -72,6 +79,7 @@ def old_policy_kl(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
     """
     check.same_shape(check.floats(log_probs=log_probs, old_log_probs=old_log_probs))
     log_ratio = log_probs - jax.lax.stop_gradient(old_log_probs)
+    log_ratio = limit(log_ratio, -jnp.inf, LOG_RATIO_LIMIT)
     return jnp.expm1(log_ratio) - log_ratio
 
 

@@ -74,7 +74,9 @@ def merge_moments(a: RunningMoments, b: RunningMoments) -> RunningMoments:
     share = b.count / jnp.maximum(count, 1.0)
     delta = b.mean - a.mean
     mean = a.mean + delta * share
-    return RunningMoments(count, mean, a.m2 + b.m2 + jnp.square(delta) * a.count * share)
+    between = jnp.square(delta) * a.count * share
+    both = (a.count > 0) & (b.count > 0)  # else delta may be so large that its square is not 0 · d²
+    return RunningMoments(count, mean, a.m2 + b.m2 + jnp.where(both, between, 0))
 
 
 def merge_moments_across(moments: RunningMoments, *, axis_name: AxisName) -> RunningMoments:
@@ -109,6 +111,7 @@ def merge_moments_across(moments: RunningMoments, *, axis_name: AxisName) -> Run
     share = moments.count / jnp.maximum(count, 1.0)
     mean = jax.lax.psum(moments.mean * share, axis_name)
     between = moments.count * jnp.square(moments.mean - mean)
+    between = jnp.where(moments.count > 0, between, 0)
     return RunningMoments(count, mean, jax.lax.psum(moments.m2 + between, axis_name))
 
 

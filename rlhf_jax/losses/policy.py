@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
-from rlhf_jax.losses._numbers import select
+from rlhf_jax.losses._numbers import log_ratio, select, subtractable
 from rlhf_jax.losses.kl import old_policy_kl
 
 Scalar = float | jax.Array
@@ -46,6 +46,10 @@ def importance_weights(log_probs: jax.Array, behaviour_log_probs: jax.Array) -> 
 
         ρ = π_θ(a | s) / π_b(a | s),   E_b[ρ f] = E_θ[f]
 
+    log ρ is kept within ±20, so that ρ is at most 4.9e8 and never infinite. Outside the gradient is
+    0, in whatever direction. Log-probabilities of whole responses may well differ by more: there
+    the limit binds, and the expectation is another.
+
     Source: slide "Importance Sampling". With π_b = π_ref it is the paper's ablation (an infinite
     experience buffer, arXiv 2307.04964, §5.3.2).
 
@@ -63,7 +67,7 @@ def importance_weights(log_probs: jax.Array, behaviour_log_probs: jax.Array) -> 
     [2.]
     """
     check.same_shape(check.floats(log_probs=log_probs, behaviour_log_probs=behaviour_log_probs))
-    return jnp.exp(log_probs - jax.lax.stop_gradient(behaviour_log_probs))
+    return jnp.exp(log_ratio(log_probs, behaviour_log_probs))
 
 
 def ppo_clip_loss(
@@ -73,6 +77,10 @@ def ppo_clip_loss(
 
         ρ_t = π_θ(a_t | s_t) / π_old(a_t | s_t)
         L_t = −min(ρ_t A_t, clip(ρ_t, 1−ε, 1+ε) A_t)
+
+    ρ_t is `importance_weights`, with its limit of e^±20. It matters where A_t < 0 and ρ_t is huge,
+    which the clip leaves alone: such a token costs e^20 |A_t| and moves nothing, as in verl, rather
+    than outweigh every other token of the batch. No advantage, no loss, whatever the ratio.
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), eq 7; slide "PPO-Clip", which prints the
     objective that is maximised and calls it a loss: this is its negative. What the clip limits is
@@ -116,7 +124,7 @@ def ppo_penalty_loss(
         L_t = −(ρ_t A_t − β KL(π_old(·|s_t) ‖ π_θ(·|s_t)))
 
     At ρ = 1 its gradient is the policy gradient: the KL is then at its minimum. The weight may
-    adapt between updates: `adaptive_penalty_coef`.
+    adapt between updates: `adaptive_penalty_coef`. ρ is `importance_weights`, with its limit.
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), eq 8; slide "PPO-Penalty", which leaves the KL
     outside the expectation and calls the maximised objective a loss.
@@ -141,7 +149,8 @@ def ppo_penalty_loss(
     """
     _check(log_probs, old_log_probs, advantages=advantages, kl=kl)
     check.scalars(kl_coef=kl_coef)
-    return kl_coef * kl - trpo_surrogate(log_probs, old_log_probs, advantages)
+    gain = subtractable(trpo_surrogate(log_probs, old_log_probs, advantages))
+    return subtractable(kl_coef * kl) - gain
 
 
 def trpo_surrogate(
@@ -150,6 +159,8 @@ def trpo_surrogate(
     """TRPO's objective, to be maximised under a KL bound: see `rlhf_jax.methods.trust_region`.
 
         J_t = ρ_t A_t   subject to   E_t[KL(π_old(·|s_t) ‖ π_θ(·|s_t))] ≤ δ
+
+    ρ is `importance_weights`, with its limit.
 
     Source: Schulman et al. 2015 (arXiv 1502.05477), eq 14; slide "TRPO".
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
-from rlhf_jax.losses._numbers import select, widen
+from rlhf_jax.losses._numbers import log_loss, select, widen
 
 NEGATIVE, NEUTRAL, POSITIVE = 0, 1, 2
 
@@ -51,6 +51,8 @@ def outcome_loss(logits: jax.Array, correct: jax.Array, *, where: jax.Array) -> 
 
         L_t = −[c log σ(z_t) + (1 − c) log σ(−z_t)]
 
+    A logit may be infinite: the loss is then 0 if the label is certain and says so, too, else inf.
+
     Source: Cobbe et al. 2021 (arXiv 2110.14168), §4.2; Lightman et al. 2023, §2.5. The score of a
     solution is σ(z) at its last token.
 
@@ -75,8 +77,7 @@ def outcome_loss(logits: jax.Array, correct: jax.Array, *, where: jax.Array) -> 
     logits = select(where, logits)
     target = jnp.broadcast_to(correct[..., None].astype(logits.dtype), logits.shape)
     target = jax.lax.stop_gradient(target)
-    losses = target * jax.nn.softplus(-logits) + (1 - target) * jax.nn.softplus(logits)
-    return select(where, losses)
+    return select(where, log_loss(logits, target))
 
 
 def until_first_error(labels: jax.Array, *, where: jax.Array) -> jax.Array:

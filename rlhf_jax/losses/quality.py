@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
+from rlhf_jax.losses._numbers import subtractable
 
 Scalar = float | jax.Array
 
@@ -42,7 +43,7 @@ def quark_loss(
     """
     check.same_shape(check.floats(log_probs=log_probs, kl=kl, entropies=entropies))
     check.scalars(kl_coef=kl_coef, entropy_coef=entropy_coef)
-    return -log_probs + kl_coef * kl - entropy_coef * entropies
+    return -log_probs + subtractable(kl_coef * kl) - subtractable(entropy_coef * entropies)
 
 
 def quality_weights(rewards: jax.Array, *, beta: Scalar) -> jax.Array:

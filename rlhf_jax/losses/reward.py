@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
-from rlhf_jax.losses._numbers import select, widen
+from rlhf_jax.losses._numbers import log_loss, select, widen
 from rlhf_jax.losses.log_probs import sequence_log_prob
 from rlhf_jax.losses.masking import masked_mean
 
@@ -146,7 +146,8 @@ def soft_preference_loss(
 
         L = −[p log σ(r_a − r_b) + (1 − p) log σ(r_b − r_a)]
 
-    p = 1 is the Bradley-Terry loss.
+    p = 1 is the Bradley-Terry loss. A difference may be infinite (or overflow): the loss is then 0
+    if p is certain and says so, too, else inf.
 
     Source: Lee et al. 2023 (arXiv 2309.00267), §2; Bai et al. 2022 (arXiv 2212.08073), §4.1.
 
@@ -165,9 +166,7 @@ def soft_preference_loss(
     [0.693]
     """
     check.same_shape(check.floats(rewards_a=rewards_a, rewards_b=rewards_b, prob_a=prob_a))
-    prob_a = jax.lax.stop_gradient(prob_a)
-    difference = rewards_a - rewards_b
-    return prob_a * jax.nn.softplus(-difference) + (1 - prob_a) * jax.nn.softplus(difference)
+    return log_loss(rewards_a - rewards_b, jax.lax.stop_gradient(prob_a))
 
 
 def preference_accuracy(chosen_rewards: jax.Array, rejected_rewards: jax.Array) -> jax.Array:

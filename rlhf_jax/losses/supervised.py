@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
-from rlhf_jax.losses._numbers import select
+from rlhf_jax.losses._numbers import select, subtractable
 from rlhf_jax.losses.log_probs import sequence_log_prob
 from rlhf_jax.losses.masking import masked_sum
 
@@ -105,7 +105,7 @@ def slic_loss(
     )
     check.scalars(margin=margin, target_weight=target_weight)
     hinge = jax.nn.relu(margin - chosen_log_probs + rejected_log_probs)
-    return hinge - target_weight * target_log_probs
+    return hinge - subtractable(target_weight * target_log_probs)
 
 
 def pro_loss(
@@ -150,9 +150,10 @@ def pro_loss(
     gaps = jnp.where(worse, rewards[..., :, None] - rewards[..., None, :], 0)
     largest = jnp.max(gaps, axis=-1)
     own = jnp.where(i == k, largest[..., :, None], gaps)
-    heat = jnp.broadcast_to(s[..., None, :], square) * own
+    heat = subtractable(jnp.broadcast_to(s[..., None, :], square) * own)
     log_total = jax.nn.logsumexp(heat, axis=-1, where=worse | (i == k))
-    ranking = jnp.where(jnp.any(worse, axis=-1) & present, log_total - s * largest, 0)
+    of_k = subtractable(s * largest)
+    ranking = jnp.where(jnp.any(worse, axis=-1) & present, log_total - of_k, 0)
     pairs = jnp.square(jnp.sum(present, axis=-1, dtype=s.dtype) - 1)
     imitation = -masked_sum(log_probs, where=where, axis=-1)[..., 0]
     return jnp.sum(ranking, axis=-1) + sft_weight * pairs * imitation

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import _checks as check
-from rlhf_jax.losses._numbers import select
+from rlhf_jax.losses._numbers import limit, select, subtractable
 from rlhf_jax.losses.masking import masked_fill, masked_var
 
 Scalar = float | jax.Array
@@ -14,6 +14,8 @@ def value_loss(values: jax.Array, returns: jax.Array) -> jax.Array:
     """Squared error of the critic.
 
         L_t = ½ (V_φ(s_t) − R̂_t)²
+
+    From an error of 1.8e19 on it is inf in float32; the gradient stays a number.
 
     Source: slide "Value Function Estimation", printed without the ½. Its R̂_t is `rewards_to_go`,
     the paper's Figure 1 and code have `gae` + old values: the two agree at λ = 1 only.
@@ -32,7 +34,8 @@ def value_loss(values: jax.Array, returns: jax.Array) -> jax.Array:
     [0.5 2. ]
     """
     check.same_shape(check.floats(values=values, returns=returns))
-    return jnp.square(values - jax.lax.stop_gradient(returns)) / 2
+    error = subtractable(values - jax.lax.stop_gradient(returns))
+    return error * error / 2  # `jnp.square` doubles the error first: inf, and NaN times 0
 
 
 def clipped_value_loss(
@@ -63,7 +66,7 @@ def clipped_value_loss(
     check.same_shape(check.floats(values=values, old_values=old_values, returns=returns))
     check.scalars(clip_eps=clip_eps)
     old_values = jax.lax.stop_gradient(old_values)
-    clipped = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
+    clipped = limit(values, old_values - clip_eps, old_values + clip_eps)
     return jnp.maximum(value_loss(values, returns), value_loss(clipped, returns))
 
 
@@ -125,7 +128,7 @@ def explained_variance(values: jax.Array, returns: jax.Array, *, where: jax.Arra
       where: True on real tokens, same shape, bool.
 
     Returns:
-      [] float, constant; 0 if the returns do not vary.
+      [] float, constant; 0 if the returns do not vary, or so much that the variance overflows.
 
     Raises:
       AssertionError: shapes differ, or a type is wrong.
@@ -139,4 +142,5 @@ def explained_variance(values: jax.Array, returns: jax.Array, *, where: jax.Arra
     returns = jax.lax.stop_gradient(masked_fill(returns, where=where))
     total = masked_var(returns, where=where)
     left = masked_var(returns - values, where=where)
-    return jnp.where(total > 0, 1 - left / jnp.where(total > 0, total, 1), 0)
+    known = (total > 0) & (total < jnp.inf)
+    return jnp.where(known, 1 - left / jnp.where(known, total, 1), 0)
