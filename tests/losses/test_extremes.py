@@ -25,12 +25,17 @@ ELEMENTS = len(EXTREMES) ** 4  # of all cases, so that an operation compiles onc
 ROWS = len(EXTREMES) ** 3 + 1000
 MOMENTS = {"RunningMoments", "merge_moments", "merge_moments_across", "update_moments"}
 WITHOUT_FLOATS = {"hindsight_visible"}
+# Logits are divided by the temperature: beyond this they overflow, and their difference is NaN. A
+# limit there would cost a mask over the vocabulary in every backward pass.
+LARGEST_LOGIT = 1e37
 CHECKED = [(i, case) for i, case in zip(IDS, CASES, strict=True) if case.floats()]
 
 
 def extremes_of(case, name):
     if case.inputs[name].startswith("prob"):
         return PROBABILITIES
+    if case.name in ("select_log_probs", "token_log_probs"):
+        return np.clip(EXTREMES, -LARGEST_LOGIT, LARGEST_LOGIT)
     return EXTREMES if case.level == "element" else np.clip(EXTREMES, -3e38 / 64, 3e38 / 64)
 
 
