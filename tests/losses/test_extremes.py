@@ -25,8 +25,8 @@ ELEMENTS = len(EXTREMES) ** 4  # of all cases, so that an operation compiles onc
 ROWS = len(EXTREMES) ** 3 + 1000
 MOMENTS = {"RunningMoments", "merge_moments", "merge_moments_across", "update_moments"}
 WITHOUT_FLOATS = {"hindsight_visible"}
-# Of logits past this the difference to the largest may be rounded so that its exponential overflows:
-# compiled, x/τ − max x/τ is rounded once and not twice.
+# Of logits past this the exponential of x/τ − max x/τ may overflow: compiled, the difference is
+# rounded once and not twice.
 LARGEST_LOGIT = 1e6
 CHECKED = [(i, case) for i, case in zip(IDS, CASES, strict=True) if case.floats()]
 
