@@ -37,6 +37,7 @@ MEANS_IT = {
         "ppo.advantage_clip": (0,),
         "*optimizer.max_grad_norm": (0,),
         "eval.samples": (0,),
+        "collapse.retries": (0,),  # the first collapse stops
         "sft:train.epochs": (0,),  # train.steps says how long
     },
     SAME: {
