@@ -1,7 +1,7 @@
 """Several sources as one, in shares or in numbers of rows.
 
-    mix:0.4@jsonl:single.jsonl+0.6@jsonl:multi.jsonl     40% and 60% of the rows
-    mix:8000@hh:harmless-base+20000@hh:helpful-base      so many rows of each
+  mix:0.4@jsonl:single.jsonl+0.6@jsonl:multi.jsonl     40% and 60% of the rows
+  mix:8000@hh:harmless-base+20000@hh:helpful-base      so many rows of each
 
 No row is taken twice, so with shares the source that is shortest for its share says how many rows
 there are. Which rows of a source are taken is drawn from the seed; they come in turn, so that any
