@@ -3,30 +3,21 @@
 import os
 import platform
 import time
-from pathlib import Path
 
 import numpy as np
+
+from rlhf_jax.runtime.run_info import processor
 
 
 def describe(cores: int) -> dict:
     """Processor, cores used, and the peak of float32 matrix products in FLOP/s."""
     return {
-        "cpu": cpu_name(),
+        "cpu": processor(),
         "cores": cores,
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "matmul_peak": matmul_peak(cores),
     }
-
-
-def cpu_name() -> str:
-    """The name that the processor gives itself."""
-    file = Path("/proc/cpuinfo")
-    if file.exists():
-        for line in file.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def matmul_peak(cores: int, size: int = 2048, repeats: int = 12) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from rlhf_jax.evaluation.judges import Judge
 from rlhf_jax.evaluation.report import Target
 from rlhf_jax.rollouts.respond import Responses, win_rates
 from rlhf_jax.runtime import distributed, metrics
+from rlhf_jax.runtime.run_info import processor
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.record import read_summary
 from rlhf_jax.training.run import Run
@@ -61,15 +61,6 @@ def hardware() -> str:
         f"{jax.device_count()} x {device.device_kind}, {cores} CPU cores ({processor()}), "
         f"{memory:.0f} GiB memory, {platform.system()}"
     )
-
-
-def processor() -> str:
-    """The processor's name, as the system gives it: numbers differ between processors."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def summary_table(

@@ -51,6 +51,16 @@ def run_info(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def processor() -> str:
+    """The processor's name, as it gives it itself: last bits differ between processors."""
+    file = Path("/proc/cpuinfo")
+    if file.exists():
+        for line in file.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def git_state(tracked_file: Path) -> dict[str, str | bool | None]:
     """Commit of the checkout that tracks a file, and whether tracked files have changed in it.
 
