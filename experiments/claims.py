@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.evaluation.comparison import bootstrap_interval
+from rlhf_jax.runtime.metrics import logged
 
 REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "undecided"
 # The judge of the claims: it is trained on nothing here, and word salad does not fool it.
@@ -40,8 +41,7 @@ class Curves:
 
     def values(self, metric: str) -> np.ndarray:
         """The values of a metric where it was logged; empty where it never was."""
-        values = np.asarray(self.log.get(metric, ()), np.float64)
-        return values[np.isfinite(values)]
+        return logged(self.log, metric)
 
     def first(self, metric: str, count: int = ENDS) -> float:
         """Mean over the first iterations that logged it; NaN where none did."""
@@ -65,9 +65,8 @@ class Curves:
 
     def until(self, share: float, metric: str) -> np.ndarray:
         """The values in the first `share` of the iterations."""
-        early = np.asarray(self.log["step"]) < share * self.iterations
-        values = np.asarray(self.log.get(metric, np.full(early.shape, math.nan)), np.float64)[early]
-        return values[np.isfinite(values)]
+        early = self.log["step"] < share * self.iterations
+        return logged({name: values[early] for name, values in self.log.items()}, metric)
 
     @property
     def collapse(self) -> int:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from experiments.settings import Shared
 from rlhf_jax.data.sets import archives
@@ -155,8 +154,8 @@ def figure_4(workdir: Path, answers: Mapping[str, Responses]) -> tuple[str, ...]
     }
     log = metrics.read_metrics(workdir)
     gave_way = []
-    for name, values in log.items():
-        wins = 100 * values[np.isfinite(values)]
+    for name in log:
+        wins = 100 * metrics.logged(log, name)
         if name.startswith("win_rate/") and wins.size and wins[-1] <= wins.max() - 5:
             judge = name.removeprefix("win_rate/")
             gave_way.append(f"win rate by {judge} {wins.max():.0f}% → {wins[-1]:.0f}%")

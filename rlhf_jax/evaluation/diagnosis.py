@@ -16,6 +16,7 @@ import numpy as np
 
 from rlhf_jax.evaluation.collapse import find_collapses
 from rlhf_jax.evaluation.comparison import calibration_error, pair_accuracy
+from rlhf_jax.runtime.metrics import logged
 
 FAULT, WARNING, FINE = "fault", "warning", "fine"
 LEVELS = (FAULT, WARNING, FINE)
@@ -64,14 +65,8 @@ class HeldOutPairs:
     gap: np.ndarray
 
 
-def values_of(log: Log, name: str) -> np.ndarray:
-    """The finite values of a metric; empty where it was not logged."""
-    values = np.asarray(log.get(name, ()), np.float64)
-    return values[np.isfinite(values)]
-
-
 def _last(log: Log, name: str, count: int = 10) -> float:
-    values = values_of(log, name)[-count:]
+    values = logged(log, name)[-count:]
     return float(values.mean()) if values.size else float("nan")
 
 
@@ -90,7 +85,7 @@ def diagnose_sft(
       At least one.
     """
     found = []
-    perplexity = values_of(log, "eval/perplexity")
+    perplexity = logged(log, "eval/perplexity")
     if perplexity.size:
         best, last = perplexity.min(), perplexity[-1]
         evidence = (
@@ -224,7 +219,7 @@ def diagnose_ppo(log: Log, pairs: HeldOutPairs | None) -> list[Finding]:
 
 
 def _on_policy(log: Log) -> list[Finding]:
-    high, low = values_of(log, "policy/ratio_max_first"), values_of(log, "policy/ratio_min_first")
+    high, low = logged(log, "policy/ratio_max_first"), logged(log, "policy/ratio_min_first")
     if not high.size or not low.size:
         return []
     far = max(float(high.max()) - 1, 1 - float(low.min()))
@@ -291,7 +286,7 @@ def _over_optimised(log: Log, pairs: HeldOutPairs | None) -> list[Finding]:
 def _judged(log: Log) -> list[Finding]:
     found = []
     for name in log:
-        wins = values_of(log, name)
+        wins = logged(log, name)
         if not name.startswith("win_rate/") or wins.size < 2:
             continue
         judge, fell = name.removeprefix("win_rate/"), 100 * (wins.max() - wins[-1])

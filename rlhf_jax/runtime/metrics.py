@@ -144,6 +144,20 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return columns
 
 
+def logged(log: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """The finite values of a metric, in order.
+
+    Args:
+      log: as `read_metrics` gives it: NaN where a step logged none.
+      name: of the metric.
+
+    Returns:
+      float64 [n], empty where it was never logged.
+    """
+    values = np.asarray(log.get(name, ()), np.float64)
+    return values[np.isfinite(values)]
+
+
 class _TensorBoard:
     """Mirror to TensorBoard event files; steps from `resume_step` on are hidden as outdated.
 
