@@ -169,16 +169,19 @@ def judge(claim: Claim, seeds: Mapping[int, Seed], *, failed: Sequence[int] = ()
     return Verdict(claim, values, low, high, verdict)
 
 
-def _drop(label: str) -> Callable[[Seed], float]:
-    """From the judge's best win rate to its last, in points, if the reward rose meanwhile."""
+def _last_win(run: Curves) -> float:
+    """The last win rate against SFT by the language model, a share."""
+    return run.last(WIN_RATE, 1)
 
-    def value(seed: Seed) -> float:
-        run = seed[label]
-        if not run.last("reward/mean") > run.first("reward/mean"):
-            return -math.inf
-        return 100 * (run.peak(WIN_RATE) - run.last(WIN_RATE, 1))
 
-    return value
+def _lost(run: Curves) -> float:
+    """From the best win rate to the last, points."""
+    return 100 * (run.peak(WIN_RATE) - _last_win(run))
+
+
+def _lost_as_reward_rose(run: Curves) -> float:
+    rose = run.last("reward/mean") > run.first("reward/mean")
+    return _lost(run) if rose else -math.inf
 
 
 def _moved(label: str) -> Callable[[Seed], float]:
@@ -205,8 +208,18 @@ def _later(label: str) -> Callable[[Seed], float]:
     return lambda seed: seed[label].collapse / seed["vanilla"].collapse
 
 
-def _collapses(label: str) -> Callable[[Seed], float]:
-    return lambda seed: float(bool(seed[label].collapses))
+def _collapse(figure: str, sentence: str, source: str, label: str, *, comes: bool) -> Claim:
+    """That a series collapses, or that it does not."""
+    return Claim(
+        figure,
+        sentence,
+        source,
+        "1 where the monitor reports a collapse",
+        lambda seed: float(bool(seed[label].collapses)),
+        (label,),
+        at_least=1 if comes else None,
+        at_most=None if comes else 0,
+    )
 
 
 def _in_order(*labels: str) -> Callable[[Seed], float]:
@@ -250,7 +263,7 @@ CLAIMS = (
         "Figure 4, section 5.2",
         "best win rate against SFT by the language model minus the last, points; -inf where the "
         "reward did not rise",
-        _drop("vanilla"),
+        lambda seed: _lost_as_reward_rose(seed["vanilla"]),
         ("vanilla",),
         at_least=10,
     ),
@@ -264,14 +277,12 @@ CLAIMS = (
         ("vanilla",),
         at_least=3,
     ),
-    Claim(
+    _collapse(
         "4",
         "Vanilla PPO collapses.",
         "Figure 4, section 5.2",
-        "1 where the monitor reports a collapse",
-        _collapses("vanilla"),
-        ("vanilla",),
-        at_least=1,
+        "vanilla",
+        comes=True,
     ),
     *(
         Claim(
@@ -286,14 +297,12 @@ CLAIMS = (
         for name in REPARAMETERISED
     ),
     *(
-        Claim(
+        _collapse(
             "6",
             f"{name} does not collapse.",
             "Figure 6, section 5.3.1",
-            "1 where the monitor reports a collapse",
-            _collapses(name),
-            (name,),
-            at_most=0,
+            name,
+            comes=False,
         )
         for name in ("reward_norm_0.3", "adv_norm_0.12")
     ),
@@ -307,14 +316,12 @@ CLAIMS = (
         at_least=1,
     ),
     *(
-        Claim(
+        _collapse(
             "7",
             f"{name} keeps vanilla PPO from collapsing.",
             "Figure 7, section 5.3.2",
-            "1 where the monitor reports a collapse",
-            _collapses(name),
-            (name,),
-            at_most=0,
+            name,
+            comes=False,
         )
         for name in ("kl", "entropy", "kl_importance_sample")
     ),
@@ -347,7 +354,7 @@ CLAIMS = (
         "A policy that begins without SFT fails.",
         "Figure 8, section 5.3.3",
         "last win rate against SFT by the language model, percent",
-        lambda seed: 100 * seed["policy_pretrained"].last(WIN_RATE, 1),
+        lambda seed: 100 * _last_win(seed["policy_pretrained"]),
         ("policy_pretrained",),
         at_most=20,
     ),
@@ -356,9 +363,7 @@ CLAIMS = (
         "What the critic begins as does not matter at the end.",
         "Figure 8, section 5.3.3",
         "last win rate with the critic from SFT minus PPO-max's, points",
-        lambda seed: (
-            100 * (seed["critic_sft"].last(WIN_RATE, 1) - seed["PPO-max"].last(WIN_RATE, 1))
-        ),
+        lambda seed: 100 * (_last_win(seed["critic_sft"]) - _last_win(seed["PPO-max"])),
         ("critic_sft", "PPO-max"),
         at_least=-10,
         at_most=10,
@@ -375,32 +380,26 @@ CLAIMS = (
         ("critic_pretrain", "vanilla"),
         at_most=0.25,
     ),
-    Claim(
+    _collapse(
         "8",
         "Training the critic before does not keep vanilla PPO from collapsing.",
         "Figure 8, section 5.3.3",
-        "1 where the monitor reports a collapse",
-        _collapses("critic_pretrain"),
-        ("critic_pretrain",),
-        at_least=1,
+        "critic_pretrain",
+        comes=True,
     ),
-    Claim(
+    _collapse(
         "9",
         "PPO-max is stable over ten times the steps.",
         "Figure 9, section 5.4",
-        "1 where the monitor reports a collapse",
-        _collapses("PPO-max, long"),
-        ("PPO-max, long",),
-        at_most=0,
+        "PPO-max, long",
+        comes=False,
     ),
     Claim(
         "9",
         "PPO-max keeps what it has won over ten times the steps.",
         "Figure 9, section 5.4",
         "best win rate against SFT by the language model minus the last, points",
-        lambda seed: (
-            100 * (seed["PPO-max, long"].peak(WIN_RATE) - seed["PPO-max, long"].last(WIN_RATE, 1))
-        ),
+        lambda seed: _lost(seed["PPO-max, long"]),
         ("PPO-max, long",),
         at_most=10,
     ),
@@ -409,27 +408,23 @@ CLAIMS = (
         "RLHF wins against SFT.",
         "Figure 10, section 6.1",
         "last win rate of PPO-max against SFT by the language model, percent",
-        lambda seed: 100 * seed["PPO-max"].last(WIN_RATE, 1),
+        lambda seed: 100 * _last_win(seed["PPO-max"]),
         ("PPO-max",),
         at_least=55,
     ),
-    Claim(
+    _collapse(
         "14",
         "Normalised, clipped rewards and value clipping without a KL penalty collapse.",
         "Figure 14, appendix",
-        "1 where the monitor reports a collapse",
-        _collapses("reward norm 0.8, value clip"),
-        ("reward norm 0.8, value clip",),
-        at_least=1,
+        "reward norm 0.8, value clip",
+        comes=True,
     ),
-    Claim(
+    _collapse(
         "19",
         "GAE with lambda 0 collapses.",
         "Figure 19, appendix",
-        "1 where the monitor reports a collapse",
-        _collapses("lambda 0"),
-        ("lambda 0",),
-        at_least=1,
+        "lambda 0",
+        comes=True,
     ),
 )
 

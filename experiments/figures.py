@@ -124,6 +124,10 @@ VALUE_LOSS = Panel("VF loss", "loss", {"loss/value": ""})
 ADVANTAGE = Panel("Advantage", "mean", {"critic/advantage": ""})
 RETURN = Panel("Return", "mean", {"critic/return": ""})
 FOUR = (REWARD, LENGTH, KL, PERPLEXITY)
+# Of Figure 14.
+_NORMALIZED = "reward.transform=normalize,reward.clip=0.8"
+_ADVANTAGES = "ppo.normalize_advantages=True,ppo.advantage_clip=0.8"
+_VALUE_CLIP = "ppo.value_clip_eps=0.2"
 BESIDE = (WINS, DISTINCT)  # what the paper does not have in these figures
 
 FIGURES = {
@@ -160,27 +164,21 @@ FIGURES = {
         tuple(
             Series(label, ("vanilla",), settings=settings)
             for label, settings in {
-                "reward norm 0.8, advantage norm 0.8": (
-                    "reward.transform=normalize,reward.clip=0.8",
-                    "ppo.normalize_advantages=True,ppo.advantage_clip=0.8",
-                ),
+                "reward norm 0.8, advantage norm 0.8": (_NORMALIZED, _ADVANTAGES),
                 "reward norm 0.8, advantage norm 0.8, value clip": (
-                    "reward.transform=normalize,reward.clip=0.8",
-                    "ppo.normalize_advantages=True,ppo.advantage_clip=0.8",
-                    "ppo.value_clip_eps=0.2",
+                    _NORMALIZED,
+                    _ADVANTAGES,
+                    _VALUE_CLIP,
                 ),
                 "reward norm 0.8, advantage norm, value clip": (
-                    "reward.transform=normalize,reward.clip=0.8",
+                    _NORMALIZED,
                     "ppo.normalize_advantages=True,ppo.value_clip_eps=0.2",
                 ),
-                "reward norm 0.8, value clip": (
-                    "reward.transform=normalize,reward.clip=0.8",
-                    "ppo.value_clip_eps=0.2",
-                ),
+                "reward norm 0.8, value clip": (_NORMALIZED, _VALUE_CLIP),
                 "reward scaling, advantage norm 0.8, value clip": (
                     "reward.transform=scale",
-                    "ppo.normalize_advantages=True,ppo.advantage_clip=0.8",
-                    "ppo.value_clip_eps=0.2",
+                    _ADVANTAGES,
+                    _VALUE_CLIP,
                 ),
             }.items()
         ),
