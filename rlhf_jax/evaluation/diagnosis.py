@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,6 +65,23 @@ class HeldOutPairs:
     gap: np.ndarray
 
 
+class _Wrong(NamedTuple):
+    """What may be wrong: whether it is, how it reads, what to change first."""
+
+    holds: bool
+    what: str
+    advice: str
+    level: str = WARNING
+
+
+def _finding(stage: str, evidence: str, fine: str, *wrong: _Wrong) -> Finding:
+    """The first thing that is wrong, or that all is fine."""
+    for one in wrong:
+        if one.holds:
+            return Finding(stage, one.level, one.what, evidence, one.advice)
+    return Finding(stage, FINE, fine, evidence)
+
+
 def _last(log: Log, name: str, count: int = 10) -> float:
     values = logged(log, name)[-count:]
     return float(values.mean()) if values.size else float("nan")
@@ -91,28 +108,34 @@ def diagnose_sft(
         evidence = (
             f"held-out perplexity {perplexity[0]:.1f} at first, {best:.1f} at best, {last:.1f} last"
         )
-        if last > 1.05 * best:
-            advice = "train.epochs or train.steps: stop where it was best"
-            found.append(Finding("SFT", WARNING, "it overfits", evidence, advice))
-        elif perplexity.size > 2 and last < 0.9 * perplexity[-2]:
-            advice = "train.steps: the loss still falls fast"
-            found.append(Finding("SFT", WARNING, "it has not learned enough", evidence, advice))
-        else:
-            found.append(Finding("SFT", FINE, "it has learned the text", evidence))
+        over = _Wrong(
+            last > 1.05 * best, "it overfits", "train.epochs or train.steps: stop where it was best"
+        )
+        under = _Wrong(
+            perplexity.size > 2 and last < 0.9 * perplexity[-2],
+            "it has not learned enough",
+            "train.steps: the loss still falls fast",
+        )
+        found.append(_finding("SFT", evidence, "it has learned the text", over, under))
     if "trained_share" in summary:
         share = summary["trained_share"]
         evidence = f"{share:.1%} of the tokens are trained on, the rest are prompts and padding"
-        level = WARNING if share < 0.05 else FINE
-        advice = "data.max_length, train.row_length: rows of few responses" if share < 0.05 else ""
-        found.append(Finding("SFT", level, "the loss mask", evidence, advice))
+        few = _Wrong(
+            share < 0.05,
+            "the loss mask",
+            "data.max_length, train.row_length: rows of few responses",
+        )
+        found.append(_finding("SFT", evidence, "the loss mask", few))
     if "response/eos_rate" in answers:
         share = answers["response/eos_rate"]
         evidence = f"{share:.0%} of its held-out responses end by themselves"
-        if share < 0.3:
-            advice = "sampling.max_new_tokens is too small, or no document ends with a stop token"
-            found.append(Finding("SFT", FAULT, "it does not end its responses", evidence, advice))
-        else:
-            found.append(Finding("SFT", FINE, "it ends its responses", evidence))
+        endless = _Wrong(
+            share < 0.3,
+            "it does not end its responses",
+            "sampling.max_new_tokens is too small, or no document ends with a stop token",
+            FAULT,
+        )
+        found.append(_finding("SFT", evidence, "it ends its responses", endless))
     if not found:
         found.append(Finding("SFT", FINE, "a model that no run here has made", "no log"))
     return found
@@ -137,23 +160,25 @@ def diagnose_reward_model(
         beside = summary.get("judges_accuracy", {})
         told = "".join(f", {name} {share:.1%}" for name, share in beside.items())
         evidence = f"it orders {accuracy:.1%} of the held-out pairs as people do{told}"
-        if low <= 0.55:
-            advice = "more pairs (data.pairs), more steps, or a larger data.min_gap"
-            found.append(
-                Finding(stage, FAULT, "it hardly knows what people prefer", evidence, advice)
-            )
-        elif beside and accuracy < max(beside.values()):
-            advice = "a rule knows more: more pairs, or start from a better model"
-            found.append(Finding(stage, WARNING, "a judge knows it better", evidence, advice))
-        else:
-            found.append(Finding(stage, FINE, "it knows what people prefer", evidence))
+        chance = _Wrong(
+            low <= 0.55,
+            "it hardly knows what people prefer",
+            "more pairs (data.pairs), more steps, or a larger data.min_gap",
+            FAULT,
+        )
+        worse = _Wrong(
+            accuracy < max(beside.values(), default=accuracy),
+            "a judge knows it better",
+            "a rule knows more: more pairs, or start from a better model",
+        )
+        found.append(_finding(stage, evidence, "it knows what people prefer", chance, worse))
     train, held_out = _last(log, "reward/accuracy", 20), _last(log, "eval/accuracy", 1)
     if np.isfinite(train) and np.isfinite(held_out):
         evidence = f"accuracy {train:.1%} in training, {held_out:.1%} held out"
-        level = WARNING if train - held_out > 0.15 else FINE
-        advice = "fewer steps, or a larger loss.lm_coef" if level == WARNING else ""
-        what = "it overfits" if level == WARNING else "it generalises"
-        found.append(Finding(stage, level, what, evidence, advice))
+        over = _Wrong(
+            train - held_out > 0.15, "it overfits", "fewer steps, or a larger loss.lm_coef"
+        )
+        found.append(_finding(stage, evidence, "it generalises", over))
     if pairs is not None:
         found += [_calibration(pairs), _length_bias(pairs), *_by_gap(pairs)]
     return found or [Finding(stage, FINE, "a model that no run here has made", "no log")]
@@ -162,10 +187,12 @@ def diagnose_reward_model(
 def _calibration(pairs: HeldOutPairs) -> Finding:
     error = calibration_error(pairs.scale * pairs.chosen, pairs.scale * pairs.rejected)
     evidence = f"expected calibration error {error:.3f} of its pair probabilities"
-    if error > 0.1:
-        advice = "fewer steps, or a smaller learning rate: it is surer than it is right"
-        return Finding("reward model", WARNING, "its margins say too much", evidence, advice)
-    return Finding("reward model", FINE, "its margins mean what they say", evidence)
+    sure = _Wrong(
+        error > 0.1,
+        "its margins say too much",
+        "fewer steps, or a smaller learning rate: it is surer than it is right",
+    )
+    return _finding("reward model", evidence, "its margins mean what they say", sure)
 
 
 def _length_bias(pairs: HeldOutPairs) -> Finding:
@@ -177,10 +204,12 @@ def _length_bias(pairs: HeldOutPairs) -> Finding:
     model = np.where(longer, pairs.chosen > pairs.rejected, pairs.rejected > pairs.chosen)
     people, own = float(longer[differ].mean()), float(model[differ].mean())
     evidence = f"people prefer the longer one in {people:.0%} of pairs, the model in {own:.0%}"
-    if own - people > 0.1:
-        advice = "pairs of equal lengths, or a penalty on length: PPO will find it"
-        return Finding("reward model", WARNING, "it likes length", evidence, advice)
-    return Finding("reward model", FINE, "it does not like length more than people", evidence)
+    biased = _Wrong(
+        own - people > 0.1,
+        "it likes length",
+        "pairs of equal lengths, or a penalty on length: PPO will find it",
+    )
+    return _finding("reward model", evidence, "it does not like length more than people", biased)
 
 
 def _by_gap(pairs: HeldOutPairs) -> list[Finding]:
@@ -191,10 +220,12 @@ def _by_gap(pairs: HeldOutPairs) -> list[Finding]:
     near, far = pairs.gap <= low, pairs.gap >= high
     close, apart = (pair_accuracy(pairs.chosen[keep], pairs.rejected[keep]) for keep in (near, far))
     evidence = f"accuracy {close:.1%} on the closest third of pairs, {apart:.1%} on the farthest"
-    if apart < close + 0.02:
-        advice = "look at the ratings: pairs that people tell apart easily should be easy"
-        return [Finding("reward model", WARNING, "clear pairs are no easier", evidence, advice)]
-    return [Finding("reward model", FINE, "clear pairs are easier", evidence)]
+    flat = _Wrong(
+        apart < close + 0.02,
+        "clear pairs are no easier",
+        "look at the ratings: pairs that people tell apart easily should be easy",
+    )
+    return [_finding("reward model", evidence, "clear pairs are easier", flat)]
 
 
 def diagnose_ppo(log: Log, pairs: HeldOutPairs | None) -> list[Finding]:
@@ -224,13 +255,14 @@ def _on_policy(log: Log) -> list[Finding]:
         return []
     far = max(float(high.max()) - 1, 1 - float(low.min()))
     evidence = f"the ratio of a first minibatch leaves 1 by {far:.2g} at most"
-    if far > 1e-2:
-        advice = (
-            "the sampler and the loss see different policies: temperature, top-p, dtype, or "
-            "ppo.ratio_denominator=reference"
-        )
-        return [Finding("PPO", FAULT, "the first update is off policy", evidence, advice)]
-    return [Finding("PPO", FINE, "the first update is on policy", evidence)]
+    off = _Wrong(
+        far > 1e-2,
+        "the first update is off policy",
+        "the sampler and the loss see different policies: temperature, top-p, dtype, or "
+        "ppo.ratio_denominator=reference",
+        FAULT,
+    )
+    return [_finding("PPO", evidence, "the first update is on policy", off)]
 
 
 def _critic(log: Log) -> list[Finding]:
@@ -238,10 +270,12 @@ def _critic(log: Log) -> list[Finding]:
     if not np.isfinite(explained):
         return []
     evidence = f"it explains {explained:.0%} of the variance of returns at the end"
-    if explained < 0.1:
-        advice = "train.critic_pretrain_iterations, critic_optimizer.learning_rate"
-        return [Finding("PPO", WARNING, "the critic knows little", evidence, advice)]
-    return [Finding("PPO", FINE, "the critic has learned", evidence)]
+    poor = _Wrong(
+        explained < 0.1,
+        "the critic knows little",
+        "train.critic_pretrain_iterations, critic_optimizer.learning_rate",
+    )
+    return [_finding("PPO", evidence, "the critic has learned", poor)]
 
 
 def _drift(log: Log) -> list[Finding]:
@@ -249,12 +283,13 @@ def _drift(log: Log) -> list[Finding]:
     if not np.isfinite(kl):
         return []
     evidence = f"{kl:.1f} nats a response from the reference at the end"
-    if kl > 20:
-        return [Finding("PPO", WARNING, "the policy is far away", evidence, "a larger kl.coef")]
-    if abs(kl) < 0.05:
-        advice = "optimizer.learning_rate, train.iterations: it has not moved"
-        return [Finding("PPO", WARNING, "the policy has hardly moved", evidence, advice)]
-    return [Finding("PPO", FINE, "the policy keeps near the reference", evidence)]
+    far = _Wrong(kl > 20, "the policy is far away", "a larger kl.coef")
+    still = _Wrong(
+        abs(kl) < 0.05,
+        "the policy has hardly moved",
+        "optimizer.learning_rate, train.iterations: it has not moved",
+    )
+    return [_finding("PPO", evidence, "the policy keeps near the reference", far, still)]
 
 
 def _truncation(log: Log) -> list[Finding]:
@@ -262,10 +297,12 @@ def _truncation(log: Log) -> list[Finding]:
     if not np.isfinite(ends):
         return []
     evidence = f"{1 - ends:.0%} of responses are cut at the limit at the end"
-    if ends < 0.5:
-        advice = "reward.missing_eos_penalty, or a larger sampling.max_new_tokens"
-        return [Finding("PPO", WARNING, "most responses are cut", evidence, advice)]
-    return [Finding("PPO", FINE, "responses end by themselves", evidence)]
+    cut = _Wrong(
+        ends < 0.5,
+        "most responses are cut",
+        "reward.missing_eos_penalty, or a larger sampling.max_new_tokens",
+    )
+    return [_finding("PPO", evidence, "responses end by themselves", cut)]
 
 
 def _over_optimised(log: Log, pairs: HeldOutPairs | None) -> list[Finding]:
@@ -277,10 +314,12 @@ def _over_optimised(log: Log, pairs: HeldOutPairs | None) -> list[Finding]:
         f"mean reward {reward:.2f} at the end; of people's preferred responses 5% have more than "
         f"{limit:.2f}"
     )
-    if reward > limit:
-        advice = "a larger kl.coef: these scores are outside of what the reward model has seen"
-        return [Finding("PPO", WARNING, "the reward is over-optimised", evidence, advice)]
-    return [Finding("PPO", FINE, "rewards are those of real text", evidence)]
+    over = _Wrong(
+        reward > limit,
+        "the reward is over-optimised",
+        "a larger kl.coef: these scores are outside of what the reward model has seen",
+    )
+    return [_finding("PPO", evidence, "rewards are those of real text", over)]
 
 
 def _judged(log: Log) -> list[Finding]:
@@ -291,16 +330,17 @@ def _judged(log: Log) -> list[Finding]:
             continue
         judge, fell = name.removeprefix("win_rate/"), 100 * (wins.max() - wins[-1])
         evidence = f"win rate by {judge} {wins.max():.0%} at best, {wins[-1]:.0%} last"
-        if fell >= 5:
-            advice = "stop earlier, or a larger kl.coef: the reward is no longer the aim"
-            found.append(
-                Finding("PPO", WARNING, f"{judge} liked it better before", evidence, advice)
-            )
-        elif wins[-1] <= 0.5:
-            advice = "read the samples; does the reward rise at all?"
-            found.append(Finding("PPO", WARNING, f"{judge} prefers SFT", evidence, advice))
-        else:
-            found.append(Finding("PPO", FINE, f"{judge} prefers it to SFT", evidence))
+        before = _Wrong(
+            fell >= 5,
+            f"{judge} liked it better before",
+            "stop earlier, or a larger kl.coef: the reward is no longer the aim",
+        )
+        never = _Wrong(
+            wins[-1] <= 0.5,
+            f"{judge} prefers SFT",
+            "read the samples; does the reward rise at all?",
+        )
+        found.append(_finding("PPO", evidence, f"{judge} prefers it to SFT", before, never))
     return found
 
 
