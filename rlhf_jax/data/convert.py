@@ -41,9 +41,7 @@ _NAMES = {
 _ROLES = {name: role for role, names in _NAMES.items() for name in names}
 # What decides the shape of a row, first come first: a set of conversations often has the question
 # in "prompt" as well, and instructions the rendered text in "text".
-_SHAPES = (
-    *("chosen", "messages", "conversations", "instruction", "response", "completion", "text"),
-)
+_SHAPES = ("chosen", "messages", "conversations", "instruction", "response", "completion", "text")
 # Columns that templates or models of other tools are given, and ours are not.
 _UNREAD = ("tools", "documents", "chat_template_kwargs", "images", "videos", "audios")
 _NOTHING: tuple[Any, ...] = (None, "", "[]", "{}", [], {})
@@ -86,8 +84,7 @@ def rows_of_kind(
         if not (belongs(converted) if belongs else _is_in_split(converted, kind, split, drops)):
             continue
         if kind == "prompt":
-            text = json.dumps(converted, sort_keys=True, ensure_ascii=False, default=repr)
-            key = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            key = row_key(converted)
             if key in seen:
                 drops.drop("duplicate prompt")
                 continue
@@ -98,6 +95,12 @@ def rows_of_kind(
 def every_row(row: Row) -> bool:
     """For rows that are all of the split."""
     return True
+
+
+def row_key(row: Row) -> bytes:
+    """Returns 16 bytes that rows share if they are the same, whatever the order of their columns."""
+    text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=repr)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def first_text(row: Row) -> str:

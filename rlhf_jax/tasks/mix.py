@@ -12,9 +12,7 @@ have them too. Numbers are those of the training split.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -22,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.data.convert import row_key
 from rlhf_jax.data.schemas import DropCounts, Kind, Row
 from rlhf_jax.tasks.task import STREAM, TASKS, Task, TaskConfig, code_of, make_task
 
@@ -165,8 +164,7 @@ def _once(rows: Iterable[Row], drops: DropCounts) -> Iterator[Row]:
     """Leaves out prompts that an earlier part had; each part leaves out its own."""
     seen: set[bytes] = set()
     for row in rows:
-        text = json.dumps(row, sort_keys=True, ensure_ascii=False)
-        key = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        key = row_key(row)
         if key in seen:
             drops.drop("duplicate prompt")
         else:
