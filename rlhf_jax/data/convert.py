@@ -98,7 +98,7 @@ def every_row(row: Row) -> bool:
 
 
 def row_key(row: Row) -> bytes:
-    """Returns 16 bytes that rows share if they are the same, whatever the order of their columns."""
+    """Returns 16 bytes that equal rows share, whatever the order of their columns."""
     text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=repr)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
