@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.evaluation.log_odds import first_tokens, log_odds
 from rlhf_jax.evaluation.statistics import repetition
 from rlhf_jax.models.files import hf_files, hf_weights
+from rlhf_jax.runtime import digests
 
 _log = logging.getLogger(__name__)
 
@@ -198,12 +198,7 @@ def short_name(folder: str | Path) -> str:
 
 
 def _digest_of_folder(folder: str | Path) -> str:
-    """sha256 over the files of a saved model, in the order of their names."""
+    """A digest of the files of a saved model, in the order of their names."""
     patterns = hf_files.CONFIG_PATTERNS + hf_files.WEIGHT_PATTERNS
-    total = hashlib.sha256()
-    for path in sorted(hf_files.find_folder(folder, patterns).iterdir()):
-        if hf_files.OWN_FILES.fullmatch(path.name):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            total.update(f"{path.name} {digest}\n".encode())
-    return total.hexdigest()
+    files = sorted(hf_files.find_folder(folder, patterns).iterdir())
+    return digests.of_files([path for path in files if hf_files.OWN_FILES.fullmatch(path.name)])
