@@ -218,7 +218,8 @@ def main(config: ConfigDict) -> None:
         argument=common.stage_argument("sft", settings),
         build=settings.inputs.build,
     )
-    tokenizer = stages.load_tokenizer(folder, date=folders.date(settings.workdir))
+    date = folders.date(settings.workdir)
+    tokenizer = stages.load_tokenizer(folder, date=date)
     policy = stages.make_tuning(settings, stages.load_policy(folder, settings.model, sharding))
     reference = policy.trunk or stages.load_policy(folder, settings.model, sharding, frozen=True)
 
@@ -267,7 +268,7 @@ def main(config: ConfigDict) -> None:
     compare = AgainstBaseline(respond["validation"], reference, eval_key, settings.eval.prompts)
 
     show = ("loss/dpo", "dpo/accuracy", *(f"win_rate/{name}" for name in judges))
-    inputs = stages.inputs(task, tokenizer, settings=settings, models={"inputs.model": folder})
+    inputs = stages.inputs(task, tokenizer, date=date, models={"inputs.model": folder})
     with settings.run(train.steps, "DPO", show, inputs) as run:
         # 4. log π_ref of both sides of every pair, once.
         cache = functools.partial(dpo.reference_log_probs, reference, sharding=sharding)

@@ -90,15 +90,11 @@ class Settings(Shared):
         self.method()
 
     def method(self) -> PPOMaxConfig:
-        """Everything that decides the numbers, except models and data.
-
-        A run that was rolled back from a collapse learns half as fast after each time.
-        """
+        """Everything that decides the numbers, except models and data."""
         names = [field.name for field in dataclasses.fields(PPOMaxConfig)]
         if self.lora.rank and self.ppo.objective == "trpo":
             raise ValueError("ppo.objective='trpo' steps in every weight: set lora.rank=0")
-        method = PPOMaxConfig(**{name: getattr(self, name) for name in names})
-        return method.slower(len(rollbacks(self.workdir)))
+        return PPOMaxConfig(**{name: getattr(self, name) for name in names})
 
     def monitor(self) -> CollapseMonitor | None:
         """What watches the policy; None where nothing is to."""
@@ -216,7 +212,9 @@ def main(config: ConfigDict) -> None:
     settings = command.open_config("ppo_max", config, Settings)
     if not folders.claim(settings, "PPO"):
         return
-    method_config, sharding, task = settings.method(), settings.sharding.make(), settings.task()
+    # After each rollback from a collapse a run learns half as fast.
+    method_config = settings.method().slower(len(rollbacks(settings.workdir)))
+    sharding, task = settings.sharding.make(), settings.task()
     method_config.check_devices(sharding.data)
     train, data, inputs = settings.train, settings.data, settings.inputs
 
@@ -293,7 +291,7 @@ def main(config: ConfigDict) -> None:
 
     # 5. Algorithm 1.
     show = ("reward/mean", *(f"win_rate/{name}" for name in judges), "policy/kl_ref_sequence")
-    pinned = stages.inputs(task, tokenizer, settings=settings, models=models)
+    pinned = stages.inputs(task, tokenizer, date=date, models=models)
     monitor = settings.monitor()
     with settings.run(train.iterations, "PPO", show, pinned, monitor) as run:
         state = run.restore(state, *cursors)

@@ -168,7 +168,8 @@ def main(config: ConfigDict) -> None:
     inputs, data = settings.inputs, settings.data
     argument = common.stage_argument("sft", settings)
     folder = stages.require(inputs.model, stage="sft", argument=argument, build=inputs.build)
-    tokenizer = stages.load_tokenizer(folder, date=folders.date(settings.workdir))
+    date = folders.date(settings.workdir)
+    tokenizer = stages.load_tokenizer(folder, date=date)
     key = jax.random.key(settings.seed)
     model = stages.load_scalar(folder, settings.model, sharding, key=key, layers=inputs.layers)
     tuning = stages.make_tuning(settings, model)
@@ -203,7 +204,7 @@ def main(config: ConfigDict) -> None:
 
     # 3. Train.
     show = ("loss/bradley_terry", "reward/accuracy", "eval/accuracy")
-    pinned = stages.inputs(task, tokenizer, settings=settings, models={"inputs.model": folder})
+    pinned = stages.inputs(task, tokenizer, date=date, models={"inputs.model": folder})
     with settings.run(train.steps, "reward model", show, pinned) as run:
         state = run.restore(state, batches)
         for step in run.steps():

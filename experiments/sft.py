@@ -101,11 +101,13 @@ class Settings(Shared):
             )
 
 
-def starting_point(settings: Settings, task: Task, sharding: Sharding) -> tuple[Any, Transformer]:
+def starting_point(
+    settings: Settings, task: Task, sharding: Sharding, date: str
+) -> tuple[Any, Transformer]:
     """The tokenizer and the model to train: a pretrained one, or both from scratch."""
     folder, options = settings.inputs.model, settings.model
     if folder:
-        tokenizer = stages.load_tokenizer(folder, date=folders.date(settings.workdir))
+        tokenizer = stages.load_tokenizer(folder, date=date)
         return tokenizer, stages.load_policy(folder, options, sharding)
     tokenizer = train_bpe(task.texts(), settings.tokenizer.vocab_size)
     sizes = dataclasses.asdict(settings.sizes) | options.keywords()
@@ -124,11 +126,8 @@ def documents_line(documents: Examples, batches: Any) -> str:
 
 def trained_share(batches: Sequence[Mapping[str, np.ndarray]]) -> float:
     """Tokens that are trained on, over all tokens of rows, padding included."""
-    trained, tokens = (
-        sum(int(np.sum(of(batch))) for batch in batches)
-        for of in (lambda b: b["loss_mask"], lambda b: np.ones_like(b["tokens"]))
-    )
-    return trained / tokens
+    trained = sum(int(batch["loss_mask"].sum()) for batch in batches)
+    return trained / sum(batch["tokens"].size for batch in batches)
 
 
 def main(config: ConfigDict) -> None:
@@ -142,7 +141,8 @@ def main(config: ConfigDict) -> None:
     folder = settings.inputs.model
     if folder:
         stages.require(folder)
-    tokenizer, model = starting_point(settings, task, sharding)
+    date = folders.date(settings.workdir)
+    tokenizer, model = starting_point(settings, task, sharding, date)
     tuning = stages.make_tuning(settings, model)
     longest = settings.data.max_length
     documents = task.documents(tokenizer, "train", max_length=longest)
@@ -182,7 +182,7 @@ def main(config: ConfigDict) -> None:
     )
 
     # 3. Train.
-    inputs = stages.inputs(task, tokenizer, settings=settings, models={"inputs.model": folder})
+    inputs = stages.inputs(task, tokenizer, date=date, models={"inputs.model": folder})
     with settings.run(steps, "SFT", ("loss/lm", "eval/perplexity"), inputs) as run:
         state = run.restore(state, batches)
         for step in run.steps():

@@ -128,9 +128,7 @@ def load_tokenizer(folder: str, *others: str, date: str = "") -> Any:
     return loaded
 
 
-def inputs(
-    task: Task, tokenizer: Any, *, settings: Shared, models: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+def inputs(task: Task, tokenizer: Any, *, date: str, models: Mapping[str, str]) -> dict[str, Any]:
     """Digests of what a run reads besides its settings; once everything is loaded.
 
     Rows and tokenizer count as they are in memory, weights as they are in the files.
@@ -138,13 +136,12 @@ def inputs(
     Args:
       task: the task that the run's rows came from.
       tokenizer: that of the run.
-      settings: those of the run.
+      date: the day that templates write, see `folders.date`.
       models: folders, or hub names, by the key that names them; empty names are left out.
     """
-    date = folders.date(settings.workdir)
     if not distributed.is_main():
         return {}
-    weights = {name: folder for name, folder in (models or {}).items() if folder}
+    weights = {name: folder for name, folder in models.items() if folder}
     digest = {folder: weights_digest(folder) for folder in set(weights.values())}
     return {
         "date": date,
