@@ -111,9 +111,12 @@ def reader_is_gone() -> bool:
 def say(line: str, stream: TextIO) -> None:
     """Prints a line if there is somebody to read it; if not, nothing is printed from here on."""
     try:
-        print(line, file=stream, flush=True)
+        try:
+            print(line, file=stream, flush=True)
+        except RuntimeError:  # in the middle of a print, which holds the buffer: past it
+            os.write(stream.fileno(), f"{line}\n".encode())
         os.write(2, b"")
-    except (OSError, RuntimeError, ValueError):  # gone, in the middle of a print, closed
+    except (OSError, ValueError):  # gone, closed
         mute()
 
 
