@@ -21,6 +21,8 @@ from rlhf_jax.runtime.settings import check
 
 OBJECTIVES = ("clip", "penalty", "surrogate", "policy_gradient", "trpo")
 DENOMINATORS = ("old", "reference")
+# Of the rewards of an iteration, percent: logged as reward/q05 and so on.
+QUANTILES = (5, 25, 50, 75, 95)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,9 +216,11 @@ def critic_loss(
 def experience_metrics(experience: Experience) -> dict[str, jax.Array]:
     """Means over the real tokens of a buffer, before any update."""
     where = experience.rollout.response_mask
-    values = experience.evaluation.values
+    values, scores = experience.evaluation.values, experience.evaluation.scores
+    quantiles = jnp.quantile(scores, jnp.array(QUANTILES) / 100)
     return {
-        "reward/std": experience.evaluation.scores.std(),
+        "reward/std": scores.std(),
+        **{f"reward/q{q:02d}": quantiles[i] for i, q in enumerate(QUANTILES)},
         "reward/shaped": losses.masked_sum(experience.rewards, where=where, axis=-1).mean(),
         "critic/return": losses.masked_mean(experience.returns, where=where),
         "critic/advantage": losses.masked_mean(experience.advantages, where=where),

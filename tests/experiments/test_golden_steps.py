@@ -35,11 +35,14 @@ STAGES = ("sft", "reward_model", "ppo_max", "dpo")
 
 
 def written_on() -> dict[str, str]:
-    """What decides the last bits: processor and version of jax."""
+    """What decides the last bits: processor, generation included, and version of jax."""
     processor = platform.machine()
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line for line in lines if line.startswith("model name")).split(": ")[1]
+        # Generations of one maker may share their model name.
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        told = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
+        parts = ("model name", "cpu family", "model")
+        processor = ", ".join(told[part] for part in parts if part in told)
     return {"processor": processor, "jax": jax.__version__}
 
 
