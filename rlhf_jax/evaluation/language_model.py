@@ -170,15 +170,21 @@ class LanguageModelJudge:
         Raises:
           ValueError: `texts` is one string instead of a sequence of them.
         """
-        values, cut = log_odds(
-            self.model,
-            self.tokenizer,
-            self.question.prefix,
-            texts,
-            self.question.suffix,
-            self.question.answers,
-            max_length=self._max_length,
-            batch_tokens=self._batch_tokens,
+        # A policy that has collapsed writes one text again and again: it is read once.
+        different = list(dict.fromkeys(texts))
+        place = {text: i for i, text in enumerate(different)}
+        values, cut = (
+            numbers[[place[text] for text in texts]]
+            for numbers in log_odds(
+                self.model,
+                self.tokenizer,
+                self.question.prefix,
+                different,
+                self.question.suffix,
+                self.question.answers,
+                max_length=self._max_length,
+                batch_tokens=self._batch_tokens,
+            )
         )
         self.num_read, self.num_cut = self.num_read + len(texts), self.num_cut + int(cut.sum())
         if cut.any():

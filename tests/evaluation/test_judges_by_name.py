@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data.tokenizer import train_bpe
+from rlhf_jax.evaluation import language_model
 from rlhf_jax.evaluation.judges import VaderJudge, make_judge
 from rlhf_jax.evaluation.language_model import (
     SENTIMENT,
@@ -170,6 +171,20 @@ def test_a_repeated_phrase_costs_its_share_and_nothing_else(folder):
     assert "less 3 times the share of repeated phrases" in dear.describe()
     assert "repe" not in plain.describe() and "repe" not in plain.scale
     assert plain.fingerprint() != dear.fingerprint()
+
+
+def test_equal_texts_are_read_once_and_score_alike(folder, monkeypatch):
+    judge, read = LanguageModelJudge(folder), []
+    as_ever = language_model.log_odds
+
+    def counted(model, tokenizer, prefix, texts, *rest, **more):
+        read.append(list(texts))
+        return as_ever(model, tokenizer, prefix, texts, *rest, **more)
+
+    monkeypatch.setattr(language_model, "log_odds", counted)
+    scores = judge(["good", "bad", "good", "good"])
+    assert read == [["good", "bad"]] and judge.num_read == 4
+    assert scores[0] == scores[2] == scores[3] != scores[1]
 
 
 @pytest.mark.parametrize("cost", [-1.0, float("inf"), float("nan")])
