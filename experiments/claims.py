@@ -23,6 +23,8 @@ REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "undecid
 WIN_RATE = "win_rate/language_model"
 # Iterations at either end of a run over which a curve is averaged.
 ENDS = 10
+# Percent of an iteration's responses whose reward is lower, as they are logged.
+QUANTILES = ("05", "25", "50", "75", "95")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +35,15 @@ class Curves:
       log: metric -> values [S], NaN where a step logged none; `step` [S].
       iterations: of the run.
       collapses: iterations, from 0, at which the policy collapsed.
+      win_rates: judge -> shares of test prompts against SFT at the end; empty for a reward model.
+      differences: preferred minus dispreferred score of held-out pairs [N]; empty but for one.
     """
 
     log: Mapping[str, np.ndarray]
     iterations: int
     collapses: Sequence[int]
+    win_rates: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    differences: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
     def values(self, metric: str) -> np.ndarray:
         """The values of a metric where it was logged; empty where it never was."""
@@ -247,6 +253,12 @@ def _early(label: str) -> Callable[[Seed], float]:
     return value
 
 
+def _spread(run: Curves, at: Callable[..., float]) -> float:
+    """Between the 5% and the 95% quantile of the rewards of an iteration."""
+    low, high = (f"reward/q{QUANTILES[i]}" for i in (0, -1))
+    return at(run, high) - at(run, low)
+
+
 REPARAMETERISED = (
     "reward_scale",
     "reward_norm_0.3",
@@ -257,6 +269,40 @@ REPARAMETERISED = (
 CONSTRAINED = ("kl", "entropy", "importance_sample", "kl_importance_sample")
 
 CLAIMS = (
+    Claim(
+        "2",
+        "Preferred and dispreferred responses overlap: the differences centre near zero.",
+        "Figure 2 (English), section 4.2",
+        "share of held-out pairs whose preferred response scores higher, percent",
+        lambda seed: 100 * float((seed["reward model"].differences > 0).mean()),
+        ("reward model",),
+        at_least=60,
+        at_most=85,
+    ),
+    Claim(
+        "3",
+        "Accuracy on held-out pairs rises from chance.",
+        "Figure 3, section 4.2",
+        "last accuracy on held-out pairs, percent",
+        lambda seed: 100 * seed["reward model"].last("eval/accuracy", 1),
+        ("reward model",),
+        at_least=65,
+    ),
+    Claim(
+        "3",
+        "Accuracy on held-out pairs stays behind that on training pairs.",
+        "Figure 3, section 4.2",
+        "accuracy on the last 50 batches minus the last one on held-out pairs, points",
+        lambda seed: (
+            100
+            * (
+                seed["reward model"].last("reward/accuracy", 50)
+                - seed["reward model"].last("eval/accuracy", 1)
+            )
+        ),
+        ("reward model",),
+        at_least=3,
+    ),
     Claim(
         "4",
         "The reward rises while the judge falls.",
@@ -404,13 +450,22 @@ CLAIMS = (
         at_most=10,
     ),
     Claim(
-        "8",
+        "10",
         "RLHF wins against SFT.",
         "Figure 10, section 6.1",
-        "last win rate of PPO-max against SFT by the language model, percent",
-        lambda seed: 100 * _last_win(seed["PPO-max"]),
+        "win rate of PPO-max against SFT on test prompts by the language model, percent",
+        lambda seed: 100 * seed["PPO-max"].win_rates["language_model"]["win_rate"],
         ("PPO-max",),
         at_least=55,
+    ),
+    Claim(
+        "13",
+        "The rewards of vanilla PPO get a long tail.",
+        "Figure 13, appendix",
+        "between the 5% and the 95% quantile of an iteration's rewards, last over first",
+        lambda seed: _spread(seed["vanilla"], Curves.last) / _spread(seed["vanilla"], Curves.first),
+        ("vanilla",),
+        at_least=1.5,
     ),
     _collapse(
         "14",

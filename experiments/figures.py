@@ -3,8 +3,8 @@
   python -m experiments.figures 4 6 --seeds 0 1 2
   python -m experiments.figures all --dry_run
 
-Each series is an ordinary run of PPO-max with a variant, in its usual folder: a suite that was
-stopped goes on, and a finished run is never run again. Writes `figure_N.png`, `figure_N.json`
+Each series is an ordinary run with a variant, in a folder of its own: a suite that was stopped goes
+on, and a finished run is never run again. Writes `figure_N.png`, `figure_N.json`
 (every number that is drawn, with commits, commands, hardware and minutes) and `claims.md`, which
 has the verdicts of all figures in the folder.
 """
@@ -28,203 +28,18 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from experiments import claims, command
+from experiments import claims, command, reporting
+from experiments.drawing import draw
+from experiments.paper_figures import FIGURES, ITERATIONS, REWARD_MODEL, SECONDS, Series
 from rlhf_jax.evaluation.collapse import find_collapses
-from rlhf_jax.evaluation.panels import Panel, draw_panels
-from rlhf_jax.evaluation.plots import save_figure
+from rlhf_jax.evaluation.panels import Panel
 from rlhf_jax.runtime.errors import UserError
 from rlhf_jax.runtime.files import read_json, write_whole
 from rlhf_jax.runtime.metrics import read_metrics
 from rlhf_jax.runtime.run_info import git_state, to_json
 from rlhf_jax.training.record import read_config, read_summary
 
-# Iterations of a figure with 1,000 steps in the paper: twice what vanilla PPO takes to collapse.
-ITERATIONS = {"tiny": 8, "quickstart": 200, "smollm2": 60}
-# Iterations of the long run of Figure 9.
-LONG = {"tiny": 16, "quickstart": 1000, "smollm2": 120}
-# A guess, until a run of the scale has finished: seconds of an iteration.
-SECONDS = {"tiny": 3.0, "quickstart": 1.7, "smollm2": 30.0}
-JUDGES = ("vader", "language_model")
 POINTS = 120  # of a curve in the JSON, at most
-
-
-@dataclasses.dataclass(frozen=True)
-class Series:
-    """One curve of a figure.
-
-    Attributes:
-      label: in the legend, and in the claims.
-      variants: of configs/ppo_max.py.
-      times: so many times the iterations of a figure; 0 is the long run.
-      settings: assignments.
-    """
-
-    label: str
-    variants: tuple[str, ...] = ()
-    times: float = 1.0
-    settings: tuple[str, ...] = ()
-
-    def iterations(self, scale: str) -> int:
-        """Of its run."""
-        return round(self.times * ITERATIONS[scale]) or LONG[scale]
-
-    def folder(self, scale: str, seed: int) -> str:
-        """Of its run: what is changed, the seed, the iterations."""
-        settings = [part.split(".", 1)[-1] for one in self.settings for part in one.split(",")]
-        ends = [f"seed={seed}", f"iterations={self.iterations(scale)}"]
-        return "runs/ppo_max/" + "-".join([scale, *self.variants, *settings, *ends])
-
-    def argument(self, scale: str, seed: int) -> str:
-        """What follows the colon of `--config configs/ppo_max.py:`."""
-        iterations = self.iterations(scale)
-        judges = [] if scale == "tiny" else [f"judges={JUDGES}".replace(" ", "")]
-        return ",".join(
-            [
-                scale,
-                *self.variants,
-                f"seed={seed}",
-                f"train.iterations={iterations}",
-                f"eval.every={max(1, iterations // 10)}",
-                *judges,
-                *self.settings,
-                f"workdir={self.folder(scale, seed)}",
-            ]
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class PaperFigure:
-    """A figure of the paper.
-
-    Attributes:
-      title: what it shows.
-      series: its curves, in the order of the legend.
-      panels: in the paper's order.
-      columns: panels side by side.
-    """
-
-    title: str
-    series: tuple[Series, ...]
-    panels: tuple[Panel, ...]
-    columns: int = 4
-
-
-def _of(*variants: str, **settings: Any) -> tuple[Series, ...]:
-    return tuple(Series(name, (name,), **settings) for name in variants)
-
-
-REWARD = Panel("Reward", "reward model score", {"reward/mean": ""})
-LENGTH = Panel("Response length", "tokens", {"response/length": ""})
-KL = Panel("KL to SFT", "nats per token", {"policy/kl_ref": ""})
-PERPLEXITY = Panel("Perplexity", "of the responses", {"policy/perplexity": ""})
-WINS = Panel("Win rate against SFT", "share of prompts", {"win_rate/*": ""}, baseline=0.5)
-DISTINCT = Panel("Distinct bigrams", "distinct-2", {"response/distinct_2": ""})
-POLICY_LOSS = Panel("PG loss", "loss", {"loss/policy": ""})
-VALUE_LOSS = Panel("VF loss", "loss", {"loss/value": ""})
-ADVANTAGE = Panel("Advantage", "mean", {"critic/advantage": ""})
-RETURN = Panel("Return", "mean", {"critic/return": ""})
-FOUR = (REWARD, LENGTH, KL, PERPLEXITY)
-# Of Figure 14.
-_NORMALIZED = "reward.transform=normalize,reward.clip=0.8"
-_ADVANTAGES = "ppo.normalize_advantages=True,ppo.advantage_clip=0.8"
-_VALUE_CLIP = "ppo.value_clip_eps=0.2"
-BESIDE = (WINS, DISTINCT)  # what the paper does not have in these figures
-
-FIGURES = {
-    "4": PaperFigure(
-        "Vanilla PPO",
-        _of("vanilla"),
-        (REWARD, WINS, POLICY_LOSS, VALUE_LOSS, KL, PERPLEXITY, LENGTH, DISTINCT),
-    ),
-    "6": PaperFigure(
-        "Score re-parameterisation, on vanilla PPO",
-        (
-            *_of("vanilla", *claims.REPARAMETERISED),
-            Series("reward_norm_0.3, three times as long", ("reward_norm_0.3",), times=3),
-        ),
-        (*FOUR, *BESIDE),
-    ),
-    "7": PaperFigure(
-        "Policy constraints, on vanilla PPO", _of(*claims.CONSTRAINED, times=0.8), (*FOUR, *BESIDE)
-    ),
-    "8": PaperFigure(
-        "Initialisation",
-        (
-            Series("PPO-max"),
-            *_of("policy_pretrained", "critic_sft", "critic_pretrain"),
-            Series("vanilla", ("vanilla",)),
-        ),
-        (*FOUR, POLICY_LOSS, VALUE_LOSS, ADVANTAGE, RETURN, *BESIDE),
-    ),
-    "9": PaperFigure(
-        "PPO-max, long", (Series("PPO-max, long", times=0),), (*FOUR, *BESIDE), columns=3
-    ),
-    "14": PaperFigure(
-        "Re-parameterised rewards and advantages",
-        tuple(
-            Series(label, ("vanilla",), settings=settings)
-            for label, settings in {
-                "reward norm 0.8, advantage norm 0.8": (_NORMALIZED, _ADVANTAGES),
-                "reward norm 0.8, advantage norm 0.8, value clip": (
-                    _NORMALIZED,
-                    _ADVANTAGES,
-                    _VALUE_CLIP,
-                ),
-                "reward norm 0.8, advantage norm, value clip": (
-                    _NORMALIZED,
-                    "ppo.normalize_advantages=True,ppo.value_clip_eps=0.2",
-                ),
-                "reward norm 0.8, value clip": (_NORMALIZED, _VALUE_CLIP),
-                "reward scaling, advantage norm 0.8, value clip": (
-                    "reward.transform=scale",
-                    _ADVANTAGES,
-                    _VALUE_CLIP,
-                ),
-            }.items()
-        ),
-        (*FOUR, *BESIDE),
-    ),
-    "15": PaperFigure("The KL penalty's weight", _of("kl_0.05", "kl_0.1", "kl_0.2"), FOUR),
-    "16": PaperFigure(
-        "The entropy bonus, with and without bound", _of("entropy", "entropy_clip"), FOUR
-    ),
-    "17": PaperFigure(
-        "The policy's clip, without KL penalty",
-        (
-            Series("KL penalty", ("kl",)),
-            Series("no clip", ("vanilla",), settings=("ppo.objective=surrogate",)),
-            Series("clip 0.5", ("vanilla",), settings=("ppo.clip_eps=0.5",)),
-        ),
-        FOUR,
-    ),
-    "18": PaperFigure(
-        "Clipping gradients, without KL penalty",
-        (
-            *(
-                Series(
-                    f"gradient clip {norm}",
-                    ("vanilla",),
-                    settings=(
-                        f"optimizer.max_grad_norm={norm}",
-                        f"critic_optimizer.max_grad_norm={norm}",
-                    ),
-                )
-                for norm in (0.0, 0.5)
-            ),
-            Series("gradient clip 1.0", ("vanilla",)),
-        ),
-        (*FOUR, POLICY_LOSS, VALUE_LOSS),
-    ),
-    "19": PaperFigure(
-        "GAE's lambda",
-        (
-            Series("lambda 0.9", ("vanilla",)),
-            Series("lambda 0", ("vanilla",), settings=("advantage.lambda_=0.0",)),
-            Series("lambda 1", ("vanilla",), settings=("advantage.lambda_=1.0",)),
-        ),
-        FOUR,
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +68,8 @@ class Job:
     @property
     def command(self) -> list[str]:
         """That makes the run."""
-        return ["-m", "experiments.ppo_max", "--config", f"configs/ppo_max.py:{self.argument}"]
+        name = self.series.experiment
+        return ["-m", f"experiments.{name}", "--config", f"configs/{name}.py:{self.argument}"]
 
     def finished(self) -> bool:
         """Whether the run has finished."""
@@ -276,7 +92,8 @@ def seconds_per_iteration(jobs: Sequence[Job]) -> float:
     measured = [
         summary["seconds"] / job.iterations
         for job in jobs
-        if (summary := read_summary(job.folder)) is not None
+        if job.series.experiment != REWARD_MODEL
+        and (summary := read_summary(job.folder)) is not None
     ]
     return float(np.mean(measured)) if measured else SECONDS[jobs[0].scale]
 
@@ -383,20 +200,28 @@ def collect(name: str, scale: str, seeds: Sequence[int], failed: Mapping[str, st
                     broken.add(seed)
                 continue
             log, info = read_metrics(job.folder), read_config(job.folder / "config.json")
-            found = find_collapses(log)
+            found, pairs = find_collapses(log), differences(job.folder)
             runs[seed][one.label] = claims.Curves(
-                log, job.iterations, [event.step for event in found]
+                log,
+                job.iterations,
+                [event.step for event in found],
+                win_rates=summary.get("win_rates", {}),
+                differences=pairs,
             )
-            series[one.label]["seeds"][str(seed)] = {
+            content = {
                 "status": "finished",
                 "folder": str(job.folder),
                 "minutes": round(summary["seconds"] / 60, 1),
                 "commit": info["git"]["commit"],
                 "hardware": _hardware(job.folder),
-                "collapses": [event.text() for event in found],
-                "win_rates": summary["win_rates"],
                 "curves": thinned(log, _wanted(log, figure.panels)),
             }
+            if pairs.size:
+                content["differences"] = histogram(pairs)
+            else:
+                content["collapses"] = [event.text() for event in found]
+                content["win_rates"] = summary["win_rates"]
+            series[one.label]["seeds"][str(seed)] = content
     kept = {seed: labels for seed, labels in runs.items() if labels}
     return {
         "figure": name,
@@ -413,49 +238,42 @@ def collect(name: str, scale: str, seeds: Sequence[int], failed: Mapping[str, st
     }
 
 
+def differences(folder: Path) -> np.ndarray:
+    """Preferred minus dispreferred score of held-out pairs, [N]; empty but for a reward model."""
+    path = folder / reporting.HELD_OUT
+    if not path.exists():
+        return np.zeros(0)
+    with np.load(path) as arrays:
+        return arrays["chosen"] - arrays["rejected"]
+
+
+def histogram(values: np.ndarray, bins: int = 40) -> dict[str, Any]:
+    """For the JSON: edges, of which one is 0, counts, the mean, the share above 0."""
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    width = (high - low) / bins or 1.0
+    edges = width * np.arange(math.floor(low / width), math.ceil(high / width) + 1)
+    # Rounding may put the extremes outside.
+    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+    return {
+        "edges": [float(f"{edge:.6g}") for edge in edges],
+        "counts": counts.tolist(),
+        "mean": float(values.mean()),
+        "right": float((values > 0).mean()),
+    }
+
+
 def _hardware(folder: Path) -> str:
-    return read_json(folder / "report.json", "run it again")["hardware"]
+    """Of a run; a reward model's is in its config."""
+    path = folder / "report.json"
+    if path.exists():
+        return read_json(path, "run it again")["hardware"]
+    return read_config(folder / "config.json").get("processor", "not recorded")
 
 
 def _mixed(series: Mapping[str, Any]) -> list[str]:
     """Where the runs of a figure differ: commit or hardware."""
     done = [s for one in series.values() for s in one["seeds"].values() if "commit" in s]
     return [key for key in ("commit", "hardware") if len({s[key] for s in done}) > 1]
-
-
-def draw(content: Mapping[str, Any], path: Path) -> Path:
-    """Draws a figure from its JSON.
-
-    Raises:
-      ValueError: no run of it has finished.
-    """
-    figure = FIGURES[content["figure"]]
-    logs: dict[str, list[dict[str, np.ndarray]]] = {}
-    for label, one in content["series"].items():
-        done = [seed for seed in one["seeds"].values() if "curves" in seed]
-        missing = [n for n, seed in one["seeds"].items() if seed["status"].startswith("status ")]
-        if done:
-            said = f" (seed {', '.join(missing)} failed)" if missing else ""
-            logs[f"{label}{said}"] = [_as_log(seed["curves"]) for seed in done]
-    count = len(content["seeds"])
-    title = f"Figure {content['figure']}: {content['title']} ({content['scale']}, {count} seeds)"
-    if content["mixed"]:
-        title += f"; runs of more than one {' and '.join(content['mixed'])}"
-    return save_figure(
-        draw_panels(logs, figure.panels, title=title, xlabel="iteration", columns=figure.columns),
-        path,
-    )
-
-
-def _as_log(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, np.ndarray]:
-    """Curves of the JSON as `read_metrics` gives a log."""
-    steps = sorted({step for curve in curves.values() for step in curve["step"]})
-    places = {step: i for i, step in enumerate(steps)}
-    log = {"step": np.array(steps)}
-    for name, curve in curves.items():
-        log[name] = np.full(len(steps), math.nan)
-        log[name][[places[step] for step in curve["step"]]] = curve["value"]
-    return log
 
 
 def claims_table(contents: Sequence[Mapping[str, Any]]) -> str:

@@ -26,8 +26,8 @@ def run_info(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
       {"time", "command", "platform", "versions": {name: version or None}, "devices": {"kind",
-      "platform", "count", "processes"}, "git": {"commit", "dirty"}, "config"}. The git entries
-      are None where this package's source is not tracked by git, as after `pip install`.
+      "platform", "count", "processes"}, "processor", "git": {"commit", "dirty"}, "config"}. The git
+      entries are None where this package's source is not tracked by git, as after `pip install`.
     """
     import jax
 
@@ -46,6 +46,7 @@ def run_info(config: Mapping[str, Any]) -> dict[str, Any]:
             "count": jax.device_count(),
             "processes": jax.process_count(),
         },
+        "processor": processor(),
         "git": git_state(Path(__file__).resolve()),
         "config": to_json(config),
     }

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from configs import common, ppo_max
-from experiments import figures
-from experiments.figures import FIGURES, ITERATIONS, Job, Series, jobs_of
+from configs import common, ppo_max, reward_model
+from experiments import figures, reporting
+from experiments.figures import Job, jobs_of
+from experiments.paper_figures import FIGURES, ITERATIONS, PPO, Series
 from rlhf_jax.runtime.errors import UserError
 
 METRICS = {
@@ -20,7 +21,15 @@ METRICS = {
     "loss/policy": (0.0, 0.1),
     "loss/value": (2.0, 0.1),
     "win_rate/language_model": (0.5, 0.7),
+    "reward/accuracy": (0.5, 0.9),
+    "eval/accuracy": (0.5, 0.75),
+    "reward/q05": (-2.0, -8.0),
+    "reward/q25": (-1.0, -2.0),
+    "reward/q50": (0.0, 1.0),
+    "reward/q75": (1.0, 2.0),
+    "reward/q95": (2.0, 4.0),
 }
+WINS = {"win": 0.6, "tie": 0.1, "lose": 0.3, "win_rate": 0.65}
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +49,13 @@ def finish(job, steps=20, commit="abc", hardware="two cores"):
     files = {
         "config": {"config": {}, "git": {"commit": commit}, "command": "x"},
         "report": {"hardware": hardware},
-        "summary": {"seconds": 60.0, "win_rates": {}},
+        "summary": {"seconds": 60.0, "win_rates": {"language_model": WINS}},
     }
+    if job.series.experiment != PPO:
+        del files["report"], files["summary"]["win_rates"]
+        files["config"]["processor"] = hardware
+        chosen, rejected = np.array([1.0, 2.0, 3.0, 0.0]), np.array([0.0, 0.5, 1.0, 2.0])
+        np.savez(job.folder / reporting.HELD_OUT, chosen=chosen, rejected=rejected)
     for name, content in files.items():
         (job.folder / f"{name}.json").write_text(json.dumps(content))
 
@@ -56,15 +70,28 @@ def test_every_run_has_a_config_that_means_it(name, scale):
     for job in jobs_of([name], scale, [3]):
         if (scale, "policy_pretrained") == ("smollm2", job.series.label):
             continue  # its start is the pretrained model already
-        config = common.resolve(ppo_max.get_config(job.argument))
+        configs = ppo_max if job.series.experiment == PPO else reward_model
+        config = common.resolve(configs.get_config(job.argument))
         assert config.seed == 3 and config.workdir == str(job.folder)
+        if job.series.experiment != PPO:
+            assert config.train.steps == job.iterations
+            continue
         assert config.train.iterations == job.iterations > config.train.critic_pretrain_iterations
         assert config.eval.every <= job.iterations
+
+
+def test_the_reward_model_of_a_figure_is_that_of_ppo():
+    for seed in (0, 2):
+        (job,) = jobs_of(["2"], "quickstart", [seed])
+        config = common.resolve(ppo_max.get_config(f"quickstart,seed={seed}"))
+        assert config.inputs.reward_model == f"{job.folder}/model"
 
 
 def test_runs_are_shared_and_told_apart():
     jobs = jobs_of(list(FIGURES), "quickstart", [0, 1])
     assert len({job.folder for job in jobs}) == len(jobs)
+    every = [Job(one, 0, "quickstart") for figure in FIGURES.values() for one in figure.series]
+    assert len({job.argument for job in every}) == len({job.folder for job in every})
     settings = {job.argument.partition("workdir=")[0] for job in jobs}
     assert len(settings) == len(jobs), "two folders with one config"
     assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
@@ -83,7 +110,7 @@ def test_dry_run_lists_and_runs_nothing(capsys, monkeypatch):
 
 
 def test_unknown_figure_and_scale(capsys):
-    with pytest.raises(ValueError, match="no figure '5': choose some of 4, 6, 7, 8, 9"):
+    with pytest.raises(ValueError, match="no figure '5': choose some of 2, 3, 4, 6, 7, 8, 9"):
         figures.main(options("5"))
     with pytest.raises(SystemExit):
         figures.parse(["4", "--scale", "huge"])
@@ -107,6 +134,35 @@ def test_json_picture_and_claims_from_finished_runs(capsys):
     row = next(line for line in text.splitlines() if "The reward rises while" in line)
     # The win rate ends at its best: a drop of 0 in every seed.
     assert "0, 0, 0 [0, 0]" in row and "**not reproduced**" in row
+
+
+@pytest.mark.parametrize("name", ["2", "3", "10", "13"])
+def test_figures_with_a_drawing_of_their_own(name):
+    for job in jobs_of([name], "tiny", [0, 1]):
+        finish(job)
+    figures.main(options(name, "--seeds", "0", "1"))
+    folder = figures.Path("runs/figures/tiny")
+    assert (folder / f"figure_{name}.png").stat().st_size > 10_000
+    content = json.loads((folder / f"figure_{name}.json").read_text())
+    assert content["mixed"] == []
+    seed = next(iter(content["series"].values()))["seeds"]["1"]
+    values = [claim["values"]["1"] for claim in content["claims"]]
+    if name == "2":
+        assert seed["differences"]["right"] == 0.75 and values == [75.0]
+        assert sum(seed["differences"]["counts"]) == 4 and 0.0 in seed["differences"]["edges"]
+    elif name == "3":
+        assert seed["hardware"] == "two cores" and "collapses" not in seed
+        assert values[0] == 75.0 and len(values) == 2
+    elif name == "10":
+        assert seed["win_rates"]["language_model"] == WINS and values == [65.0]
+    else:
+        # The mean of the first and of the last ten of twenty iterations.
+        assert values == [pytest.approx((4 + 8 * 14.5 / 19) / (4 + 8 * 4.5 / 19))]
+
+
+def test_no_finished_run_is_said():
+    with pytest.raises(ValueError, match="no run of figure 2 has finished"):
+        figures.draw(figures.collect("2", "tiny", [0], {}), "x.png")
 
 
 def test_a_seed_that_failed_is_said_drawn_and_counted(monkeypatch, capsys):
