@@ -32,7 +32,7 @@ def rewards_to_go(
 
         R_t = r_t + γ R_{t+1} = Σ_{l≥0} γ^l r_{t+l}
 
-    Source: slide "Value Function Estimation" (R̂_t) and Algorithm 1, line 3. The deck's G_τ prints
+    Source: slide "Value Function Estimation" (R̂_t) and Algorithm 1, line 3. The slide's G_τ prints
     γ^{k−1} with no k: the exponent is t−τ.
 
     Args:
@@ -249,7 +249,7 @@ def gae(
 
     λ = 0 gives δ_t; λ = 1 gives R_t − V_t. The critic's target in PPO is Â_t + V_t.
 
-    Source: Schulman et al. 2016 (arXiv 1506.02438), eq 16; slide "Advantage Function". The deck's
+    Source: Schulman et al. 2016 (arXiv 1506.02438), eq 16; slide "Advantage Function". The slide's
     case λ = 1 prints r_{t+l+1}: the reward at t+l belongs there. Its sums are infinite; a response
     ends, and its value is 0 from there on.
 

@@ -1,7 +1,7 @@
 """Baselines b(s_t): subtracted from a return, they lower the variance and leave the mean alone.
 
 Scores are [..., K]: the last axis holds the K samples of one prompt. The fourth baseline of the
-deck is the critic: `rewards_to_go(...) - values`, or `gae`. All are constants of the loss.
+slides is the critic: `rewards_to_go(...) - values`, or `gae`. All are constants of the loss.
 """
 
 import jax

@@ -1,6 +1,6 @@
 """Direct preference optimisation and its variants, on log-probabilities of whole responses.
 
-Inputs are sums over response tokens (`sequence_log_prob`). The deck calls the reference π_{θ_old}:
+Inputs are sums over response tokens (`sequence_log_prob`). The slides call the reference π_{θ_old}:
 it is the frozen SFT policy, not the old policy of PPO.
 """
 
@@ -154,7 +154,7 @@ def implicit_rewards(log_probs: jax.Array, ref_log_probs: jax.Array, *, beta: Sc
 
         r̂(x, y) = β log(π_θ(y|x) / π_ref(y|x))
 
-    Source: Rafailov et al. 2023 (arXiv 2305.18290), §4 after eq 7; the deck once prints y⁻ on the
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), §4 after eq 7; a slide once prints y⁻ on the
     right for any y.
 
     Args:
@@ -188,7 +188,7 @@ def dpo_gradient_coefficient(
 
         c = σ(r̂(x, y⁻) − r̂(x, y⁺)) = σ(−u),   ∇L = −β c (∇log π_θ(y⁺|x) − ∇log π_θ(y⁻|x))
 
-    Source: Rafailov et al. 2023 (arXiv 2305.18290), §4 "What does the DPO update do?". The deck's
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), §4 "What does the DPO update do?". The slide's
     text has the two rewards the other way round, and a step of its derivation prints ∇σ(u)/σ(u)
     where σ′(u)/σ(u) = σ(−u) belongs; its last formula is right.
 

@@ -112,7 +112,7 @@ def entropy(logits: jax.Array) -> jax.Array:
 
         H(π) = −Σ_a π(a|s) log π(a|s)
 
-    Source: slide "Entropy Bonus"; the sum runs over actions a at a fixed state s, where the deck
+    Source: slide "Entropy Bonus"; the sum runs over actions a at a fixed state s, where the slide
     prints s under the sum. Logits of −inf (top-p) count as probability 0.
 
     Args:

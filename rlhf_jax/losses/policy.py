@@ -12,7 +12,7 @@ Clip = Scalar | tuple[Scalar, Scalar]
 
 
 def policy_gradient_loss(log_probs: jax.Array, weights: jax.Array) -> jax.Array:
-    """Policy gradient with any weight Φ; its gradient is minus the deck's estimator of ∇J.
+    """Policy gradient with any weight Φ; its gradient is minus the slides' estimator of ∇J.
 
         L_t = −Φ_t log π_θ(a_t | s_t)
 
@@ -20,7 +20,7 @@ def policy_gradient_loss(log_probs: jax.Array, weights: jax.Array) -> jax.Array:
     (`leave_one_out_baseline` is RLOO, `group_advantages` is GRPO, the values are the critic's),
     `td_errors`, `k_step_advantages`, `gae`.
 
-    Source: slide "Policy Gradient Methods"; arXiv 2307.04964, eq 5. The deck's Ê_t is the mean over
+    Source: slide "Policy Gradient Methods"; arXiv 2307.04964, eq 5. The slide's Ê_t is a mean over
     sequences of the sum over tokens, the released code's the mean over tokens: both are reductions
     that the caller names.
 

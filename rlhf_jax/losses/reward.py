@@ -212,7 +212,7 @@ def language_model_loss(
     The terms of the sum, for another reduction: `per_token`.
 
     Source: arXiv 2307.04964, eq 2: L_RM = −λ log σ(r_w − r_l) − β_rm log p_LM(y_w | x), with
-    λ = β_rm = 1. The deck prints + β_rm log(r′): r′ is the LM head, and the sign is a minus.
+    λ = β_rm = 1. The slide prints + β_rm log(r′): r′ is the LM head, and the sign is a minus.
 
     Args:
       log_probs: log p_LM, [..., T] float, differentiated.

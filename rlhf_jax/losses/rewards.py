@@ -146,7 +146,7 @@ def scale_rewards(rewards: jax.Array, moments: RunningMoments) -> jax.Array:
     Two readings of σ, both from `RunningMoments`: of the scores seen so far (released code), or of
     their `rolling_discounted_sum` (text of the paper). A σ of 0 (no spread seen yet) divides by 1.
 
-    Source: arXiv 2307.04964, §5.3.1; slide "Reward Scaling". The deck swaps the words: σ(A) is the
+    Source: arXiv 2307.04964, §5.3.1; slide "Reward Scaling". The slide swaps the words: σ(A) is the
     standard deviation, Ā the mean.
 
     Args:

@@ -1,7 +1,7 @@
 """Alignment by supervised losses: quality contrast (RRHF, SLiC-HF, PRO, ORPO, unlikelihood).
 
-All are the auxiliary term of the deck's L_total = −Σ_t log π(y_t⁺ | x, y_{<t}⁺) + L_aux, most with
-the first term included. (The deck prints log(y_t⁺ | ·), and leaves y⁻ out of the expectation.)
+All are the auxiliary term of the slides' L_total = −Σ_t log π(y_t⁺ | x, y_{<t}⁺) + L_aux, most with
+the first term included. (The slides print log(y_t⁺ | ·), and leave y⁻ out of the expectation.)
 For quality prompts (Quark, C-RLFT, ...) see `quality`.
 """
 
