@@ -27,7 +27,7 @@ extensions = [
     "docstrings",
     "config_tables",
 ]
-exclude_patterns = ["_build", "_ext"]
+exclude_patterns = ["_build", "_ext", "figures/figure_*.md"]
 
 # Docstrings: `name` links where something has this name; see _ext/docstrings.py for the rest.
 default_role = "name"

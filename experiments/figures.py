@@ -5,8 +5,8 @@
 
 Each series is an ordinary run with a variant, in a folder of its own: a suite that was stopped goes
 on, and a finished run is never run again. Writes `figure_N.png`, `figure_N.json`
-(every number that is drawn, with commits, commands, hardware and minutes) and `claims.md`, which
-has the verdicts of all figures in the folder.
+(every number that is drawn, with commits, commands, hardware and minutes), `figure_N.md` (tables)
+and `claims.md`, which has the verdicts of all figures in the folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from experiments import claims, command, reporting
+from experiments import claims, command, figure_tables, reporting
 from experiments.drawing import draw
 from experiments.paper_figures import FIGURES, ITERATIONS, REWARD_MODEL, SECONDS, Series
 from rlhf_jax.evaluation.collapse import find_collapses
@@ -40,6 +40,7 @@ from rlhf_jax.runtime.run_info import git_state, to_json
 from rlhf_jax.training.record import read_config, read_summary
 
 POINTS = 120  # of a curve in the JSON, at most
+SAMPLES, LETTERS = 3, 160  # of a run's answers in the JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +221,10 @@ def collect(name: str, scale: str, seeds: Sequence[int], failed: Mapping[str, st
                 content["differences"] = histogram(pairs)
             else:
                 content["collapses"] = [event.text() for event in found]
+                content["collapse_steps"] = [event.step for event in found]
                 content["win_rates"] = summary["win_rates"]
+                content["statistics"] = at_the_end(summary["statistics"])
+                content["samples"] = samples(job.folder)
             series[one.label]["seeds"][str(seed)] = content
     kept = {seed: labels for seed, labels in runs.items() if labels}
     return {
@@ -236,6 +240,22 @@ def collect(name: str, scale: str, seeds: Sequence[int], failed: Mapping[str, st
             for claim in claims.of_figure(name)
         ],
     }
+
+
+def at_the_end(statistics: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """What SFT and the policy wrote to test prompts, by metric: four digits."""
+    # A summary names the policy by the run's label; it comes after SFT, which is compared with.
+    named = dict(zip(("SFT", "policy"), statistics.values(), strict=False))
+    return {
+        who: {name: float(f"{value:.4g}") for name, value in numbers.items()}
+        for who, numbers in named.items()
+    }
+
+
+def samples(folder: Path) -> list[dict[str, str]]:
+    """The first answers to test prompts, each cut at `LETTERS`."""
+    shown = read_json(folder / "report.json", "run it again")["samples"][:SAMPLES]
+    return [{name: text[:LETTERS] for name, text in sample.items()} for sample in shown]
 
 
 def differences(folder: Path) -> np.ndarray:
@@ -330,6 +350,7 @@ def main(options: argparse.Namespace) -> None:
     for name in names:
         content = to_json(collect(name, options.scale, options.seeds, failed))
         write_whole(folder / f"figure_{name}.json", json.dumps(content, indent=1) + "\n")
+        write_whole(folder / f"figure_{name}.md", figure_tables.page(content))
         print(draw(content, folder / f"figure_{name}.png"))
     print(write_claims(folder))
     if failed:

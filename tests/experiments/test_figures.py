@@ -48,11 +48,15 @@ def finish(job, steps=20, commit="abc", hardware="two cores"):
     write("\n".join(json.dumps(line | {"time": 0.0}) for line in lines) + "\n")
     files = {
         "config": {"config": {}, "git": {"commit": commit}, "command": "x"},
-        "report": {"hardware": hardware},
-        "summary": {"seconds": 60.0, "win_rates": {"language_model": WINS}},
+        "report": {"hardware": hardware, "samples": [{"prompt": "It", "PPO": "is" * 200}]},
+        "summary": {
+            "seconds": 60.0,
+            "win_rates": {"language_model": WINS},
+            "statistics": {"SFT": {"reward/mean": 0.0}, "PPO": {"reward/mean": 1.23456}},
+        },
     }
     if job.series.experiment != PPO:
-        del files["report"], files["summary"]["win_rates"]
+        del files["report"], files["summary"]["win_rates"], files["summary"]["statistics"]
         files["config"]["processor"] = hardware
         chosen, rejected = np.array([1.0, 2.0, 3.0, 0.0]), np.array([0.0, 0.5, 1.0, 2.0])
         np.savez(job.folder / reporting.HELD_OUT, chosen=chosen, rejected=rejected)
