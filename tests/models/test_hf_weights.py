@@ -315,6 +315,32 @@ LLAMA3 = {
 }
 
 
+LENGTH, ORIGINAL = {"max_position_embeddings": 512}, "original_max_position_embeddings"
+DYNAMIC = RopeScaling("dynamic", 2.0, original_max_length=512)
+YARN_KEYS = {
+    "factor": 4.0,
+    ORIGINAL: 64,
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+    "attention_factor": 0.9,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.5,
+    "truncate": False,
+}
+YARN = RopeScaling(
+    "yarn",
+    factor=4.0,
+    original_max_length=64,
+    beta_fast=16.0,
+    beta_slow=2.0,
+    attention_factor=0.9,
+    mscale=0.7,
+    mscale_all_dim=0.5,
+    truncate=False,
+)
+AT_LENGTH = RopeScaling("yarn", 4.0, original_max_length=512)
+
+
 @pytest.mark.parametrize(
     ("written", "theta", "scaling"),
     [
@@ -337,6 +363,29 @@ LLAMA3 = {
             2e5,
             RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
         ),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}, **LENGTH}, 1e4, DYNAMIC),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2, "rope_theta": 1e6}, **LENGTH},
+            1e6,
+            DYNAMIC,
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, ORIGINAL: 64}},
+            1e4,
+            RopeScaling("yarn", 4.0, original_max_length=64),
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, **YARN_KEYS}}, 1e6, YARN),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": None, ORIGINAL: 64}, **LENGTH},
+            1e4,
+            RopeScaling("yarn", 8.0, original_max_length=64),
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, ORIGINAL: 64},
+            1e4,
+            RopeScaling("yarn", 4.0, original_max_length=64),
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, **LENGTH}, 1e4, AT_LENGTH),
     ],
 )
 def test_rope_in_both_spellings(written, theta, scaling):
@@ -353,6 +402,8 @@ def test_rope_in_both_spellings(written, theta, scaling):
     [
         ("llama", {}),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 2e5, **LLAMA3}}),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 2e5, **YARN_KEYS}}),
+        ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 2e5, "factor": 3.0}}),
         ("mistral", {"sliding_window": None}),
         ("qwen2", {"tie_word_embeddings": True}),
         ("qwen3", {}),
@@ -391,7 +442,9 @@ def test_configs_of_transformers_in_both_directions(tmp_path, model_type, change
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn' is not supported; use linear"),
+        ({"rope_scaling": {"type": "longrope"}}, "'longrope' is not supported; use one of linear"),
+        ({"rope_scaling": {"type": "yarn"}}, "'yarn' must also give factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 0}}, "'dynamic': factor=0.0 must be above"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "must also give factor, low_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],
@@ -427,6 +480,15 @@ def test_sliding_windows_are_refused_beyond_the_window(changes, slides):
     else:
         assert config_from_hf(raw).max_length == 1024
     assert config_from_hf(raw, max_length=512).max_length == 512
+
+
+def test_the_length_in_the_formula_of_dynamic_scaling_is_saved():
+    """Whatever length a caller has set: transformers has no other place for it."""
+    raw = old_llama(rope_scaling={"type": "dynamic", "factor": 2}, max_position_embeddings=512)
+    config = config_from_hf(raw, max_length=128)
+    assert (config.max_length, config.rope_scaling) == (128, DYNAMIC)
+    assert config_to_hf(config)["max_position_embeddings"] == 512
+    assert config_from_hf(config_to_hf(config)).rope_scaling == DYNAMIC
 
 
 # Bad input.

@@ -7,10 +7,9 @@ parameters are understood: `rope_theta` with `rope_scaling` (transformers 4) and
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
-from rlhf_jax.models.config import ModelConfig, RopeScaling
+from rlhf_jax.models.config import ROPE_KINDS, ModelConfig, RopeScaling
 
 
 class Family(NamedTuple):
@@ -28,6 +27,18 @@ FAMILIES = {
     "qwen3": Family("Qwen3", 32_768, head_dim=128),
 }
 CAUSAL_LM, SCALAR = "ForCausalLM", "ForSequenceClassification"
+
+# Keys of `rope_parameters` -> fields of RopeScaling, as each kind reads them.
+ORIGINAL = "original_max_position_embeddings"
+_FACTOR, _LENGTH = {"factor": "factor"}, {ORIGINAL: "original_max_length"}
+_YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+_ROPE_KEYS = {
+    "linear": _FACTOR,
+    "dynamic": _FACTOR | _LENGTH,
+    "yarn": _FACTOR | _LENGTH | {key: key for key in _YARN},
+    "llama3": _FACTOR | {key: key for key in ("low_freq_factor", "high_freq_factor")} | _LENGTH,
+}
+_ROPE_TYPES = {ORIGINAL: int, "truncate": bool}
 
 
 def architecture_of(raw: dict[str, Any], where: str) -> tuple[str, str]:
@@ -146,37 +157,48 @@ def _rope_from_hf(raw: dict[str, Any], where: str) -> tuple[float, RopeScaling |
         raise ValueError(f"{where}: partial_rotary_factor must be 1 (all of the head is rotated)")
     if kind == "default":
         return theta, None
-    if kind not in ("linear", "llama3"):
-        raise ValueError(f"{where}: rope type {kind!r} is not supported; use linear or llama3")
-    keys = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
-    absent = [key for key in keys if key not in rope]
-    if absent:
+    if kind not in ROPE_KINDS:
+        kinds = ", ".join(ROPE_KINDS)
+        raise ValueError(f"{where}: rope type {kind!r} is not supported; use one of {kinds}")
+    given = {key: value for key, value in rope.items() if value is not None}
+    family = FAMILIES[architecture_of(raw, where)[0]]
+    length = raw.get("max_position_embeddings") or family.max_length
+    if kind == "dynamic":  # transformers reads the length of pre-training there and nowhere else
+        return theta, _scaling(kind, {**given, ORIGINAL: length}, where)
+    given[ORIGINAL] = raw.get(ORIGINAL) or given.get(ORIGINAL) or length
+    if kind == "yarn" and rope.get("factor", 0) is None:
+        given["factor"] = length / given[ORIGINAL]
+    return theta, _scaling(kind, given, where)
+
+
+def _scaling(kind: str, given: dict[str, Any], where: str) -> RopeScaling:
+    """A scaling from what a file gives for it."""
+    keys = _ROPE_KEYS[kind]
+    required = [key for key in keys if key not in _YARN]
+    if absent := [key for key in required if key not in given]:
         raise ValueError(f"{where}: rope type {kind!r} must also give {', '.join(absent)}")
-    scaling = RopeScaling(kind, factor=float(rope["factor"]))
-    if kind == "linear":
-        return theta, scaling
-    length = rope.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
-    return theta, dataclasses.replace(
-        scaling,
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_length=int(length or FAMILIES["llama"].max_length),
-    )
+    try:
+        read = {key: _ROPE_TYPES.get(key, float)(given[key]) for key in keys if key in given}
+        return RopeScaling(kind, **{keys[key]: value for key, value in read.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: rope type {kind!r}: {error}") from None
 
 
 def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Both spellings of the rotary parameters, for old and new readers."""
     scaling, old = config.rope_scaling, None
     if scaling is not None:
-        old = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling is not None and old is not None and scaling.kind == "llama3":
-        old |= {
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_length,
-        }
+        values = {key: getattr(scaling, name) for key, name in _ROPE_KEYS[scaling.kind].items()}
+        if scaling.kind == "dynamic":
+            del values[ORIGINAL]
+        old = {"rope_type": scaling.kind}
+        old |= {key: value for key, value in values.items() if value is not None}
     new = {**(old or {"rope_type": "default"}), "rope_theta": config.rope_theta}
-    return {"rope_theta": config.rope_theta, "rope_scaling": old, "rope_parameters": new}
+    written = {"rope_theta": config.rope_theta, "rope_scaling": old, "rope_parameters": new}
+    if scaling is not None and scaling.kind == "dynamic":
+        # Part of the formula, so that it must not be another length that a caller has set.
+        written["max_position_embeddings"] = scaling.original_max_length
+    return written
 
 
 def _check_supported(raw: dict[str, Any], where: str) -> None:
