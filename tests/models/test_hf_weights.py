@@ -386,6 +386,33 @@ AT_LENGTH = RopeScaling("yarn", 4.0, original_max_length=512)
             RopeScaling("yarn", 4.0, original_max_length=64),
         ),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, **LENGTH}, 1e4, AT_LENGTH),
+        # One set for each type of layer.
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                    "sliding_attention": {"type": "default", "rope_theta": 1_000_000},
+                }
+            },
+            1e6,
+            None,
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                },
+                "layer_types": ["full_attention"] * 3,
+            },
+            1e6,
+            RopeScaling("linear", 4.0),
+        ),
+        (
+            {"rope_theta": 3e5, "rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            3e5,
+            None,
+        ),
     ],
 )
 def test_rope_in_both_spellings(written, theta, scaling):
@@ -445,6 +472,27 @@ def test_configs_of_transformers_in_both_directions(tmp_path, model_type, change
         ({"rope_scaling": {"type": "longrope"}}, "'longrope' is not supported; use one of linear"),
         ({"rope_scaling": {"type": "yarn"}}, "'yarn' must also give factor"),
         ({"rope_scaling": {"type": "dynamic", "factor": 0}}, "'dynamic': factor=0.0 must be above"),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            },
+            r"differ by layer type.* full_attention \(base 1e\+06, linear\), sliding_attention "
+            r"\(base 10000, not scaled\)",
+        ),
+        (
+            {
+                "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}},
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            "nothing for layers of type sliding_attention",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "chunked_attention": None}},
+            "nothing for layers of type chunked_attention",
+        ),
         ({"rope_parameters": {"rope_type": "llama3"}}, "must also give factor, low_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],

@@ -151,6 +151,33 @@ def config_to_hf(config: ModelConfig, kind: str = CAUSAL_LM) -> dict[str, Any]:
 def _rope_from_hf(raw: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """Base of the rotary frequencies and their scaling, from the old or the new spelling."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not any(isinstance(value, dict) for value in rope.values()):
+        return _one_rope(rope, raw, where)
+    # One set for each type of layer, as in Gemma 3. This decoder rotates all layers alike.
+    by_layer = {key: value for key, value in rope.items() if value is None or type(value) is dict}
+    used = dict.fromkeys(raw.get("layer_types") or by_layer)
+    absent = [name for name in used if not by_layer.get(name)]
+    if absent:
+        raise ValueError(
+            f"{where}: rope_parameters has nothing for layers of type {', '.join(absent)}, and "
+            "layers without rotation are not supported"
+        )
+    found = {name: _one_rope(by_layer[name] or {}, raw, where) for name in used}
+    if len(set(found.values())) > 1:
+        shown = ", ".join(
+            f"{name} (base {theta:g}, {scaling.kind if scaling else 'not scaled'})"
+            for name, (theta, scaling) in found.items()
+        )
+        raise ValueError(
+            f"{where}: rope_parameters differ by layer type, which is not supported: {shown}"
+        )
+    return next(iter(found.values()))
+
+
+def _one_rope(
+    rope: dict[str, Any], raw: dict[str, Any], where: str
+) -> tuple[float, RopeScaling | None]:
+    """The same from one set of parameters."""
     theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor") or 1.0) != 1.0:
