@@ -104,7 +104,7 @@ class ModelConfig:
       tie_embeddings: whether the output projection is the embedding.
       qkv_bias: biases on the query, key and value projections (Qwen2).
       qk_norm: RMSNorm on queries and keys, per head (Qwen3).
-      max_length: longest sequence in tokens that the model is meant for.
+      max_length: longest sequence in tokens that the model is meant for, see also `longest`.
       init_std: standard deviation of the normal initialisation.
       dtype: type of weights and activations, "float32" or "bfloat16".
       remat: what the backward pass recomputes: "none" keeps every activation, "dots" keeps the
@@ -156,6 +156,23 @@ class ModelConfig:
             )
         if self.depends_on_length and self.head_dim <= 2:
             raise ValueError(f"head_dim={self.head_dim} must be above 2 with dynamic rope_scaling")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the model reads: `max_length`, perhaps stretched."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind == "llama3":
+            return self.max_length
+        if scaling.kind == "linear":
+            return int(self.max_length * scaling.factor)
+        return max(self.max_length, int(scaling.original_max_length * scaling.factor))
+
+    @property
+    def longest_sampled(self) -> int:
+        """The same of prompt and response together, where responses are sampled."""
+        if self.rope_scaling is not None and self.depends_on_length:
+            return self.rope_scaling.original_max_length
+        return self.longest
 
     @property
     def depends_on_length(self) -> bool:

@@ -520,14 +520,49 @@ WINDOWS = [
 
 
 @pytest.mark.parametrize(("changes", "slides"), WINDOWS)
-def test_sliding_windows_are_refused_beyond_the_window(changes, slides):
+def test_models_are_used_within_their_sliding_window(changes, slides, caplog, request):
+    """That is said once for a file; the saved model, which sees all, is as long as the window."""
     raw = old_llama(**changes, sliding_window=512, max_position_embeddings=1024)
+    where = request.node.name  # a file of its own
+    read = [config_from_hf(raw, where).max_length for _ in range(3)]
+    assert read == [512 if slides else 1024] * 3
+    said = f"{where}: attention slides over 512 tokens: texts may be as long as that, and not the "
+    assert caplog.messages == ([said + "model's 1024"] if slides else [])
+    assert config_to_hf(config_from_hf(raw, where))["max_position_embeddings"] == read[0]
+    assert config_from_hf(raw, where, max_length=256).max_length == 256
     if slides:
-        with pytest.raises(ValueError, match=r"slides over 512 .* pass max_length=512"):
+        with pytest.raises(ValueError, match=r"slides over 512 .* max_length=1024 must be at most"):
+            config_from_hf(raw, where, max_length=1024)
+    assert len(caplog.messages) == slides
+
+
+@pytest.mark.parametrize(("window", "slides"), [(1024, True), (2048, False), (None, False)])
+def test_scaling_beyond_the_sliding_window_is_refused(window, slides):
+    raw = old_llama(architectures=["MistralForCausalLM"], model_type="mistral")
+    raw |= {"sliding_window": window, "max_position_embeddings": 1024}
+    raw |= {"rope_scaling": {"type": "yarn", "factor": 4.0, ORIGINAL: 512}}
+    if slides:
+        with pytest.raises(ValueError, match="stretches to 2048 tokens, and attention slides over"):
             config_from_hf(raw)
+        assert config_from_hf(raw, max_length=1024).max_length == 1024
     else:
-        assert config_from_hf(raw).max_length == 1024
-    assert config_from_hf(raw, max_length=512).max_length == 512
+        assert config_from_hf(raw).longest == 2048
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest", "sampled"),
+    [
+        (None, 512, 512),
+        (RopeScaling("llama3", 8.0), 512, 512),
+        (RopeScaling("linear", 4.0), 2048, 2048),
+        (RopeScaling("yarn", 4.0, original_max_length=256), 1024, 1024),
+        (RopeScaling("yarn", 4.0, original_max_length=64), 512, 512),
+        (RopeScaling("dynamic", 2.0, original_max_length=512), 1024, 512),
+    ],
+)
+def test_longest_texts(scaling, longest, sampled):
+    config = ModelConfig(**SIZES, max_length=512, rope_scaling=scaling)
+    assert (config.longest, config.longest_sampled) == (longest, sampled)
 
 
 def test_the_length_in_the_formula_of_dynamic_scaling_is_saved():

@@ -7,6 +7,8 @@ parameters are understood: `rope_theta` with `rope_scaling` (transformers 4) and
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any, NamedTuple
 
 from rlhf_jax.models.config import ROPE_KINDS, ModelConfig, RopeScaling
@@ -39,6 +41,8 @@ _ROPE_KEYS = {
     "llama3": _FACTOR | {key: key for key in ("low_freq_factor", "high_freq_factor")} | _LENGTH,
 }
 _ROPE_TYPES = {ORIGINAL: int, "truncate": bool}
+
+_log = logging.getLogger(__name__)
 
 
 def architecture_of(raw: dict[str, Any], where: str) -> tuple[str, str]:
@@ -74,7 +78,8 @@ def config_from_hf(
     Args:
       raw: the parsed file.
       where: the name of the file, for messages.
-      max_length: replaces the file's `max_position_embeddings`.
+      max_length: replaces the file's `max_position_embeddings`. A model whose attention slides
+        over fewer tokens than that is used within its window; that is said once for each file.
 
     Returns:
       The configuration; `dtype` is the file's where it is float32 or bfloat16, and float32, which
@@ -90,11 +95,11 @@ def config_from_hf(
     if absent:
         raise ValueError(f"{where} must give a whole number for {', '.join(absent)}")
     _check_supported(raw, where)
-    length = max_length or raw.get("max_position_embeddings") or family.max_length
-    _check_window(raw, model_type, length, where)
+    length = raw.get("max_position_embeddings") or family.max_length
+    length = within_window(length, max_length, _window(raw, model_type), where)
     dtype = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
     theta, scaling = _rope_from_hf(raw, where)
-    return ModelConfig(
+    config = ModelConfig(
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
         num_layers=raw["num_hidden_layers"],
@@ -112,6 +117,7 @@ def config_from_hf(
         init_std=raw.get("initializer_range", 0.02),
         dtype="bfloat16" if dtype == "bfloat16" else "float32",
     )
+    return config if max_length else not_stretched(config, _window(raw, model_type), where)
 
 
 def config_to_hf(config: ModelConfig, kind: str = CAUSAL_LM) -> dict[str, Any]:
@@ -242,21 +248,65 @@ def _check_supported(raw: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {key}={value!r} is not supported; it must be {only!r}")
 
 
-def _check_window(raw: dict[str, Any], model_type: str, max_length: int, where: str) -> None:
-    """Refuses sliding-window attention where it would change the result."""
-    window = raw.get("sliding_window", 4096)
+def _window(raw: dict[str, Any], model_type: str) -> int:
+    """Tokens over which attention slides in any layer; 0 where it sees all."""
+    window = raw.get("sliding_window", 4096) or 0
     if model_type == "mistral":
-        slides = True
-    elif model_type == "llama" or not raw.get("use_sliding_window", False):
-        slides = False
-    else:
-        first = raw.get("max_window_layers", 28)
-        layer_types = raw.get("layer_types") or []
-        slides = "sliding_attention" in layer_types or (
-            not layer_types and first < raw["num_hidden_layers"]
-        )
-    if slides and window and max_length > window:
+        return window
+    if model_type == "llama" or not raw.get("use_sliding_window", False):
+        return 0
+    first = raw.get("max_window_layers", 28)
+    layer_types = raw.get("layer_types") or []
+    slides = "sliding_attention" in layer_types or (
+        not layer_types and first < raw["num_hidden_layers"]
+    )
+    return window if slides else 0
+
+
+def within_window(length: int, asked: int | None, window: int, where: str) -> int:
+    """The longest sequence that is read: what was asked for, or else the file's within its window.
+
+    Args:
+      length: what the file states.
+      asked: what a caller wants instead; None or 0 is nothing.
+      window: tokens over which attention slides; 0 is all.
+      where: the name of the file, for messages.
+
+    Raises:
+      ValueError: more is asked for than the window holds.
+    """
+    if not window or (asked or length) <= window:
+        return asked or length
+    if asked:
         raise ValueError(
             f"{where}: attention slides over {window} tokens, which is not supported beyond the "
-            f"window; max_length={max_length} must be at most {window}: pass max_length={window}"
+            f"window; max_length={asked} must be at most {window}"
         )
+    _say_window(where, length, window)
+    return window
+
+
+def not_stretched(config: ModelConfig, window: int, where: str) -> ModelConfig:
+    """Returns the configuration, unless its rotary scaling goes beyond the window.
+
+    Raises:
+      ValueError: it does.
+    """
+    if window and config.longest > window:
+        raise ValueError(
+            f"{where}: rotary scaling stretches to {config.longest} tokens, and attention slides "
+            f"over {window}, which is not supported beyond the window; without the scaling the "
+            "model can be used within it"
+        )
+    return config
+
+
+@functools.cache
+def _say_window(where: str, length: int, window: int) -> None:
+    """Once for each file, however often it is read."""
+    _log.warning(
+        "%s: attention slides over %d tokens: texts may be as long as that, and not the model's %d",
+        where,
+        window,
+        length,
+    )
