@@ -32,6 +32,7 @@ from experiments.settings import (
     Shared,
     check_label,
     judge_names,
+    sampled_lengths,
 )
 from rlhf_jax.data.batches import PairBatches, fixed_prompts, once_pairs
 from rlhf_jax.data.templates import stop_tokens
@@ -108,6 +109,10 @@ class Settings(Shared):
     def __post_init__(self):
         super().__post_init__()
         check_label(self.label, ("SFT", "PPO-max"))
+
+    def sampled(self) -> dict[str, int]:
+        """Tokens of the longest answer with its prompt, by the keys that set them."""
+        return sampled_lengths(self.data, eval_sampling=self.eval.sampling.of(self.sampling))
 
 
 def pair_set(
@@ -218,6 +223,7 @@ def main(config: ConfigDict) -> None:
         argument=common.stage_argument("sft", settings),
         build=settings.inputs.build,
     )
+    stages.check_lengths({"data.max_length": data.max_length}, folder, sampled=settings.sampled())
     date = folders.date(settings.workdir)
     tokenizer = stages.load_tokenizer(folder, date=date)
     policy = stages.make_tuning(settings, stages.load_policy(folder, settings.model, sharding))

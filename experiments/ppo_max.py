@@ -15,7 +15,14 @@ from ml_collections import ConfigDict
 
 from configs import common
 from experiments import command, folders, reporting, stages
-from experiments.settings import AnswersConfig, PromptData, Shared, check_label, judge_names
+from experiments.settings import (
+    AnswersConfig,
+    PromptData,
+    Shared,
+    check_label,
+    judge_names,
+    sampled_lengths,
+)
 from rlhf_jax.data.batches import fixed_prompts, packed_batches, prompt_batches
 from rlhf_jax.data.templates import stop_tokens
 from rlhf_jax.evaluation.collapse import OFF, CollapseConfig, CollapseMonitor
@@ -96,13 +103,22 @@ class Settings(Shared):
             raise ValueError("ppo.objective='trpo' steps in every weight: set lora.rank=0")
         return PPOMaxConfig(**{name: getattr(self, name) for name in names})
 
+    def sampled(self) -> dict[str, int]:
+        """Tokens of the longest response with its prompt, by the keys that set them."""
+        evaluated = self.eval.sampling.of(self.sampling)
+        return sampled_lengths(self.data, sampling=self.sampling, eval_sampling=evaluated)
+
     def monitor(self) -> CollapseMonitor | None:
         """What watches the policy; None where nothing is to."""
         return CollapseMonitor(self.collapse) if self.collapse.action != OFF else None
 
 
 def require_stages(settings: Settings) -> None:
-    """Finds or runs the stages before: SFT (and its `policy_variant`), reward model."""
+    """Finds or runs the stages before: SFT (and its `policy_variant`), reward model.
+
+    Raises:
+      ValueError: texts may become longer than one of the models reads.
+    """
     inputs = settings.inputs
     variant = (inputs.policy_variant,) if inputs.policy_variant else ()
     for folder, stage, variants in (
@@ -112,6 +128,9 @@ def require_stages(settings: Settings) -> None:
     ):
         argument = common.stage_argument(stage, settings, *variants)
         stages.require(folder, stage=stage, argument=argument, build=inputs.build)
+    lengths = {"data.ptx_length": settings.data.ptx_length} if settings.ppo.ptx_coef else {}
+    stages.check_lengths(lengths, inputs.model, inputs.reference, sampled=settings.sampled())
+    stages.check_lengths(settings.sampled(), inputs.reward_model)
 
 
 def load_policies(settings: Settings, sharding: Sharding) -> tuple[Tuning, Transformer]:

@@ -168,6 +168,7 @@ def main(config: ConfigDict) -> None:
     inputs, data = settings.inputs, settings.data
     argument = common.stage_argument("sft", settings)
     folder = stages.require(inputs.model, stage="sft", argument=argument, build=inputs.build)
+    stages.check_lengths({"data.max_length": data.max_length}, folder)
     date = folders.date(settings.workdir)
     tokenizer = stages.load_tokenizer(folder, date=date)
     key = jax.random.key(settings.seed)

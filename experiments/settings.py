@@ -238,6 +238,20 @@ class Shared:
         )
 
 
+def sampled_lengths(data: PromptData, **sampling: SamplingConfig) -> dict[str, int]:
+    """Tokens of the longest prompt with the longest response, by the keys that give them.
+
+    Args:
+      data: the prompts.
+      **sampling: how responses are drawn; `eval_sampling` for `config.eval.sampling`.
+    """
+    return {
+        f"max(data.prompt_buckets) + {name.replace('_', '.')}.max_new_tokens": data.longest_prompt
+        + one.max_new_tokens
+        for name, one in sampling.items()
+    }
+
+
 def check_label(label: str, others: Collection[str]) -> None:
     """Refuses a result that is called as one that the report has besides, or not at all."""
     if not label.strip() or label in others:

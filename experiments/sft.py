@@ -99,6 +99,11 @@ class Settings(Shared):
                 f"lora.rank={self.lora.rank} needs a model to adapt: set "
                 "inputs.model, or lora.rank=0"
             )
+        if not self.inputs.model and self.data.max_length > self.sizes.max_length:
+            raise ValueError(
+                f"data.max_length={self.data.max_length} must be at most sizes.max_length="
+                f"{self.sizes.max_length}, the longest text that the model reads"
+            )
 
 
 def starting_point(
@@ -107,6 +112,7 @@ def starting_point(
     """The tokenizer and the model to train: a pretrained one, or both from scratch."""
     folder, options = settings.inputs.model, settings.model
     if folder:
+        stages.check_lengths({"data.max_length": settings.data.max_length}, folder)
         tokenizer = stages.load_tokenizer(folder, date=date)
         return tokenizer, stages.load_policy(folder, options, sharding)
     tokenizer = train_bpe(task.texts(), settings.tokenizer.vocab_size)

@@ -128,6 +128,30 @@ def load_tokenizer(folder: str, *others: str, date: str = "") -> Any:
     return loaded
 
 
+def check_lengths(
+    lengths: Mapping[str, int], *folders: str, sampled: Mapping[str, int] | None = None
+) -> None:
+    """Refuses texts that are longer than a model reads, before anything else is loaded.
+
+    Args:
+      lengths: tokens of the longest text that is read whole, by the key that sets them.
+      *folders: folders of the models that read them.
+      sampled: tokens of the longest prompt with its response, by the keys that set them.
+
+    Raises:
+      ValueError: a length is beyond what a model is meant for; names the key, and both numbers.
+    """
+    for folder in dict.fromkeys(folders):
+        config = hf_weights.load_config(folder)
+        for limit, asked in ((config.longest, lengths), (config.longest_sampled, sampled or {})):
+            for key, tokens in asked.items():
+                if tokens > limit:
+                    raise ValueError(
+                        f"{key}={tokens} must be at most {limit}, the longest text that {folder} "
+                        f"{'samples' if asked is sampled else 'reads'} (see its config.json)"
+                    )
+
+
 def inputs(task: Task, tokenizer: Any, *, date: str, models: Mapping[str, str]) -> dict[str, Any]:
     """Digests of what a run reads besides its settings; once everything is loaded.
 

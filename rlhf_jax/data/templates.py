@@ -3,7 +3,10 @@
 Templates mark that seldom (`{% generation %}`), and without the marks transformers returns a mask
 of zeros. Here it is found by rendering: the conversation up to a turn, left open for the assistant,
 is a prefix of the whole; the turn starts where that prefix ends, and it ends with the stop token
-that the template writes after the assistant's words.
+that the template writes after the assistant's words: the first special token there, or EOS where
+others lead to it at every turn (Cohere2: `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`). What a template
+writes once, after the whole conversation, is left out: Phi-3 ends turns with `<|end|>`, which stops
+the sampler, so that `<|endoftext|>` behind the last one is never sampled.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import itertools
 import json
 import logging
 import re
@@ -71,9 +75,11 @@ class _Profile(NamedTuple):
     """What a template does, found by rendering probes."""
 
     stop: str  # The token that ends the assistant's turn.
+    closing: str  # The special tokens behind an answer, the stop token the last of them.
     opens: bool  # Whether it heeds `add_generation_prompt`.
     marks_turns: bool  # Whether it writes BOS at every turn.
     header: str  # What it writes between a question and its answer, if only with the answer.
+    rewrites: bool  # Whether an answer reads otherwise once more is said.
 
 
 class ChatTokenizer:
@@ -90,7 +96,7 @@ class ChatTokenizer:
         self.tokenizer = tokenizer
         self._rendered: dict[Any, str] | None = None
         self._ids: dict[tuple[str, bool], list[int]] = {}
-        self._said_formatted = False
+        self._said_formatted = self._said_rewritten = False
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -140,6 +146,8 @@ class ChatTokenizer:
         # What the assistant says before anybody has spoken answers nothing: it is only read.
         answers = [number for number in answers if number]
         starts = self._starts(messages, answers, whole)
+        if len(answers) > 1 and not opened:
+            self._say_rewritten()
         pieces: list[Piece] = []
         done = 0
         for turn, (number, start) in enumerate(zip(answers, starts, strict=True)):
@@ -157,6 +165,15 @@ class ChatTokenizer:
         if opened:
             pieces.append(Piece(whole[done:], False))
         return [piece for piece in pieces if piece.text]
+
+    def _say_rewritten(self) -> None:
+        """Once, where conversations of several answers are trained on."""
+        if self._profile.rewrites and not self._said_rewritten:
+            self._said_rewritten = True
+            _log.warning(
+                "the chat template writes the last answer of a conversation otherwise than those "
+                "before it: these are trained as it shows them then, and not as they are sampled"
+            )
 
     def _starts(
         self, messages: Sequence[Message], answers: Sequence[int], whole: str
@@ -198,13 +215,17 @@ class ChatTokenizer:
             alone, opened = (
                 self._render(messages[:1], add_generation_prompt=more) for more in (False, True)
             )
-            opening = opened.removeprefix(alone)
+            # Alone it may end with EOS, where the template writes that behind a conversation.
+            same = itertools.takewhile(
+                lambda pair: pair[0] == pair[1], zip(alone, opened, strict=False)
+            )
+            opening = opened[sum(1 for _ in same) :]
         found, position = [], 0
         for number, read in enumerate(between[:-1]):
             if number:
                 position = whole.find(stop, position) + len(stop)
                 head, stopped, read = read.partition(stop)
-                if head.strip() or not stopped:
+                if not stopped or (head + stopped).lstrip() != self._profile.closing:
                     return None
             read = read[: read.rfind(opening) + len(opening)] if opening else read.rstrip(" ")
             if not whole.startswith(read, position):
@@ -426,12 +447,14 @@ class ChatTokenizer:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("the tokenizer has no chat template: call ensure_template(tokenizer)")
         question = [{"role": "user", "content": "a"}]
-        answered = self._render([*question, {"role": "assistant", "content": _PROBE}])
+        answer = {"role": "assistant", "content": _PROBE}
+        answered = self._render([*question, answer])
         opened = self._render(question, add_generation_prompt=True)
         alone = self._render(question)
         names = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len)
-        pattern = r"\s*(" + "|".join(re.escape(name) for name in reversed(names)) + ")"
-        found = re.match(pattern, answered[answered.rindex(_PROBE) + len(_PROBE) :])
+        pattern = "|".join(re.escape(name) for name in reversed(names))
+        behind = answered[answered.rindex(_PROBE) + len(_PROBE) :]
+        found = re.match(rf"\s*((?:{pattern})+)", behind)
         if found is None:
             raise ValueError(
                 "the chat template ends the assistant's turn with no special token, so that the "
@@ -441,7 +464,10 @@ class ChatTokenizer:
         marks_turns = bos is not None and answered.count(bos) > 1
         before, shared = self._before_answer(question), len(alone.rstrip(" "))
         header = before[shared:] if before[:shared] == alone[:shared] else ""
-        return _Profile(found.group(1), opened != alone, marks_turns, header)
+        twice = self._render([*question, answer, *question, answer])
+        stop, closing = _stop_of(re.findall(pattern, found.group(1)), tokenizer.eos_token, twice)
+        rewrites = not twice.startswith(answered[: answered.rindex(_PROBE)])
+        return _Profile(stop, closing, opened != alone, marks_turns, header, rewrites)
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Applies the template; a template that refuses gives a ValueError of one line."""
@@ -466,6 +492,17 @@ class ChatTokenizer:
         if kept is not None:
             kept[key] = text
         return text
+
+
+def _stop_of(tokens: Sequence[str], eos: str, twice: str) -> tuple[str, str]:
+    """The token that ends a turn, of the special tokens behind an answer; and all up to it.
+
+    EOS, if it is among them at every turn: what stands before it is said as well. `twice` is a
+    conversation of two turns.
+    """
+    closing = "".join(tokens[: tokens.index(eos) + 1]) if eos in tokens else ""
+    every_turn = closing and twice.count(closing) == 2
+    return (eos, closing) if every_turn else (tokens[0], tokens[0])
 
 
 def _turn_end(whole: str, start: int, limit: int, stop: str) -> int:

@@ -60,26 +60,90 @@ def behind(shared: jax.Array, x: jax.Array, axis: int = 1) -> jax.Array:
     return jnp.concatenate([jnp.broadcast_to(shared, shape), x], axis=axis)
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-    """Rotary frequencies `[H / 2]` in radians per position (Su et al. 2021, eq 15)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def lengths_of_segments(segments_BT: jax.Array) -> jax.Array:
+    """Tokens in the run of equal segment ids that each token is in."""
+    axis, width = segments_BT.ndim - 1, segments_BT.shape[-1]
+    index = jax.lax.broadcasted_iota(jnp.int32, segments_BT.shape, axis)
+    following = jnp.concatenate([segments_BT[..., 1:], segments_BT[..., -1:] - 1], axis=-1)
+    ends = jnp.where(segments_BT != following, index, width)
+    last = jax.lax.cummin(ends, axis=axis, reverse=True)
+    return last + 1 - (index - positions_in_segment(segments_BT))
+
+
+def rope_frequencies(
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling | None,
+    lengths: jax.Array | None = None,
+) -> jax.Array:
+    """Rotary frequencies in radians per position (Su et al. 2021, eq 15).
+
+    Args:
+      head_dim: H, the width of a head.
+      theta: their base.
+      scaling: how they are stretched.
+      lengths: `[...]`, tokens of the sequence that a position is in, which ``dynamic`` scaling
+        alone reads; None stands for any that is not longer than `original_max_length`.
+
+    Returns:
+      `[H / 2]`, or `[..., H / 2]` where they depend on lengths.
+    """
+    pairs = jnp.arange(0, head_dim, 2, dtype=jnp.float32)
+    frequencies = theta ** (-pairs / head_dim)
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    # llama3: 1 keeps a frequency, 0 divides it by the factor, linear in between.
-    turns = scaling.original_max_length * frequencies / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    if scaling.kind == "dynamic":
+        if lengths is None:
+            return frequencies
+        # The base becomes theta times stretch^(H / (H - 2)); see RopeScaling.
+        ratio = jnp.maximum(lengths / scaling.original_max_length, 1.0)[..., None]
+        stretch = scaling.factor * (ratio - 1) + 1
+        raised = stretch ** along_last(-pairs / (head_dim - 2), ratio)
+        return along_last(frequencies, raised) * raised
+    if scaling.kind == "yarn":
+        keep = _yarn_ramp(head_dim, theta, scaling)
+    else:  # llama3: 1 keeps a frequency, 0 divides it by the factor, linear in between.
+        turns = scaling.original_max_length * frequencies / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def rope_tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[..., H / 2]` in float32 for integer positions `[...]`."""
-    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+def _yarn_ramp(head_dim: int, theta: float, scaling: RopeScaling) -> jax.Array:
+    """Which frequencies ``yarn`` keeps, `[H / 2]`: 1 before the ramp, 0 behind it."""
+
+    def pair_that_turns(times: float) -> float:
+        """The pair, as a real number, that turns so often within the original context."""
+        wavelength = scaling.original_max_length / times
+        return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    return 1 - jnp.clip((jnp.arange(head_dim // 2) - low) / (high - low), 0.0, 1.0)
+
+
+def rope_tables(
+    positions: jax.Array, config: ModelConfig, lengths: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine `[..., H / 2]` in float32 for integer positions `[...]`.
+
+    `lengths` are as for `rope_frequencies`. Both hold the factor by which ``yarn`` multiplies
+    queries and keys.
+    """
+    scaling = config.rope_scaling
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, scaling, lengths)
     positions = positions[..., None].astype(jnp.float32)
     angles = positions * along_last(frequencies, positions)
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if scaling is None or scaling.attention_scale == 1.0:
+        return cos, sin
+    return cos * scaling.attention_scale, sin * scaling.attention_scale
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

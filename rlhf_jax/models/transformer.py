@@ -129,10 +129,13 @@ class Transformer(nnx.Module):
         shared = None if prefix is None else (prefix.keys, prefix.values)
 
         def table(segments_BT):
-            positions_BT = layers.positions_in_segment(segments_BT)
+            positions_BT, lengths_BT = layers.positions_in_segment(segments_BT), None
             if mask_1S is not None:
+                self._check_cached(mask_1S.shape[1] + segments_BT.shape[1])
                 positions_BT += mask_1S.sum()
-            cos, sin = layers.rope_tables(positions_BT, config)
+            elif config.depends_on_length:
+                lengths_BT = layers.lengths_of_segments(segments_BT)
+            cos, sin = layers.rope_tables(positions_BT, config, lengths_BT)
             return cos, sin, layers.segment_mask(segments_BT, mask_1S)
 
         tables = [table(segments_BT) for _, segments_BT in batches]
@@ -184,6 +187,9 @@ class Transformer(nnx.Module):
 
         Returns:
           `[B, T, D]`, without the columns of the prefix.
+
+        Raises:
+          ValueError: S + T is beyond what a model with ``dynamic`` rotary scaling can cache.
         """
         return self._forward((tokens, segments), prefix=prefix)[0][0]
 
@@ -199,7 +205,11 @@ class Transformer(nnx.Module):
 
         Returns:
           Hidden states `[B, D]` of the last column, and the cache.
+
+        Raises:
+          ValueError: S is beyond what a model with ``dynamic`` rotary scaling can cache.
         """
+        self._check_cached(cache_length)
         (hidden,), ((keys, values),) = self._forward((tokens, mask.astype(jnp.int32)))
         spare = ((0, 0), (0, 0), (0, cache_length - tokens.shape[1]), (0, 0))
 
@@ -212,6 +222,19 @@ class Transformer(nnx.Module):
             values=per_layer(values),
             mask=jnp.pad(mask, spare[:1] + spare[2:3]),
         )
+
+    def _check_cached(self, length: int) -> None:
+        """Refuses a cache whose keys would have to change as the sequence grows."""
+        scaling = self.config.rope_scaling
+        if scaling is None or not self.config.depends_on_length:
+            return
+        limit = scaling.original_max_length
+        if length > limit:
+            raise ValueError(
+                f"rotary scaling is dynamic: beyond {limit} tokens each new one changes the keys "
+                f"of all before it, so that they cannot be cached; {length} tokens, padding "
+                f"included, must be at most {limit}"
+            )
 
     def rope(self, positions: jax.Array) -> Rope:
         """Cosine and sine `[..., H / 2]` of integer positions `[...]`, padding not counted."""

@@ -57,6 +57,28 @@ THINKING = (
     "{{ '<|im_start|>' + m['role'] + '\n' + (m['content'] if loop.last else said) + '<|im_end|>\n' "
     "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Two tokens behind an answer, of which EOS, the second, ends every turn (Cohere2).
+TWO_TOKENS = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|head|>' + m['role'] + '<|/head|>' }}"
+    "{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ '<|im_end|>' }}{% endif %}"
+    "{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>' }}{% endif %}"
+)
+# EOS only behind the whole conversation (Phi-3).
+EOS_AT_THE_END = (
+    "{% for m in messages %}{{ '<|head|>' + m['role'] + '\n' + m['content'] + '<|eot|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant\n' }}{% else %}"
+    "{{ eos_token }}{% endif %}"
+)
+# A block of thoughts, empty where there are none, in what follows the last question (Qwen3).
+THOUGHTS_LAST = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.index0 > ns.last %}{{ '(' + "
+    "(m['reasoning_content'] or '') + ')\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 NEVER_STOPS = (
     "{% for m in messages %}{{ '### ' + m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant: ' }}{% endif %}"

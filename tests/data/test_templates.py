@@ -194,6 +194,73 @@ def test_nothing_is_written_to_the_tokenizer(with_template):
     assert set(vars(tokenizer)) == before
 
 
+def test_eos_behind_another_token_is_trained_at_every_turn(with_template):
+    chat = Chat(with_template(templates.TWO_TOKENS))
+    assert chat.stop_tokens == (chat.eos_token_id,)
+    encoded = encode_messages(TALK, chat, 500)
+    assert stretches(encoded, chat.tokenizer) == [f"{a}<|im_end|><eos>" for a in ANSWERS]
+    whole = chat.tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert chat.decode(encoded.tokens) == whole
+
+
+def test_formatted_text_gains_eos_behind_another_token(with_template):
+    chat = Chat(with_template(templates.TWO_TOKENS))
+    row = {"prompt": "<|head|>user<|/head|>a<eos><|head|>assistant<|/head|>"}
+    for response in ("b<|im_end|>", "b<|im_end|><eos>"):
+        (encoded,) = prepare.encode_rows(
+            "sft", [row | {"response": response}], chat.tokenizer, max_length=500
+        )
+        assert stretches(encoded, chat.tokenizer) == ["b<|im_end|><eos>"]
+
+
+@pytest.mark.parametrize("between", ["\n", ""])
+def test_eos_behind_the_whole_conversation_is_left_out(with_template, between):
+    """The token that ends every turn is trained, and stops the sampler."""
+    template = templates.EOS_AT_THE_END.replace("'<|eot|>\n'", f"'<|eot|>{between}'")
+    tokenizer = with_template(template)
+    names = tokenizer.convert_ids_to_tokens(stop_tokens(tokenizer))
+    assert names == ["<|eot|>", "<eos>"]
+    encoded = encode_messages(TALK, Chat(tokenizer), 500)
+    assert stretches(encoded, tokenizer) == [f"{answer}<|eot|>" for answer in ANSWERS]
+    whole = tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert tokenizer.decode(encoded.tokens) + between + "<eos>" == whole
+
+
+REWRITTEN = "writes the last answer of a conversation otherwise than those before it"
+
+
+def test_earlier_answers_are_those_that_the_template_writes_later(with_template, caplog):
+    """What is trained is the template's own rendering; that it is not as sampled is said once."""
+    tokenizer = with_template(templates.THOUGHTS_LAST)
+    chat = Chat(tokenizer)
+    talk = [*TALK[1:4], TALK[4] | {"reasoning_content": "well"}]
+    for messages, trained in (
+        (talk[:2], ["()\nI like the sea.<|im_end|>"]),
+        (talk, ["I like the sea.<|im_end|>", "(well)\nthey are kind!<|im_end|>"]),
+        (talk * 2, ["I like the sea.<|im_end|>", "they are kind!<|im_end|>"] * 2),
+    ):
+        encoded = encode_messages(messages, chat, 500)
+        if len(messages) == 8:
+            trained[3] = "(well)\n" + trained[3]
+        assert stretches(encoded, tokenizer) == trained
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert tokenizer.decode(encoded.tokens) + "\n" == whole
+        prompt = chat.decode(encode_prompt(messages[:-1], chat, 500))
+        assert prompt == tokenizer.apply_chat_template(
+            messages[:-1], tokenize=False, add_generation_prompt=True
+        )
+        assert caplog.text.count(REWRITTEN) == (len(messages) > 2)
+    # A question without an answer is left out first: the answer before it is the last.
+    encoded = encode_messages(talk[:3], chat, 500)
+    assert stretches(encoded, tokenizer) == ["()\nI like the sea.<|im_end|>"]
+
+
+def test_templates_that_write_all_answers_alike_say_nothing(family, caplog):
+    tokenizer, _, _, messages = family
+    encode_messages(messages, Chat(tokenizer), 500)
+    assert REWRITTEN not in caplog.text
+
+
 CALLING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['reasoning_content'] %}{{ '(' + m['reasoning_content'] + ')' }}{% endif %}"
@@ -238,7 +305,19 @@ def many_turns(count):
     return [{"role": ("user", "assistant")[n % 2], "content": f"{n} the sea"} for n in range(count)]
 
 
-@pytest.mark.parametrize("style", ["plain", "CHATML", "CHATML_NO_SWITCH", "HEADERS", "BRACKETS"])
+@pytest.mark.parametrize(
+    "style",
+    [
+        "plain",
+        "CHATML",
+        "CHATML_NO_SWITCH",
+        "HEADERS",
+        "BRACKETS",
+        "TWO_TOKENS",
+        "EOS_AT_THE_END",
+        "THOUGHTS_LAST",
+    ],
+)
 def test_many_turns_are_rendered_no_more_often_than_few(with_template, plain, style, monkeypatch):
     tokenizer = plain if style == "plain" else with_template(getattr(templates, style))
     rendered = []
@@ -258,7 +337,19 @@ def test_many_turns_are_rendered_no_more_often_than_few(with_template, plain, st
     assert often[0] == often[1] < 40
 
 
-@pytest.mark.parametrize("style", ["plain", "CHATML", "CHATML_NO_SWITCH", "HEADERS", "BRACKETS"])
+@pytest.mark.parametrize(
+    "style",
+    [
+        "plain",
+        "CHATML",
+        "CHATML_NO_SWITCH",
+        "HEADERS",
+        "BRACKETS",
+        "TWO_TOKENS",
+        "EOS_AT_THE_END",
+        "THOUGHTS_LAST",
+    ],
+)
 def test_turns_found_at_once_are_those_found_one_by_one(with_template, plain, style, monkeypatch):
     tokenizer = plain if style == "plain" else with_template(getattr(templates, style))
     talk = many_turns(60)

@@ -490,7 +490,11 @@ def test_a_narrow_folder_is_half_the_size(tmp_path):
         ({"expert_count": 8}, "expert_count=8 is not supported"),
         ({"rope__dimension_count": 4}, "rope.dimension_count=4 is not supported; it must be 8"),
         ({"rope__scaling__type": "yarn"}, "rope scaling 'yarn' is not supported"),
-        ({"attention__sliding_window": 128}, "max_length=256 must be at most 128"),
+        (
+            {"attention__sliding_window": 128, "rope__scaling__type": "linear"}
+            | {"rope__scaling__factor": 2.0},
+            "stretches to 256 tokens, and attention slides over 128",
+        ),
         (
             {"types": {"ffn_up": Type.Q5_0}},
             r"2 misshapen: blk.0.ffn_up.weight of type Q5_0 instead",
@@ -508,6 +512,16 @@ def test_what_is_not_supported_is_refused_in_one_line(tmp_path, arguments, rule)
     with pytest.raises(ValueError, match=rule) as error:
         load_gguf(tmp_path / "model.gguf")
     assert "\n" not in str(error.value) and "model.gguf" in str(error.value)
+
+
+def test_a_file_is_used_within_its_sliding_window(tmp_path, caplog):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, random_model(), tmp_path, attention__sliding_window=128)
+    model, tokenizer = load_gguf(path)
+    assert model.config.max_length == tokenizer.model_max_length == 128
+    assert f"{path}: attention slides over 128 tokens" in caplog.text
+    with pytest.raises(ValueError, match="max_length=256 must be at most 128"):
+        load_gguf(path, max_length=256)
 
 
 def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path):

@@ -315,6 +315,32 @@ LLAMA3 = {
 }
 
 
+LENGTH, ORIGINAL = {"max_position_embeddings": 512}, "original_max_position_embeddings"
+DYNAMIC = RopeScaling("dynamic", 2.0, original_max_length=512)
+YARN_KEYS = {
+    "factor": 4.0,
+    ORIGINAL: 64,
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+    "attention_factor": 0.9,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.5,
+    "truncate": False,
+}
+YARN = RopeScaling(
+    "yarn",
+    factor=4.0,
+    original_max_length=64,
+    beta_fast=16.0,
+    beta_slow=2.0,
+    attention_factor=0.9,
+    mscale=0.7,
+    mscale_all_dim=0.5,
+    truncate=False,
+)
+AT_LENGTH = RopeScaling("yarn", 4.0, original_max_length=512)
+
+
 @pytest.mark.parametrize(
     ("written", "theta", "scaling"),
     [
@@ -337,6 +363,56 @@ LLAMA3 = {
             2e5,
             RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
         ),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}, **LENGTH}, 1e4, DYNAMIC),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2, "rope_theta": 1e6}, **LENGTH},
+            1e6,
+            DYNAMIC,
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, ORIGINAL: 64}},
+            1e4,
+            RopeScaling("yarn", 4.0, original_max_length=64),
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, **YARN_KEYS}}, 1e6, YARN),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": None, ORIGINAL: 64}, **LENGTH},
+            1e4,
+            RopeScaling("yarn", 8.0, original_max_length=64),
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, ORIGINAL: 64},
+            1e4,
+            RopeScaling("yarn", 4.0, original_max_length=64),
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, **LENGTH}, 1e4, AT_LENGTH),
+        # One set for each type of layer.
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                    "sliding_attention": {"type": "default", "rope_theta": 1_000_000},
+                }
+            },
+            1e6,
+            None,
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                },
+                "layer_types": ["full_attention"] * 3,
+            },
+            1e6,
+            RopeScaling("linear", 4.0),
+        ),
+        (
+            {"rope_theta": 3e5, "rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            3e5,
+            None,
+        ),
     ],
 )
 def test_rope_in_both_spellings(written, theta, scaling):
@@ -353,6 +429,8 @@ def test_rope_in_both_spellings(written, theta, scaling):
     [
         ("llama", {}),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 2e5, **LLAMA3}}),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 2e5, **YARN_KEYS}}),
+        ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 2e5, "factor": 3.0}}),
         ("mistral", {"sliding_window": None}),
         ("qwen2", {"tie_word_embeddings": True}),
         ("qwen3", {}),
@@ -391,7 +469,30 @@ def test_configs_of_transformers_in_both_directions(tmp_path, model_type, change
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn' is not supported; use linear"),
+        ({"rope_scaling": {"type": "longrope"}}, "'longrope' is not supported; use one of linear"),
+        ({"rope_scaling": {"type": "yarn"}}, "'yarn' must also give factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 0}}, "'dynamic': factor=0.0 must be above"),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            },
+            r"differ by layer type.* full_attention \(base 1e\+06, linear\), sliding_attention "
+            r"\(base 10000, not scaled\)",
+        ),
+        (
+            {
+                "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}},
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            "nothing for layers of type sliding_attention",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "chunked_attention": None}},
+            "nothing for layers of type chunked_attention",
+        ),
         ({"rope_parameters": {"rope_type": "llama3"}}, "must also give factor, low_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],
@@ -419,14 +520,58 @@ WINDOWS = [
 
 
 @pytest.mark.parametrize(("changes", "slides"), WINDOWS)
-def test_sliding_windows_are_refused_beyond_the_window(changes, slides):
+def test_models_are_used_within_their_sliding_window(changes, slides, caplog, request):
+    """That is said once for a file; the saved model, which sees all, is as long as the window."""
     raw = old_llama(**changes, sliding_window=512, max_position_embeddings=1024)
+    where = request.node.name  # a file of its own
+    read = [config_from_hf(raw, where).max_length for _ in range(3)]
+    assert read == [512 if slides else 1024] * 3
+    said = f"{where}: attention slides over 512 tokens: texts may be as long as that, and not the "
+    assert caplog.messages == ([said + "model's 1024"] if slides else [])
+    assert config_to_hf(config_from_hf(raw, where))["max_position_embeddings"] == read[0]
+    assert config_from_hf(raw, where, max_length=256).max_length == 256
     if slides:
-        with pytest.raises(ValueError, match=r"slides over 512 .* pass max_length=512"):
+        with pytest.raises(ValueError, match=r"slides over 512 .* max_length=1024 must be at most"):
+            config_from_hf(raw, where, max_length=1024)
+    assert len(caplog.messages) == slides
+
+
+@pytest.mark.parametrize(("window", "slides"), [(1024, True), (2048, False), (None, False)])
+def test_scaling_beyond_the_sliding_window_is_refused(window, slides):
+    raw = old_llama(architectures=["MistralForCausalLM"], model_type="mistral")
+    raw |= {"sliding_window": window, "max_position_embeddings": 1024}
+    raw |= {"rope_scaling": {"type": "yarn", "factor": 4.0, ORIGINAL: 512}}
+    if slides:
+        with pytest.raises(ValueError, match="stretches to 2048 tokens, and attention slides over"):
             config_from_hf(raw)
+        assert config_from_hf(raw, max_length=1024).max_length == 1024
     else:
-        assert config_from_hf(raw).max_length == 1024
-    assert config_from_hf(raw, max_length=512).max_length == 512
+        assert config_from_hf(raw).longest == 2048
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest", "sampled"),
+    [
+        (None, 512, 512),
+        (RopeScaling("llama3", 8.0), 512, 512),
+        (RopeScaling("linear", 4.0), 2048, 2048),
+        (RopeScaling("yarn", 4.0, original_max_length=256), 1024, 1024),
+        (RopeScaling("yarn", 4.0, original_max_length=64), 512, 512),
+        (RopeScaling("dynamic", 2.0, original_max_length=512), 1024, 512),
+    ],
+)
+def test_longest_texts(scaling, longest, sampled):
+    config = ModelConfig(**SIZES, max_length=512, rope_scaling=scaling)
+    assert (config.longest, config.longest_sampled) == (longest, sampled)
+
+
+def test_the_length_in_the_formula_of_dynamic_scaling_is_saved():
+    """Whatever length a caller has set: transformers has no other place for it."""
+    raw = old_llama(rope_scaling={"type": "dynamic", "factor": 2}, max_position_embeddings=512)
+    config = config_from_hf(raw, max_length=128)
+    assert (config.max_length, config.rope_scaling) == (128, DYNAMIC)
+    assert config_to_hf(config)["max_position_embeddings"] == 512
+    assert config_from_hf(config_to_hf(config)).rope_scaling == DYNAMIC
 
 
 # Bad input.

@@ -1,5 +1,6 @@
 """The decoder: against a slow NumPy one, and against itself under padding, packing and caching."""
 
+import dataclasses
 import functools
 
 import jax
@@ -19,6 +20,8 @@ DOCUMENT = np.array([5, 17, 3, 39, 8, 21, 5], np.int32)
 WIDTH = 10
 
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_length=16)
+YARN = RopeScaling("yarn", 4.0, original_max_length=16, beta_fast=2.0, beta_slow=0.5)
+DYNAMIC = RopeScaling("dynamic", 2.0, original_max_length=4)
 # Switches that do not interact share a program. All have four query heads, two key heads.
 FAMILY = {
     "plain": {},
@@ -26,7 +29,11 @@ FAMILY = {
     "wide heads with bias": {"head_dim": 6, "qkv_bias": True, "num_kv_heads": 4},
     "norm and linear scaling": {"qk_norm": True, "rope_scaling": RopeScaling("linear", 4.0)},
     "llama3 scaling": {"rope_theta": 8.0, "rope_scaling": LLAMA3, "head_dim": 8},
+    "yarn scaling": {"rope_theta": 8.0, "rope_scaling": YARN, "head_dim": 8},
+    "dynamic scaling": {"rope_theta": 8.0, "rope_scaling": DYNAMIC, "head_dim": 8},
 }
+# Those of which keys can be cached at any length.
+CACHED = [name for name in FAMILY if name != "dynamic scaling"]
 
 
 def embed(document, offset: int, width: int = WIDTH, fill: int = tiny.PAD):
@@ -46,7 +53,7 @@ def test_equals_the_numpy_decoder(name):
     tiny.close(model.logits(hidden)[0], decoder.logits(model, DOCUMENT))
 
 
-@pytest.mark.parametrize("name", ["norm and linear scaling", "llama3 scaling"])
+@pytest.mark.parametrize("name", ["norm and linear scaling", "llama3 scaling", "yarn scaling"])
 def test_rotary_settings_change_the_frequencies(name):
     config = tiny.model_config(**FAMILY[name])
     wanted = decoder.rotary_frequencies(config)
@@ -66,8 +73,86 @@ def test_llama3_scaling_keeps_blends_and_divides():
     assert np.all(np.array(layers.rope_frequencies(8, 8.0, long)) == plain)
 
 
-def test_padding_side_changes_nothing():
-    model = tiny.language_model()
+def yarn(**changes):
+    return layers.rope_frequencies(8, 8.0, dataclasses.replace(YARN, **changes))
+
+
+def test_yarn_keeps_and_divides_along_a_ramp():
+    # Theta 8, width 8: pair i turns 16 / (2π 8^(i/4)) times in 16 tokens, so twice at
+    # i = 4 ln(16 / 4π) / ln 8 = 0.4647 and half a time at i = 4 ln(16 / π) / ln 8 = 3.1314.
+    plain = np.array(layers.rope_frequencies(8, 8.0, None))
+    whole = 1 - np.array([0, 1, 2, 3]) / 4  # of the pairs, from 0 to 4
+    tiny.close(yarn(), plain * (whole + (1 - whole) / 4), 1e-6)
+    exact = 1 - np.array([0, 0.2007, 0.5757, 0.9507])  # (i - 0.4647) / (3.1314 - 0.4647)
+    tiny.close(yarn(truncate=False), plain * (exact + (1 - exact) / 4), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scale"),
+    [
+        ({}, 1.1386),  # 0.1 ln 4 + 1
+        ({"factor": 0.5}, 1.0),
+        ({"attention_factor": 0.7}, 0.7),
+        ({"mscale": 2.0}, 1.1386),  # nothing without mscale_all_dim
+        ({"mscale": 2.0, "mscale_all_dim": 0.5}, 1.1945),  # (0.2 ln 4 + 1) / (0.05 ln 4 + 1)
+        ({"kind": "linear"}, 1.0),
+    ],
+)
+def test_yarn_multiplies_queries_and_keys(changes, scale):
+    scaling = dataclasses.replace(YARN, **changes)
+    assert scaling.attention_scale == pytest.approx(scale, abs=1e-4)
+    config = tiny.model_config(rope_scaling=scaling, head_dim=8)
+    cos, sin = layers.rope_tables(jnp.arange(20), config)
+    tiny.close(cos**2 + sin**2, np.full((20, 4), scale**2), 1e-3)
+
+
+def test_dynamic_scaling_raises_the_base_with_the_length():
+    lengths = jnp.array([1, 4, 8])
+    got = np.array(layers.rope_frequencies(8, 8.0, DYNAMIC, lengths))
+    plain = np.array(layers.rope_frequencies(8, 8.0, None))
+    assert np.all(got[:2] == plain)
+    # Twice the original length by a factor of 2: the base is 8 (2 x 2 - 1)^(8/6) = 34.614.
+    tiny.close(got[2], 34.614 ** (-np.arange(4) / 4), 1e-5)
+
+
+def test_dynamic_scaling_reads_the_length_of_each_document():
+    """Whatever else is in its row, and wherever padding stands."""
+    model = tiny.language_model(tiny.model_config(**FAMILY["dynamic scaling"]))
+    tokens = np.array([[5, 17, 3, 39, 8, 9, 2, 4, 4, 0, 0]], np.int32)
+    segments = np.array([[1, 1, 1, 1, 1, 2, 2, 3, 3, 0, 0]], np.int32)
+    assert np.array_equal(
+        layers.lengths_of_segments(jnp.array(segments)), [[5, 5, 5, 5, 5, 2, 2, 2, 2, 2, 2]]
+    )
+    packed = tiny.forward(model, tokens, segments)[0]
+    for start, stop in ((0, 5), (5, 7), (7, 9)):
+        alone = tiny.forward(model, *embed(tokens[0, start:stop], 2))[0, 2 : 2 + stop - start]
+        tiny.close(packed[start:stop], alone)
+
+
+def test_dynamic_scaling_refuses_caches_beyond_the_original_length():
+    """Within it nothing is scaled, and what is sampled has the numbers of the whole."""
+    model = tiny.language_model(tiny.model_config(**FAMILY["dynamic scaling"]))
+    plain = tiny.language_model(tiny.model_config(rope_theta=8.0, head_dim=8))
+    prompt, mask = np.array([[5, 17, 3]], np.int32), np.ones((1, 3), bool)
+    states = [m.prefill(prompt, mask, cache_length=4)[0] for m in (model, plain)]
+    assert np.array_equal(*states)
+    with pytest.raises(
+        ValueError, match=r"dynamic: beyond 4 .* 5 tokens, padding included"
+    ) as error:
+        model.prefill(prompt, mask, cache_length=5)
+    assert "\n" not in str(error.value)
+    prefix = model.prefix(prompt, mask)
+    tiny.close(
+        model.after(prefix, prompt[:, :1], mask[:, :1]),
+        plain.after(prefix, prompt[:, :1], mask[:, :1]),
+    )
+    with pytest.raises(ValueError, match="dynamic: beyond 4"):
+        model.after(prefix, prompt[:, :2], mask[:, :2])
+
+
+@pytest.mark.parametrize("name", ["plain", "dynamic scaling"])
+def test_padding_side_changes_nothing(name):
+    model = tiny.language_model(tiny.model_config(**FAMILY[name]))
     alone = tiny.forward(model, *embed(DOCUMENT, 0, width=len(DOCUMENT)))[0]
     for offset in (0, 1, 3):
         padded = tiny.forward(model, *embed(DOCUMENT, offset))[0]
@@ -159,7 +244,7 @@ def continued(name: str = "plain"):
     return model, tiny.jit(Transformer.prefix), tiny.jit(Transformer.after)
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", CACHED)
 @pytest.mark.parametrize("offset", [0, 2, 3])
 def test_after_a_prefix_equals_the_full_pass(name, offset):
     """The prefix may be padded on either side, its rows go on from it with padding of their own."""
@@ -273,8 +358,10 @@ def test_wrong_settings_are_one_line(change, message):
 def test_unknown_keys_are_refused():
     with pytest.raises(TypeError, match="hidden_sizes"):
         ModelConfig(**{"vocab_size": 8, "hidden_sizes": 8})
-    with pytest.raises(ValueError, match=r"rope_scaling.kind='yarn' is unknown"):
-        RopeScaling("yarn")
+    with pytest.raises(ValueError, match=r"kind='longrope' is unknown; use one of linear, dynamic"):
+        RopeScaling("longrope")
+    with pytest.raises(ValueError, match="head_dim=2 must be above 2 with dynamic"):
+        tiny.model_config(head_dim=2, rope_scaling=DYNAMIC)
 
 
 @pytest.mark.slow

@@ -32,6 +32,16 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "beta_fast": 2.0,
+    "beta_slow": 0.5,
+    "original_max_position_embeddings": 16,
+}
+MSCALE = {"mscale": 1.5, "mscale_all_dim": 0.5, "truncate": False}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}
 # Name -> (model_type, what differs from SIZES).
 FAMILIES = {
     "llama1": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
@@ -41,6 +51,18 @@ FAMILIES = {
     ),
     "llama3": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": False}),
     "llama32_tied": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama_yarn": ("llama", {"rope_parameters": YARN}),
+    "llama_yarn_defaults": (
+        "llama",
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "qwen2_yarn_mscale": ("qwen2", {"rope_parameters": {**YARN, **MSCALE}}),
+    "qwen3_yarn_attention": (
+        "qwen3",
+        {"rope_parameters": {**YARN, "attention_factor": 0.8}, "head_dim": 16},
+    ),
+    # Rows of 40 tokens: nothing is scaled in 64.
+    "llama_dynamic": ("llama", {"rope_parameters": DYNAMIC}),
     "open_chinese_llama": (
         "llama",
         {"num_key_value_heads": 4, "vocab_size": 211, "rms_norm_eps": 1e-3},
@@ -141,12 +163,52 @@ def test_scores_of_a_transformers_folder(torch, tmp_path, family):
     assert_close(family, ours, their_logits(torch, theirs)[:, 0])
 
 
+@pytest.mark.parametrize("length", [1, 7, 15, 16, 17, 24, 40, 63])
+@pytest.mark.parametrize(
+    ("model_type", "rope"),
+    [
+        ("llama", DYNAMIC),
+        ("qwen2", DYNAMIC | {"factor": 5.0}),
+        ("llama", YARN),
+        ("qwen2", YARN | MSCALE),
+        ("qwen3", YARN | {"attention_factor": 0.8}),
+    ],
+)
+def test_stretched_models_at_every_length(torch, tmp_path, model_type, rope, length):
+    """Below, at and beyond the 16 tokens of pre-training; read from a folder, and saved to one.
+
+    transformers keeps the frequencies of the longest sequence that a model has read; a model that
+    is opened anew has read none.
+    """
+    import transformers
+
+    changes = {"rope_parameters": dict(rope), "max_position_embeddings": 16, "head_dim": 16}
+    config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **changes})
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            weight.normal_(1.0 if "norm" in name else 0.0, 0.15)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    save_model(ours, tmp_path / "ours")
+    rng = np.random.default_rng(length)
+    tokens = rng.integers(1, SIZES["vocab_size"], (2, length), dtype=np.int32)
+    logits = np.asarray(ours.logits(ours(jnp.asarray(tokens), jnp.ones_like(tokens))))
+    for folder in ("theirs", "ours"):
+        opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder).eval()
+        with torch.no_grad():
+            wanted = opened(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+        assert_close(f"{folder} at {length}", logits, wanted)
+
+
 OURS = {
     "llama": {},
     "llama_untied": {"tie_embeddings": False},
     "llama_head_dim": {"head_dim": 10},
     "llama_linear": {"rope_scaling": RopeScaling("linear", factor=3.0)},
     "llama_llama3": {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 16), "rope_theta": 500.0},
+    "llama_yarn": {"rope_scaling": RopeScaling("yarn", 4.0, original_max_length=16)},
+    "llama_dynamic": {"rope_scaling": RopeScaling("dynamic", 2.0, original_max_length=64)},
     "qwen2": {"qkv_bias": True},
     "qwen2_untied": {"qkv_bias": True, "tie_embeddings": False},
     "qwen2_head_dim": {"qkv_bias": True, "head_dim": 10},

@@ -10,14 +10,22 @@ import numpy as np
 from rlhf_jax.models.config import ModelConfig
 
 
-def rotary_frequencies(config: ModelConfig) -> list[float]:
-    """Radians per position of each pair of a head."""
+def rotary_frequencies(config: ModelConfig, length: int = 0) -> list[float]:
+    """Radians per position of each pair of a head, in a document of `length` tokens."""
     frequencies = []
     for i in range(config.head_dim // 2):
         frequency = config.rope_theta ** (-2 * i / config.head_dim)
         scaling = config.rope_scaling
         if scaling is not None and scaling.kind == "linear":
             frequency /= scaling.factor
+        elif scaling is not None and scaling.kind == "dynamic":
+            longer = max(length / scaling.original_max_length, 1)
+            exponent = config.head_dim / (config.head_dim - 2)
+            base = config.rope_theta * (scaling.factor * longer - (scaling.factor - 1)) ** exponent
+            frequency = base ** (-2 * i / config.head_dim)
+        elif scaling is not None and scaling.kind == "yarn":
+            share = yarn_interpolated(i, config)
+            frequency = share * frequency / scaling.factor + (1 - share) * frequency
         elif scaling is not None:
             wavelength = 2 * math.pi / frequency
             context = scaling.original_max_length
@@ -32,15 +40,44 @@ def rotary_frequencies(config: ModelConfig) -> list[float]:
     return frequencies
 
 
-def rotate(head: np.ndarray, position: int, config: ModelConfig) -> np.ndarray:
+def yarn_interpolated(pair: int, config: ModelConfig) -> float:
+    """How far a pair has gone from its own frequency, 0, to the divided one, 1."""
+    scaling, half = config.rope_scaling, config.head_dim / 2
+
+    def where(turns: float) -> float:
+        # original / (2 pi theta^(pair / half)) = turns, solved for the pair
+        ratio = scaling.original_max_length / (2 * math.pi * turns)
+        return half * math.log(ratio) / math.log(config.rope_theta)
+
+    low, high = where(scaling.beta_fast), where(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.head_dim - 1)
+    return min(max((pair - low) / (high - low), 0), 1)
+
+
+def attention_scale(config: ModelConfig) -> float:
+    """By which yarn multiplies queries and keys: sqrt(1/t) = 0.1 ln s + 1, unless told."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        log = 0.1 * math.log(scaling.factor)
+        return (scaling.mscale * log + 1) / (scaling.mscale_all_dim * log + 1)
+    return 0.1 * math.log(scaling.factor) + 1
+
+
+def rotate(head: np.ndarray, position: int, config: ModelConfig, length: int) -> np.ndarray:
     """Turns pair (i, i + H/2) of a head by position times frequency i."""
     half = config.head_dim // 2
     out = np.empty_like(head)
-    for i, frequency in enumerate(rotary_frequencies(config)):
+    for i, frequency in enumerate(rotary_frequencies(config, length)):
         cos, sin = math.cos(position * frequency), math.sin(position * frequency)
         out[i] = head[i] * cos - head[i + half] * sin
         out[i + half] = head[i + half] * cos + head[i] * sin
-    return out
+    return out * attention_scale(config)
 
 
 def rms_norm(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
@@ -82,9 +119,9 @@ def _layer(x: list[np.ndarray], w: dict[str, np.ndarray], config: ModelConfig) -
     queries, keys, values = [], [], []
     for position, row in enumerate(x):
         h = rms_norm(row, w["attention_norm"], config.norm_eps)
-        queries.append(_heads(h, w, "q", position, config))
-        keys.append(_heads(h, w, "k", position, config))
-        values.append(_heads(h, w, "v", None, config))
+        queries.append(_heads(h, w, "q", position, config, len(x)))
+        keys.append(_heads(h, w, "k", position, config, len(x)))
+        values.append(_heads(h, w, "v", None, config, len(x)))
     group = config.num_heads // config.num_kv_heads
     out = []
     for t, row in enumerate(x):
@@ -101,7 +138,9 @@ def _layer(x: list[np.ndarray], w: dict[str, np.ndarray], config: ModelConfig) -
     return out
 
 
-def _heads(h, w, name: str, position: int | None, config: ModelConfig) -> list[np.ndarray]:
+def _heads(
+    h, w, name: str, position: int | None, config: ModelConfig, length: int
+) -> list[np.ndarray]:
     """One projection, split into heads; normalised and rotated unless it is the values."""
     projected = h @ w[name]
     if config.qkv_bias:
@@ -111,4 +150,4 @@ def _heads(h, w, name: str, position: int | None, config: ModelConfig) -> list[n
         return heads
     if config.qk_norm:
         heads = [rms_norm(head, w[f"{name}_norm"], config.norm_eps) for head in heads]
-    return [rotate(head, position, config) for head in heads]
+    return [rotate(head, position, config, length) for head in heads]

@@ -18,6 +18,7 @@ import numpy as np
 
 from rlhf_jax.models.config import ModelConfig, RopeScaling
 from rlhf_jax.models.files.gguf_tokenizer import tokenizer_from_metadata
+from rlhf_jax.models.files.hf_config import not_stretched, within_window
 from rlhf_jax.models.files.hf_names import check_tensors, leaves_on_file
 from rlhf_jax.models.files.hf_shards import Shardings, assemble
 from rlhf_jax.models.files.hf_weights import check_vocabulary, save_model
@@ -153,21 +154,16 @@ class _GGUF:
         """
         heads, width = self.get("attention.head_count"), self.get("embedding_length")
         head_dim = self.get("attention.key_length", width // heads)
-        length = max_length or self.get("context_length")
         window = self.get("attention.sliding_window", 0)
+        length = within_window(self.get("context_length"), max_length, window, str(self.path))
         for key, value, only in (
             ("rope.dimension_count", self.get("rope.dimension_count", head_dim), head_dim),
             ("expert_count", self.get("expert_count", 0), 0),
         ):
             if value != only:
                 raise ValueError(f"{self.path}: {key}={value} is not supported; it must be {only}")
-        if window and length > window:
-            raise ValueError(
-                f"{self.path}: attention slides over {window} tokens, which is not supported "
-                f"beyond the window; max_length={length} must be at most {window}"
-            )
         theta = self.get("rope.freq_base", 10_000.0)
-        return ModelConfig(
+        config = ModelConfig(
             vocab_size=int(self._tensor(NAMES["embedding"]).shape[-1]),
             hidden_size=width,
             num_layers=self.get("block_count"),
@@ -184,6 +180,7 @@ class _GGUF:
             max_length=length,
             **changes,
         )
+        return config if max_length else not_stretched(config, window, str(self.path))
 
     def read(self, name: str, config: ModelConfig) -> np.ndarray:
         """One tensor in float32, rows of queries and keys in the order of Hugging Face files."""

@@ -7,10 +7,11 @@ parameters are understood: `rope_theta` with `rope_scaling` (transformers 4) and
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import logging
 from typing import Any, NamedTuple
 
-from rlhf_jax.models.config import ModelConfig, RopeScaling
+from rlhf_jax.models.config import ROPE_KINDS, ModelConfig, RopeScaling
 
 
 class Family(NamedTuple):
@@ -28,6 +29,20 @@ FAMILIES = {
     "qwen3": Family("Qwen3", 32_768, head_dim=128),
 }
 CAUSAL_LM, SCALAR = "ForCausalLM", "ForSequenceClassification"
+
+# Keys of `rope_parameters` -> fields of RopeScaling, as each kind reads them.
+ORIGINAL = "original_max_position_embeddings"
+_FACTOR, _LENGTH = {"factor": "factor"}, {ORIGINAL: "original_max_length"}
+_YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+_ROPE_KEYS = {
+    "linear": _FACTOR,
+    "dynamic": _FACTOR | _LENGTH,
+    "yarn": _FACTOR | _LENGTH | {key: key for key in _YARN},
+    "llama3": _FACTOR | {key: key for key in ("low_freq_factor", "high_freq_factor")} | _LENGTH,
+}
+_ROPE_TYPES = {ORIGINAL: int, "truncate": bool}
+
+_log = logging.getLogger(__name__)
 
 
 def architecture_of(raw: dict[str, Any], where: str) -> tuple[str, str]:
@@ -63,7 +78,8 @@ def config_from_hf(
     Args:
       raw: the parsed file.
       where: the name of the file, for messages.
-      max_length: replaces the file's `max_position_embeddings`.
+      max_length: replaces the file's `max_position_embeddings`. A model whose attention slides
+        over fewer tokens than that is used within its window; that is said once for each file.
 
     Returns:
       The configuration; `dtype` is the file's where it is float32 or bfloat16, and float32, which
@@ -79,11 +95,11 @@ def config_from_hf(
     if absent:
         raise ValueError(f"{where} must give a whole number for {', '.join(absent)}")
     _check_supported(raw, where)
-    length = max_length or raw.get("max_position_embeddings") or family.max_length
-    _check_window(raw, model_type, length, where)
+    length = raw.get("max_position_embeddings") or family.max_length
+    length = within_window(length, max_length, _window(raw, model_type), where)
     dtype = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
     theta, scaling = _rope_from_hf(raw, where)
-    return ModelConfig(
+    config = ModelConfig(
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
         num_layers=raw["num_hidden_layers"],
@@ -101,6 +117,7 @@ def config_from_hf(
         init_std=raw.get("initializer_range", 0.02),
         dtype="bfloat16" if dtype == "bfloat16" else "float32",
     )
+    return config if max_length else not_stretched(config, _window(raw, model_type), where)
 
 
 def config_to_hf(config: ModelConfig, kind: str = CAUSAL_LM) -> dict[str, Any]:
@@ -140,43 +157,81 @@ def config_to_hf(config: ModelConfig, kind: str = CAUSAL_LM) -> dict[str, Any]:
 def _rope_from_hf(raw: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """Base of the rotary frequencies and their scaling, from the old or the new spelling."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not any(isinstance(value, dict) for value in rope.values()):
+        return _one_rope(rope, raw, where)
+    # One set for each type of layer, as in Gemma 3. This decoder rotates all layers alike.
+    by_layer = {key: value for key, value in rope.items() if value is None or type(value) is dict}
+    used = dict.fromkeys(raw.get("layer_types") or by_layer)
+    absent = [name for name in used if not by_layer.get(name)]
+    if absent:
+        raise ValueError(
+            f"{where}: rope_parameters has nothing for layers of type {', '.join(absent)}, and "
+            "layers without rotation are not supported"
+        )
+    found = {name: _one_rope(by_layer[name] or {}, raw, where) for name in used}
+    if len(set(found.values())) > 1:
+        shown = ", ".join(
+            f"{name} (base {theta:g}, {scaling.kind if scaling else 'not scaled'})"
+            for name, (theta, scaling) in found.items()
+        )
+        raise ValueError(
+            f"{where}: rope_parameters differ by layer type, which is not supported: {shown}"
+        )
+    return next(iter(found.values()))
+
+
+def _one_rope(
+    rope: dict[str, Any], raw: dict[str, Any], where: str
+) -> tuple[float, RopeScaling | None]:
+    """The same from one set of parameters."""
     theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ValueError(f"{where}: partial_rotary_factor must be 1 (all of the head is rotated)")
     if kind == "default":
         return theta, None
-    if kind not in ("linear", "llama3"):
-        raise ValueError(f"{where}: rope type {kind!r} is not supported; use linear or llama3")
-    keys = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
-    absent = [key for key in keys if key not in rope]
-    if absent:
+    if kind not in ROPE_KINDS:
+        kinds = ", ".join(ROPE_KINDS)
+        raise ValueError(f"{where}: rope type {kind!r} is not supported; use one of {kinds}")
+    given = {key: value for key, value in rope.items() if value is not None}
+    family = FAMILIES[architecture_of(raw, where)[0]]
+    length = raw.get("max_position_embeddings") or family.max_length
+    if kind == "dynamic":  # transformers reads the length of pre-training there and nowhere else
+        return theta, _scaling(kind, {**given, ORIGINAL: length}, where)
+    given[ORIGINAL] = raw.get(ORIGINAL) or given.get(ORIGINAL) or length
+    if kind == "yarn" and rope.get("factor", 0) is None:
+        given["factor"] = length / given[ORIGINAL]
+    return theta, _scaling(kind, given, where)
+
+
+def _scaling(kind: str, given: dict[str, Any], where: str) -> RopeScaling:
+    """A scaling from what a file gives for it."""
+    keys = _ROPE_KEYS[kind]
+    required = [key for key in keys if key not in _YARN]
+    if absent := [key for key in required if key not in given]:
         raise ValueError(f"{where}: rope type {kind!r} must also give {', '.join(absent)}")
-    scaling = RopeScaling(kind, factor=float(rope["factor"]))
-    if kind == "linear":
-        return theta, scaling
-    length = rope.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
-    return theta, dataclasses.replace(
-        scaling,
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_length=int(length or FAMILIES["llama"].max_length),
-    )
+    try:
+        read = {key: _ROPE_TYPES.get(key, float)(given[key]) for key in keys if key in given}
+        return RopeScaling(kind, **{keys[key]: value for key, value in read.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: rope type {kind!r}: {error}") from None
 
 
 def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Both spellings of the rotary parameters, for old and new readers."""
     scaling, old = config.rope_scaling, None
     if scaling is not None:
-        old = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling is not None and old is not None and scaling.kind == "llama3":
-        old |= {
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_length,
-        }
+        values = {key: getattr(scaling, name) for key, name in _ROPE_KEYS[scaling.kind].items()}
+        if scaling.kind == "dynamic":
+            del values[ORIGINAL]
+        old = {"rope_type": scaling.kind}
+        old |= {key: value for key, value in values.items() if value is not None}
     new = {**(old or {"rope_type": "default"}), "rope_theta": config.rope_theta}
-    return {"rope_theta": config.rope_theta, "rope_scaling": old, "rope_parameters": new}
+    written = {"rope_theta": config.rope_theta, "rope_scaling": old, "rope_parameters": new}
+    if scaling is not None and scaling.kind == "dynamic":
+        # Part of the formula, so that it must not be another length that a caller has set.
+        written["max_position_embeddings"] = scaling.original_max_length
+    return written
 
 
 def _check_supported(raw: dict[str, Any], where: str) -> None:
@@ -193,21 +248,65 @@ def _check_supported(raw: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {key}={value!r} is not supported; it must be {only!r}")
 
 
-def _check_window(raw: dict[str, Any], model_type: str, max_length: int, where: str) -> None:
-    """Refuses sliding-window attention where it would change the result."""
-    window = raw.get("sliding_window", 4096)
+def _window(raw: dict[str, Any], model_type: str) -> int:
+    """Tokens over which attention slides in any layer; 0 where it sees all."""
+    window = raw.get("sliding_window", 4096) or 0
     if model_type == "mistral":
-        slides = True
-    elif model_type == "llama" or not raw.get("use_sliding_window", False):
-        slides = False
-    else:
-        first = raw.get("max_window_layers", 28)
-        layer_types = raw.get("layer_types") or []
-        slides = "sliding_attention" in layer_types or (
-            not layer_types and first < raw["num_hidden_layers"]
-        )
-    if slides and window and max_length > window:
+        return window
+    if model_type == "llama" or not raw.get("use_sliding_window", False):
+        return 0
+    first = raw.get("max_window_layers", 28)
+    layer_types = raw.get("layer_types") or []
+    slides = "sliding_attention" in layer_types or (
+        not layer_types and first < raw["num_hidden_layers"]
+    )
+    return window if slides else 0
+
+
+def within_window(length: int, asked: int | None, window: int, where: str) -> int:
+    """The longest sequence that is read: what was asked for, or else the file's within its window.
+
+    Args:
+      length: what the file states.
+      asked: what a caller wants instead; None or 0 is nothing.
+      window: tokens over which attention slides; 0 is all.
+      where: the name of the file, for messages.
+
+    Raises:
+      ValueError: more is asked for than the window holds.
+    """
+    if not window or (asked or length) <= window:
+        return asked or length
+    if asked:
         raise ValueError(
             f"{where}: attention slides over {window} tokens, which is not supported beyond the "
-            f"window; max_length={max_length} must be at most {window}: pass max_length={window}"
+            f"window; max_length={asked} must be at most {window}"
         )
+    _say_window(where, length, window)
+    return window
+
+
+def not_stretched(config: ModelConfig, window: int, where: str) -> ModelConfig:
+    """Returns the configuration, unless its rotary scaling goes beyond the window.
+
+    Raises:
+      ValueError: it does.
+    """
+    if window and config.longest > window:
+        raise ValueError(
+            f"{where}: rotary scaling stretches to {config.longest} tokens, and attention slides "
+            f"over {window}, which is not supported beyond the window; without the scaling the "
+            "model can be used within it"
+        )
+    return config
+
+
+@functools.cache
+def _say_window(where: str, length: int, window: int) -> None:
+    """Once for each file, however often it is read."""
+    _log.warning(
+        "%s: attention slides over %d tokens: texts may be as long as that, and not the model's %d",
+        where,
+        window,
+        length,
+    )
