@@ -103,7 +103,7 @@ def load_judges(names: tuple[str, ...]) -> dict[str, Judge]:
     """Judges by name; SmolLM2 is the language model where none is named, see `make_judges`."""
     if LANGUAGE_MODEL in names:
         require(SMOLLM2)
-    return make_judges(names, default_model=SMOLLM2)
+    return make_judges(names, settings={LANGUAGE_MODEL: {"default_model": SMOLLM2}})
 
 
 def load_tokenizer(folder: str, *others: str, date: str = "") -> Any:
