@@ -19,6 +19,8 @@ Variants:
   no_lm       without the LM loss
   harm        people's harm scores for answers of language models, opt-in: `smollm2,harm`; each
               prompt is in one split only
+  half        on the first half of the training texts, so that `gold` may judge what it is used for
+  gold        on the second half, with a seed of its own: the judge `gold`, see docs/judges.md
 """
 
 from ml_collections import ConfigDict
@@ -143,7 +145,7 @@ SCALES = {
     "moss_en": lambda: _moss(_paper_en()),
     "moss_zh": lambda: _moss(_paper_zh()),
 }
-VARIANTS = {"no_lm": _no_lm, "harm": _harm}
+VARIANTS = {"no_lm": _no_lm, "harm": _harm, "half": common.half, "gold": common.gold}
 # Of other sources data.pairs and data.eval_pairs say how many are taken.
 UNREAD = (Unread("data.limit", unless="data.source", is_=rows_by("limit", streams=True)),)
 
