@@ -265,22 +265,16 @@ def half(config: ConfigDict) -> None:
     Raises:
       ValueError: the source has no halves.
     """
-    _check_halves(config, "half")
+    check_halves(config, "half")
     config.data.half = "first"
 
 
-def gold(config: ConfigDict) -> None:
-    """The variant `gold`: the other half, and weights that no other run begins with.
+def check_halves(config: ConfigDict, variant: str) -> None:
+    """Refuses a variant that takes half of the texts of a source that is not divided.
 
     Raises:
-      ValueError: the source has no halves.
+      ValueError: names the variant and the source.
     """
-    _check_halves(config, "gold")
-    config.data.half = "second"
-    config.seed = 100  # that of its SFT model too, where the scale has one
-
-
-def _check_halves(config: ConfigDict, variant: str) -> None:
     if config.data.source != "reviews":
         raise ValueError(
             f"the variant {variant} takes half of the rated reviews, and data.source="

@@ -6,7 +6,7 @@ import pytest
 from rlhf_jax.data.schemas import DropCounts
 from rlhf_jax.data.sets import reviews
 from rlhf_jax.data.sets.reviews import Review
-from rlhf_jax.data.splits import normalise
+from rlhf_jax.data.splits import half_of, normalise
 from rlhf_jax.tasks import TaskConfig, make_task
 from tests.data.conftest import CHATML, HEADERS, stretches
 
@@ -161,6 +161,8 @@ def test_what_is_held_out_is_in_both_halves():
     for split in ("validation", "test"):
         whole, *halves = (list(reviews_of(split, half=half)) for half in ("", "first", "second"))
         assert halves == [whole, whole]
+        # What is held out says nothing of the half that a text is in.
+        assert 0.4 < np.mean([half_of(row["text"]) == "first" for row in whole]) < 0.6
     texts, ratings = task(instruction="", half="second").rated_texts("test")
     assert len(texts) == len(ratings) == len(whole)
 
