@@ -86,8 +86,8 @@ def reward_model_keywords(folder: str, argument: str = "", *, build: bool) -> di
       argument: of the config file that makes it; empty where none does.
       build: whether to make it here where it is missing.
     """
-    made_by = {"stage": "reward_model", "argument": argument, "build": build} if argument else {}
-    stages.require(folder, **made_by)
+    stage = "reward_model" if argument else ""
+    stages.require(folder, stage=stage, argument=argument, build=build)
     return {
         "default_model": folder,
         "instruction": (data_of(folder) or {}).get("instruction", ""),
@@ -168,7 +168,9 @@ def _in_common(one: Data | None, other: Data | None) -> str | None:
 def training_texts(data: Data) -> set[str] | None:
     """What people rated among the training rows of a run, normalised; None where nobody did."""
     names = {field.name for field in dataclasses.fields(TaskConfig)}
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in names}
+    given: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in names
+    }
     try:
         rated = make_task(TaskConfig(**given)).rated_texts("train")
     except (ValueError, OSError):  # Its rows are where they were no more.

@@ -146,8 +146,8 @@ def won(win, tie, count):
 
 def test_an_interval_of_win_rates_has_the_error_of_the_prompts():
     # Seeds that agree: all of the error is that of 3 x 100 prompts. Without ties the outcome of a
-    # prompt has variance .6 x .4 = .24; with ties .5 + .2 / 4 - .6² = .19.
-    for win, tie, variance in ((0.6, 0.0, 0.24), (0.5, 0.2, 0.19)):
+    # prompt has variance .6 x .4 = .24; with ties .2 + .8 / 4 - .6² = .04.
+    for win, tie, variance in ((0.6, 0.0, 0.24), (0.2, 0.8, 0.04)):
         alike = {seed: won(win, tie, 100) for seed in range(3)}
         result = claims.judge(WINS, alike)
         half = 1.96 * math.sqrt(variance / 300)

@@ -154,8 +154,5 @@ def test_ppo_logs_and_reports_gold_beside_vader(chain, tmp_path):
     assert list(summary["win_rates"]) == ["vader", "gold"]
     report = (tmp_path / "run" / "report.md").read_text()
     assert "second judges by a reward model" in report and "second orders" in report
-    # The judge is the reward model itself here: both say the same of the same responses.
-    statistics = summary["statistics"]["PPO-max"]
-    assert abs(statistics["judge/gold"] - statistics["reward/mean"]) < 1.0
     judge = judges.build(f"reward_model:{second}", examples=True)
     assert judge.name == "second" and judge(["a fine film"]).shape == (1,)
