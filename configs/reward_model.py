@@ -20,8 +20,8 @@ Variants:
   harm        people's harm scores for answers of language models, opt-in: `smollm2,harm`; each
               prompt is in one split only
   half        on the first half of the training texts, so that `gold` may judge what it is used for
-  gold        on the second half, twice the steps, with a seed of its own: the judge `gold`, see
-              docs/judges.md
+  gold        on the second half, with a seed of its own: the judge `gold`, see docs/judges.md;
+              held-out pair accuracy .739 at quickstart, the VADER rule .710
 """
 
 from ml_collections import ConfigDict
@@ -138,11 +138,10 @@ def _no_lm(config: ConfigDict) -> None:
 
 
 def _gold(config: ConfigDict) -> None:
-    """The half that `half` leaves, twice the steps, and weights that no other run begins with."""
+    """The half that `half` leaves, and weights that no other run begins with."""
     common.check_halves(config, "gold")
     config.data.half = "second"
     config.seed = 100  # that of its SFT model too, where the scale has one
-    config.train.steps *= 2
 
 
 SCALES = {
