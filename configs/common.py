@@ -39,7 +39,7 @@ RENAMED = {
 }
 
 # Variants that the stages before take as well.
-PASSED_ON = ("harm",)
+PASSED_ON = ("harm", "half")
 
 _FALLING = among("linear", "cosine")
 # What no experiment reads; see configs/unread.py.
@@ -47,6 +47,7 @@ UNREAD = (
     Unread("lora.alpha lora.targets", unless="lora.rank", is_=SET),
     Unread("log.wandb_project", unless="log.wandb", is_=SET),
     Unread("data.domains", unless="data.source", is_=rows_by("domains")),
+    Unread("data.half", unless="data.source", is_=rows_by("half")),
     Unread("data.instruction", unless="data.source", is_=rows_by("instruction")),
     Unread("data.min_gap", unless="data.source", is_=rows_by("min_gap")),
     Unread("sampling.top_p sampling.top_k", unless="sampling.temperature", is_=SET),  # greedy
@@ -94,7 +95,7 @@ def build(
     config = scales[scale]()
     config.experiment, config.scale, config.variants = experiment, scale, tuple(changes)
     if "label" in config:
-        config.label = ", ".join(changes) or config.label
+        config.label = ", ".join(n for n in changes if n not in PASSED_ON) or config.label
     for name in changes:
         variants[name](config)
     for assignment in assignments:
@@ -252,9 +253,34 @@ def task(source: str = "reviews") -> ConfigDict:
     data = ConfigDict()
     data.source = source  # reviews, hh, hh:FOLDER, jsonl:FILE, stream:hh, harm, ...
     data.domains = ("movie", "amazon")  # for reviews: which are read
+    data.half = ""  # for reviews: "first" or "second" half of the training texts; empty is both
     data.limit = 0  # the most rows of a split; 0 is all
     data.instruction = ""  # for reviews: what a chat model is asked; empty is plain text
     return data
+
+
+def half(config: ConfigDict) -> None:
+    """The variant `half`: the half of the rated texts that the gold reward model never sees.
+
+    Raises:
+      ValueError: the source has no halves.
+    """
+    check_halves(config, "half")
+    config.data.half = "first"
+
+
+def check_halves(config: ConfigDict, variant: str) -> None:
+    """Refuses a variant that takes half of the texts of a source that is not divided.
+
+    Raises:
+      ValueError: names the variant and the source.
+    """
+    if config.data.source != "reviews":
+        raise ValueError(
+            f"the variant {variant} takes half of the rated reviews, and data.source="
+            f"{config.data.source!r} is not divided: judges=('reward_model:FOLDER',) names a "
+            "reward model of your own"
+        )
 
 
 def optimizer(learning_rate: float, schedule: str, warmup_fraction: float, b2: float) -> ConfigDict:

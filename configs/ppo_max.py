@@ -31,6 +31,8 @@ Variants (what an ablation changes; PPO-max is the default):
   penalty, penalty_adaptive  PPO-penalty; adaptive_kl  adaptive token-level KL coefficient; trpo
   harm               harmful prompts and a reward model of people's harm scores, opt-in:
                      `smollm2,harm`
+  half               prompts and reward model of the first half of the texts, so that the judge
+                     `gold` may be asked: quickstart,half,judges=('vader','gold')
   reinforce, total_return, reward_to_go, reward_to_go_baseline, td, rloo, grpo
                      the choices of Φ_t on the slide "Policy Gradient Methods"
 """
@@ -317,6 +319,7 @@ VARIANTS = {
     "td": _changes(advantage={"method": "td"}),
     "k_step": _changes(advantage={"method": "k_step", "k": 4}),
     "harm": _harm,
+    "half": common.half,
     "rloo": _sampled("rloo", samples=4),
     "grpo": _sampled("grpo", samples=4),
 }

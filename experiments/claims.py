@@ -3,6 +3,9 @@
 A claim is a number of each seed and a bound. It is 'reproduced' where every seed keeps the bound
 and so does the interval of their mean; 'not reproduced' where no seed keeps it; 'undecided'
 otherwise, and where a run is missing. A run that failed keeps no bound.
+
+Where the number is one of win rates, another draw of prompts would have given another: the interval
+is then a bootstrap over seeds, and over the prompts of each.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.evaluation.comparison import bootstrap_interval
+from rlhf_jax.evaluation.comparison import Interval, bootstrap_interval
 from rlhf_jax.runtime.metrics import logged
 
 REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "undecided"
@@ -24,7 +27,9 @@ WIN_RATE = "win_rate/language_model"
 # Iterations at either end of a run over which a curve is averaged.
 ENDS = 10
 # Percent of an iteration's responses whose reward is lower, as they are logged.
-QUANTILES = ("05", "25", "50", "75", "95")
+QUANTILES = ("reward/q05", "reward/q25", "reward/q50", "reward/q75", "reward/q95")
+# Draws of the prompts of a seed, of which a resample takes one.
+REDRAWS = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Curves:
       collapses: iterations, from 0, at which the policy collapsed.
       win_rates: judge -> shares of test prompts against SFT at the end; empty for a reward model.
       differences: preferred minus dispreferred score of held-out pairs [N]; empty but for one.
+      eval_prompts: validation prompts behind each win rate of the log; 0 where not known.
     """
 
     log: Mapping[str, np.ndarray]
@@ -44,6 +50,27 @@ class Curves:
     collapses: Sequence[int]
     win_rates: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     differences: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    eval_prompts: int = 0
+
+    def redrawn(self, random: np.random.Generator) -> Curves:
+        """The run with the win rates that as many prompts drawn from its own would give.
+
+        At the end a judge's wins, ties and losses are drawn, from their shares. The log has the win
+        rate alone: it is drawn as if there had been no tie, which varies at least as much. Prompts
+        that several runs, or several steps of one, have answered are drawn anew for each.
+        """
+        log, rates = dict(self.log), {}
+        for name, values in self.log.items():
+            if self.eval_prompts and name.startswith("win_rate/"):
+                there, count = np.isfinite(values), self.eval_prompts
+                log[name] = np.array(values, np.float64)
+                log[name][there] = random.binomial(count, values[there]) / count
+        for name, rate in self.win_rates.items():
+            count, shares = int(rate.get("num_prompts", 0)), [rate["win"], rate["tie"]]
+            if count:
+                won, tied, _ = random.multinomial(count, [*shares, max(0.0, 1 - sum(shares))])
+                rates[name] = {**rate, "win_rate": (won + tied / 2) / count}
+        return dataclasses.replace(self, log=log, win_rates={**self.win_rates, **rates})
 
     def values(self, metric: str) -> np.ndarray:
         """The values of a metric where it was logged; empty where it never was."""
@@ -97,6 +124,7 @@ class Claim:
       series: labels that `value` reads.
       at_least: lower bound; None where it is not bounded so.
       at_most: upper bound.
+      of_win_rates: whether `value` is made of win rates on prompts.
     """
 
     figure: str
@@ -107,6 +135,7 @@ class Claim:
     series: tuple[str, ...]
     at_least: float | None = None
     at_most: float | None = None
+    of_win_rates: bool = False
 
     @property
     def threshold(self) -> str:
@@ -132,7 +161,8 @@ class Verdict:
     Attributes:
       claim: which.
       values: seed -> its number; NaN where the run failed.
-      low: lower end of the 95% interval of the mean, by a bootstrap over seeds; NaN for one seed.
+      low: lower end of the 95% interval of the mean, by a bootstrap over seeds, and over prompts
+        for a claim `of_win_rates`; NaN for one seed.
       high: upper end.
       verdict: one of the three words.
     """
@@ -162,7 +192,7 @@ def judge(claim: Claim, seeds: Mapping[int, Seed], *, failed: Sequence[int] = ()
     numbers = np.array(list(values.values()))
     low = high = math.nan
     if len(numbers) > 1 and np.isfinite(numbers).all():
-        _, low, high = bootstrap_interval(numbers)
+        _, low, high = interval(claim, [seeds[seed] for seed in values], numbers)
     kept = [claim.keeps(value) for value in numbers]
     if not kept:
         verdict = UNDECIDED
@@ -173,6 +203,38 @@ def judge(claim: Claim, seeds: Mapping[int, Seed], *, failed: Sequence[int] = ()
     else:
         verdict = UNDECIDED
     return Verdict(claim, values, low, high, verdict)
+
+
+def interval(claim: Claim, seeds: Sequence[Seed], values: np.ndarray) -> Interval:
+    """The mean over seeds with a 95% interval.
+
+    For win rates it is a bootstrap in two stages: seeds are drawn with replacement, and for each
+    that is drawn its prompts. What the draws of prompts move on average is taken off: the best of
+    several win rates rises by it, and here their spread alone is asked for.
+
+    Args:
+      claim: its value is taken of each draw.
+      seeds: the runs of S seeds.
+      values: [S], the value of each.
+    """
+    if not claim.of_win_rates:
+        return bootstrap_interval(values)
+    random = np.random.default_rng(0)
+    drawn = np.array(
+        [[claim.value(_redrawn(seed, random)) for _ in range(REDRAWS)] for seed in seeds]
+    )
+    drawn += (values - drawn.mean(axis=1))[:, None]
+
+    def mean(seeds_drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+        rows = seeds_drawn.astype(np.int64)
+        return drawn[rows, random.integers(REDRAWS, size=rows.shape)].mean(axis)
+
+    _, low, high = bootstrap_interval(np.arange(len(seeds)), mean)
+    return Interval(float(values.mean()), low, high)
+
+
+def _redrawn(seed: Seed, random: np.random.Generator) -> Seed:
+    return {label: run.redrawn(random) for label, run in seed.items()}
 
 
 def _last_win(run: Curves) -> float:
@@ -255,7 +317,7 @@ def _early(label: str) -> Callable[[Seed], float]:
 
 def _spread(run: Curves, at: Callable[..., float]) -> float:
     """Between the 5% and the 95% quantile of the rewards of an iteration."""
-    low, high = (f"reward/q{QUANTILES[i]}" for i in (0, -1))
+    low, high = QUANTILES[0], QUANTILES[-1]
     return at(run, high) - at(run, low)
 
 
@@ -312,6 +374,7 @@ CLAIMS = (
         lambda seed: _lost_as_reward_rose(seed["vanilla"]),
         ("vanilla",),
         at_least=10,
+        of_win_rates=True,
     ),
     Claim(
         "4",
@@ -403,6 +466,7 @@ CLAIMS = (
         lambda seed: 100 * _last_win(seed["policy_pretrained"]),
         ("policy_pretrained",),
         at_most=20,
+        of_win_rates=True,
     ),
     Claim(
         "8",
@@ -413,6 +477,7 @@ CLAIMS = (
         ("critic_sft", "PPO-max"),
         at_least=-10,
         at_most=10,
+        of_win_rates=True,
     ),
     Claim(
         "8",
@@ -448,6 +513,7 @@ CLAIMS = (
         lambda seed: _lost(seed["PPO-max, long"]),
         ("PPO-max, long",),
         at_most=10,
+        of_win_rates=True,
     ),
     Claim(
         "10",
@@ -457,6 +523,7 @@ CLAIMS = (
         lambda seed: 100 * seed["PPO-max"].win_rates["language_model"]["win_rate"],
         ("PPO-max",),
         at_least=55,
+        of_win_rates=True,
     ),
     Claim(
         "13",
@@ -499,5 +566,6 @@ def as_dict(verdict: Verdict) -> dict[str, Any]:
         "threshold": claim.threshold,
         "values": {str(seed): value for seed, value in verdict.values.items()},
         "interval": [verdict.low, verdict.high],
+        "interval_over": ["seeds", "prompts"] if claim.of_win_rates else ["seeds"],
         "verdict": verdict.verdict,
     }

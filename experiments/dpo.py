@@ -24,7 +24,7 @@ import jax
 from ml_collections import ConfigDict
 
 from configs import common
-from experiments import command, folders, reporting, stages
+from experiments import command, folders, judging, reporting, stages
 from experiments.settings import (
     AnswersConfig,
     PairData,
@@ -214,7 +214,7 @@ def main(config: ConfigDict) -> None:
         return
     train, data, sharding = settings.train, settings.data, settings.sharding.make()
     task, devices = settings.task(), sharding.mesh.size
-    judges = stages.load_judges(judge_names(settings.judges, task))
+    judges = judging.load_judges(judge_names(settings.judges, task), settings)
 
     # 1. The SFT policy, frozen and to be trained; with adapters one copy serves as both.
     folder = stages.require(

@@ -208,6 +208,7 @@ def collect(name: str, scale: str, seeds: Sequence[int], failed: Mapping[str, st
                 [event.step for event in found],
                 win_rates=summary.get("win_rates", {}),
                 differences=pairs,
+                eval_prompts=info["config"].get("eval", {}).get("prompts", 0),
             )
             content = {
                 "status": "finished",

@@ -21,11 +21,11 @@ from typing import Any
 import tabulate
 
 from configs.common import SMOLLM2
-from experiments import command, stages
+from experiments import command, judging, stages
 from rlhf_jax.data.sets import archives, reviews
 from rlhf_jax.evaluation.adversaries import OPENING_WORDS, Fooled, how_fooled
 from rlhf_jax.evaluation.agreement import measured_agreement
-from rlhf_jax.evaluation.judges import LANGUAGE_MODEL, Judge, make_judge
+from rlhf_jax.evaluation.judges import GOLD, LANGUAGE_MODEL, REWARD_MODEL, Judge, make_judge
 from rlhf_jax.evaluation.language_model import SENTIMENT, LanguageModelJudge
 from rlhf_jax.evaluation.log_odds import log_odds
 from rlhf_jax.runtime.compiler_guard import guard_cpu_compiler
@@ -41,15 +41,22 @@ KINDS = {
 }
 
 
-def build(name: str, *, examples: bool, repetition_cost: float | None = None) -> Judge:
-    """A judge by name; the model of a package is fetched and converted where it is missing.
+def build(
+    name: str, *, examples: bool, repetition_cost: float | None = None, scale: str = "quickstart"
+) -> Judge:
+    """A judge by name; a model that is missing is converted from its package, or trained.
 
     Args:
       name: As `make_judge` takes it; "language_model" alone is SmolLM2.
+      scale: Of the gold reward model.
       examples: Whether a language model is shown labelled examples.
       repetition_cost: Of a language model; None is its default.
     """
     kind, _, model = name.partition(":")
+    if kind in (REWARD_MODEL, GOLD):
+        argument = "" if model else judging.gold_argument(scale)
+        folder = model or judging.model_folder(argument)
+        return make_judge(name, **judging.reward_model_keywords(folder, argument, build=True))
     if kind != LANGUAGE_MODEL:
         return make_judge(name)
     folder = model or SMOLLM2
@@ -132,6 +139,7 @@ def main(options: argparse.Namespace) -> None:
     settings = {
         "examples": not options.no_examples,
         "repetition_cost": options.repetition_cost,
+        "scale": options.scale,
     }
     judges = [build(name, **settings) for name in options.judge]
     results = [measure(judge, options, rated) for judge in judges]
@@ -145,6 +153,12 @@ def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--judge", nargs="+", default=["vader"], metavar="NAME")
+    parser.add_argument(
+        "--scale",
+        default="quickstart",
+        choices=("tiny", "quickstart", "smollm2"),
+        help="of the judge gold",
+    )
     parser.add_argument("--domain", default="movie", choices=tuple(KINDS))
     parser.add_argument("--texts", type=int, default=600, help="how many reviews are judged")
     parser.add_argument("--min-gap", type=float, default=1.0, help="least difference of ratings")

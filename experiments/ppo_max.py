@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import common
-from experiments import command, folders, reporting, stages
+from experiments import command, folders, judging, reporting, stages
 from experiments.settings import (
     AnswersConfig,
     PromptData,
@@ -114,12 +114,14 @@ class Settings(Shared):
 
 
 def require_stages(settings: Settings) -> None:
-    """Finds or runs the stages before: SFT (and its `policy_variant`), reward model.
+    """Finds or runs the stages before: SFT (and its `policy_variant`), reward model, judges.
 
     Raises:
       ValueError: texts may become longer than one of the models reads.
     """
     inputs = settings.inputs
+    # Judges first: one that may not judge is refused before anything is trained.
+    judging.require_judges(judge_names(settings.judges, settings.task()), settings)
     variant = (inputs.policy_variant,) if inputs.policy_variant else ()
     for folder, stage, variants in (
         (inputs.reference, "sft", ()),
@@ -287,7 +289,7 @@ def main(config: ConfigDict) -> None:
     )
 
     # 4. Prompts that no stage has seen, and SFT's responses to compare with.
-    judges = stages.load_judges(judge_names(settings.judges, task))
+    judges = judging.load_judges(judge_names(settings.judges, task), settings)
     eval_sampling = settings.eval.sampling.of(settings.sampling)
     generate = method.generate  # one program serves both where nothing differs
     if eval_sampling != settings.sampling:

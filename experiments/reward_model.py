@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import common
-from experiments import command, folders, reporting, stages
+from experiments import command, folders, judging, reporting, stages
 from experiments.settings import EvalConfig, PairData, Shared, judge_names
 from rlhf_jax.data.batches import PairBatches, once_pairs, pair_batches
 from rlhf_jax.data.schemas import EncodedPair
@@ -162,7 +162,10 @@ def main(config: ConfigDict) -> None:
     if not folders.claim(settings, "reward model"):
         return
     train, sharding, task = settings.train, settings.sharding.make(), settings.task()
-    method, judges = settings.method(), stages.load_judges(judge_names(settings.judges, task))
+    method, judges = (
+        settings.method(),
+        judging.load_judges(judge_names(settings.judges, task), settings),
+    )
 
     # 1. The SFT model with a new scalar head, and pairs that people have ranked.
     inputs, data = settings.inputs, settings.data

@@ -125,6 +125,7 @@ class DataConfig:
 
     source: str
     domains: tuple[str, ...]
+    half: str
     limit: int
     instruction: str
 

@@ -12,14 +12,12 @@ from typing import Any
 
 import jax
 
-from configs.common import SMOLLM2
 from experiments import folders
 from experiments.settings import ModelOptions, Shared
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.data.prepare import tokenizer_text
 from rlhf_jax.data.sets import archives
 from rlhf_jax.data.templates import set_date
-from rlhf_jax.evaluation.judges import LANGUAGE_MODEL, Judge, make_judges
 from rlhf_jax.models import lora
 from rlhf_jax.models.files import hf_files, hf_weights, lora_files
 from rlhf_jax.models.files.gguf import gguf_to_hf
@@ -97,13 +95,6 @@ def convert_pretrained(folder: str) -> None:
     finally:
         lock.release(home)
     distributed.barrier(f"{folder} is converted")
-
-
-def load_judges(names: tuple[str, ...]) -> dict[str, Judge]:
-    """Judges by name; SmolLM2 is the language model where none is named, see `make_judges`."""
-    if LANGUAGE_MODEL in names:
-        require(SMOLLM2)
-    return make_judges(names, default_model=SMOLLM2)
 
 
 def load_tokenizer(folder: str, *others: str, date: str = "") -> Any:

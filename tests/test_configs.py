@@ -226,3 +226,25 @@ def test_stages_before_exist_for_every_scale(experiment):
         config = get(experiment, scale)
         for stage in ("sft", "reward_model") if experiment == "ppo_max" else ("sft",):
             get(stage, common.stage_argument(stage, config))
+
+
+def test_half_goes_to_the_reward_model_and_gold_has_the_other_half_and_its_own_weights():
+    config = common.resolve(ppo_max.get_config("quickstart,half,seed=2"))
+    assert config.inputs.reward_model == "runs/reward_model/quickstart-half-seed=2/model"
+    assert config.inputs.model == "runs/sft/quickstart-seed=2/model"  # no ratings are read there
+    assert common.stage_argument("reward_model", config) == "quickstart,half,seed=2"
+    assert config.label == "PPO-max"  # the data do not name the method
+    assert ppo_max.get_config("tiny,half,no_kl").label == "no_kl"
+    before = common.resolve(reward_model.get_config("quickstart,half,seed=2"))
+    gold = common.resolve(reward_model.get_config("quickstart,gold"))
+    assert (config.data.half, before.data.half, gold.data.half) == ("first", "first", "second")
+    assert gold.workdir == "runs/reward_model/quickstart-gold"
+    assert gold.inputs.model == "runs/sft/quickstart-seed=100/model"
+    assert common.resolve(dpo.get_config("tiny,half")).compare.reward_model.endswith(
+        "tiny-half/model"
+    )
+    for experiment, argument in (("ppo_max", "paper_en,half"), ("reward_model", "paper_en,gold")):
+        with pytest.raises(
+            ValueError, match=r"takes half of the rated reviews, and data\.source='hh'"
+        ):
+            get(experiment, argument)

@@ -62,6 +62,7 @@ OTHER: dict[str, Any] = {
     "model.dtype": "bfloat16",
     "model.remat": "full",
     "data.domains": ("amazon",),
+    "data.half": "second",
     "data.prompt_buckets": (24,),
     "data.ptx_length": 40,
     "data.max_length": 90,

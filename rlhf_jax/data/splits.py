@@ -11,6 +11,7 @@ import html
 import re
 import unicodedata
 
+HALVES = ("first", "second")
 SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
 
@@ -43,7 +44,18 @@ def split_of(text: str) -> str:
     return "test"
 
 
+def half_of(text: str) -> str:
+    """Returns "first" or "second": one half each by a hash of the normalised text.
+
+    It has nothing to do with the split: of each split one half is in each half.
+    """
+    return HALVES[_digest(text)[8] % 2]
+
+
 def fraction_of(text: str) -> float:
     """Returns a number in [0, 1) that is a hash of the normalised text."""
-    digest = hashlib.sha256(normalise(text).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    return int.from_bytes(_digest(text)[:8], "big") / 2**64
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(normalise(text).encode()).digest()

@@ -9,7 +9,7 @@ people (`rlhf_jax.evaluation.agreement`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, Protocol
 
@@ -18,8 +18,22 @@ import numpy as np
 from rlhf_jax.runtime.errors import MissingPackageError
 
 VADER, LANGUAGE_MODEL = "vader", "language_model"
-# What `make_judge` takes, as it is listed to users.
-NAMES = (VADER, LANGUAGE_MODEL, f"{LANGUAGE_MODEL}:FOLDER_OR_HUB_NAME")
+# A reward model of the user's choice, and the one that no policy is to be trained against.
+REWARD_MODEL, GOLD = "reward_model", "gold"
+# What `make_judge` takes, as it is listed to users: alone, and with the model that it needs.
+_WITH_MODEL = {
+    LANGUAGE_MODEL: f"{LANGUAGE_MODEL}:FOLDER_OR_HUB_NAME",
+    REWARD_MODEL: f"{REWARD_MODEL}:FOLDER_OR_HUB_NAME",
+    GOLD: f"{GOLD}:FOLDER_OR_HUB_NAME",
+}
+NAMES = (
+    VADER,
+    LANGUAGE_MODEL,
+    _WITH_MODEL[LANGUAGE_MODEL],
+    _WITH_MODEL[REWARD_MODEL],
+    GOLD,
+    _WITH_MODEL[GOLD],
+)
 
 
 class Judge(Protocol):
@@ -61,31 +75,41 @@ def make_judge(name: str, /, *, default_model: str = "", **settings: Any) -> Jud
     """Makes a judge from its name, as a config or a command line gives it.
 
     Args:
-      name: "vader"; "language_model" for `default_model`; or "language_model:" and a folder or a
-        name on the Hugging Face hub.
-      default_model: Folder or hub name of the model for "language_model" alone.
+      name: "vader"; "language_model" or "gold" for `default_model`; or "language_model:",
+        "reward_model:" or "gold:" and a folder or a name on the Hugging Face hub. The last two are
+        reward models alike: "gold" is one that no policy was trained against.
+      default_model: Folder or hub name of the model where the name has none.
       **settings: Keywords of the judge's class.
 
     Raises:
       ValueError: An unknown name or setting, no model, or a model that is missing: one line.
       MissingPackageError: the package vaderSentiment is missing.
     """
-    kind, _, model = name.partition(":")
-    if kind == LANGUAGE_MODEL:
-        # Imported here: the VADER rule needs no model code.
-        from rlhf_jax.evaluation.language_model import LanguageModelJudge
-
-        _check_settings(name, LanguageModelJudge, settings)
-        if not (model or default_model):
-            raise ValueError(f"judge {name!r} names no model: write {NAMES[-1]}")
-        try:
-            return LanguageModelJudge(model or default_model, **settings)
-        except ValueError as error:
-            raise ValueError(f"judge {name!r}: {error}") from error
     if name == VADER:
         _check_settings(name, VaderJudge, settings)
         return VaderJudge(**settings)
-    raise ValueError(f"unknown judge {name!r}; choose one of {', '.join(NAMES)}")
+    kind, _, model = name.partition(":")
+    if kind not in _WITH_MODEL:
+        raise ValueError(f"unknown judge {name!r}; choose one of {', '.join(NAMES)}")
+    judge = _class_of(kind)
+    _check_settings(name, judge, settings)
+    if not (model or default_model):
+        raise ValueError(f"judge {name!r} names no model: write {_WITH_MODEL[kind]}")
+    try:
+        return judge(model or default_model, **settings)
+    except ValueError as error:
+        raise ValueError(f"judge {name!r}: {error}") from error
+
+
+def _class_of(kind: str) -> Any:
+    """The class of judges that read with a model; the VADER rule needs no code of models."""
+    if kind == LANGUAGE_MODEL:
+        from rlhf_jax.evaluation.language_model import LanguageModelJudge
+
+        return LanguageModelJudge
+    from rlhf_jax.evaluation.reward_model import RewardModelJudge
+
+    return RewardModelJudge
 
 
 def _check_settings(name: str, judge: Any, settings: dict[str, Any]) -> None:
@@ -157,12 +181,14 @@ class VaderJudge:
         return np.array(scores, dtype=np.float64)
 
 
-def make_judges(names: Sequence[str], *, default_model: str = "") -> dict[str, Judge]:
+def make_judges(
+    names: Sequence[str], *, settings: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Judge]:
     """Judges by the first word of their names, under which their numbers are logged.
 
     Args:
       names: as `make_judge` takes them.
-      default_model: see `make_judge`.
+      settings: name of a judge -> keywords of `make_judge`.
 
     Raises:
       ValueError: two judges of one kind; or see `make_judge`.
@@ -170,7 +196,7 @@ def make_judges(names: Sequence[str], *, default_model: str = "") -> dict[str, J
     kinds = [name.partition(":")[0] for name in names]
     if len(set(kinds)) < len(kinds):
         raise ValueError(f"judges={tuple(names)} must be of different kinds")
-    made = [make_judge(name, default_model=default_model) for name in names]
+    made = [make_judge(name, **(settings or {}).get(name, {})) for name in names]
     return dict(zip(kinds, made, strict=True))
 
 

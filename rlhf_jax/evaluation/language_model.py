@@ -156,7 +156,7 @@ class LanguageModelJudge:
             "max_length": self._max_length,
             "repetition_cost": self.repetition_cost,
         }
-        return f"{_digest_of_folder(self._folder)} {settings}"
+        return f"{digest_of_folder(self._folder)} {settings}"
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Scores N texts; warns of texts that were cut, and counts them in `num_cut`.
@@ -203,7 +203,7 @@ def short_name(folder: str | Path) -> str:
     return parts[-1] if parts else str(folder)
 
 
-def _digest_of_folder(folder: str | Path) -> str:
+def digest_of_folder(folder: str | Path) -> str:
     """A digest of the files of a saved model, in the order of their names."""
     patterns = hf_files.CONFIG_PATTERNS + hf_files.WEIGHT_PATTERNS
     files = sorted(hf_files.find_folder(folder, patterns).iterdir())

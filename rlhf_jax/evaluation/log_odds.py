@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from rlhf_jax.data.templates import ChatTokenizer
+from rlhf_jax.evaluation.text_batches import padded, plan
 from rlhf_jax.models.cache import Prefix
 from rlhf_jax.models.heads import hidden_at, last_real_index
 from rlhf_jax.models.transformer import Transformer
@@ -92,9 +93,9 @@ def log_odds(
 
     values = np.zeros(len(rows), np.float64)
     if rows:
-        cache = _read_prefix(model, *_padded([shared], 1, _prefix_columns(len(shared))))
-        for members, num_rows, columns in _plan([len(row) for row in rows], batch_tokens):
-            tokens, mask = _padded([rows[i] for i in members], num_rows, columns)
+        cache = _read_prefix(model, *padded([shared], 1, _prefix_columns(len(shared))))
+        for members, num_rows, columns in plan([len(row) for row in rows], batch_tokens):
+            tokens, mask = padded([rows[i] for i in members], num_rows, columns)
             differences = _read(model, cache, tokens, mask.astype(np.int32), wanted)
             values[members] = np.asarray(differences, np.float64)[: len(members)]
     index = np.array([position[text] for text in texts], np.int64)
@@ -118,44 +119,8 @@ def first_tokens(tokenizer: Any, prefix: str, suffix: str, answers: tuple[str, s
     return np.array(ids, np.int32)[:, 0]
 
 
-def _plan(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Batches of similar lengths, the longest first: which texts, rows and columns.
-
-    A batch has all the rows that it may have or a quarter of them, so that few texts are not padded
-    to many.
-    """
-    order = np.argsort(np.asarray(lengths), kind="stable")[::-1]
-    while order.size:
-        columns = _text_columns(lengths[order[0]])
-        full = max(1, batch_tokens // columns)
-        quarter = max(1, full // 4)
-        num_rows = full if order.size > full - quarter else quarter
-        yield order[:num_rows], num_rows, columns
-        order = order[num_rows:]
-
-
-def _text_columns(length: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ...: from 16 on, at most a third of a row is padding."""
-    columns = 16
-    while columns < length:
-        is_power = columns & (columns - 1) == 0
-        columns = columns * 3 // 2 if is_power else columns * 4 // 3
-    return columns
-
-
 def _prefix_columns(length: int) -> int:
     return max(1, -(-length // _PREFIX_MULTIPLE)) * _PREFIX_MULTIPLE
-
-
-def _padded(
-    rows: Sequence[Sequence[int]], num_rows: int, columns: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 and mask bool `[num_rows, columns]`, padded on the right and below."""
-    tokens = np.zeros((num_rows, columns), np.int32)
-    mask = np.zeros((num_rows, columns), bool)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)], mask[i, : len(row)] = row, True
-    return tokens, mask
 
 
 @jax.jit

@@ -42,7 +42,7 @@ class Mix(Task):
       numbers: of each, its rows in the training split; empty where shares were given.
     """
 
-    reads = ("domains", "min_gap")
+    reads = ("domains", "half", "min_gap")
 
     def __init__(self, config: TaskConfig):
         super().__init__(config)

@@ -22,6 +22,7 @@ from rlhf_jax.data.encode import IDENTICAL_TOKENS
 from rlhf_jax.data.examples import Examples
 from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, Kind, Message, Row
 from rlhf_jax.data.sets import reviews
+from rlhf_jax.data.splits import half_of, split_of
 from rlhf_jax.data.templates import ChatTokenizer
 from rlhf_jax.tasks.task import Task, TaskConfig
 
@@ -29,7 +30,7 @@ from rlhf_jax.tasks.task import Task, TaskConfig
 class Reviews(Task):
     """Reviews of films and products, editorials and tweets; see `data.sets.reviews`."""
 
-    reads = ("domains", "instruction", "limit", "min_gap")
+    reads = ("domains", "half", "instruction", "limit", "min_gap")
     judges = ("vader",)
 
     def __init__(self, config: TaskConfig):
@@ -165,7 +166,15 @@ class Reviews(Task):
     def _reviews(self, split: str, drops: DropCounts) -> list[reviews.Review]:
         domains = self.config.domains or ("movie", "amazon")
         loaded = reviews.load_reviews(split, domains=domains, drops=drops)
+        if self.config.half:
+            kept = [review for review in loaded if self._is_of_half(review.text)]
+            drops.drop("of the other half", len(loaded) - len(kept))
+            loaded = kept
         return loaded[: self.config.limit or None]
+
+    def _is_of_half(self, text: str) -> bool:
+        """Whether a text is of the half that is read; one that is held out is of both."""
+        return split_of(text) != "train" or half_of(text) == self.config.half
 
 
 def _without(text: str, before: str) -> str:

@@ -24,7 +24,7 @@ from rlhf_jax.data.convert import texts_of
 from rlhf_jax.data.digests import rows_digest
 from rlhf_jax.data.examples import Examples, StreamedExamples
 from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, EncodedPrompt, Kind, Row
-from rlhf_jax.data.splits import check_split
+from rlhf_jax.data.splits import HALVES, check_split
 from rlhf_jax.runtime import distributed
 
 STREAM = "stream:"
@@ -42,6 +42,8 @@ class TaskConfig:
     Attributes:
       source: what the user types: "reviews", "hh:FOLDER", "jsonl:FILE", "stream:hh", ...
       domains: of reviews: which of them; empty is films and products.
+      half: of reviews: which half of the training texts, "first" or "second"; empty is both. No
+        text is in two halves, and held-out texts are in both.
       limit: the most rows; 0 is all of them. Pairs have a count of their own.
       instruction: of reviews: what the system asks of the assistant; empty is plain text.
       min_gap: the least difference of the ratings of a pair that is drawn.
@@ -50,10 +52,15 @@ class TaskConfig:
 
     source: str
     domains: tuple[str, ...] = ()
+    half: str = ""
     limit: int = 0
     instruction: str = ""
     min_gap: float = 1.0
     seed: int = 0
+
+    def __post_init__(self):
+        if self.half not in ("", *HALVES):
+            raise ValueError(f"data.half={self.half!r} must be {' or '.join(HALVES)}, or empty")
 
 
 class Task(abc.ABC):

@@ -8,6 +8,7 @@ import pytest
 from rlhf_jax.data.templates import ChatTokenizer
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.evaluation import log_odds as module
+from rlhf_jax.evaluation import text_batches
 from rlhf_jax.evaluation.log_odds import first_tokens, log_odds
 from rlhf_jax.models.transformer import Transformer
 from tests import tiny
@@ -130,7 +131,7 @@ def test_a_batch_is_full_or_a_quarter_and_holds_each_text_once():
     for count in (1, 5, 8, 9, 31, 33, 100):
         lengths = rng.integers(1, 70, count).tolist()
         seen = []
-        for members, num_rows, columns in module._plan(lengths, 512):
+        for members, num_rows, columns in text_batches.plan(lengths, 512):
             assert num_rows in (512 // columns, 512 // columns // 4)
             assert 0 < len(members) <= num_rows and max(lengths[i] for i in members) <= columns
             seen += members.tolist()
@@ -138,9 +139,9 @@ def test_a_batch_is_full_or_a_quarter_and_holds_each_text_once():
 
 
 def test_lengths_are_the_next_of_a_short_row():
-    row = sorted({module._text_columns(n) for n in range(1, 1025)})
+    row = sorted({text_batches.columns_for(n) for n in range(1, 1025)})
     assert row == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
-    assert all(module._text_columns(n) >= n for n in range(1, 1025))
+    assert all(text_batches.columns_for(n) >= n for n in range(1, 1025))
 
 
 def test_long_texts_lose_their_end_and_keep_the_suffix():

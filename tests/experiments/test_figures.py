@@ -37,7 +37,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def finish(job, steps=20, commit="abc", hardware="two cores"):
+def finish(job, steps=20, commit="abc", hardware="two cores", prompts=0):
     """Leaves the folder of a finished run."""
     job.folder.mkdir(parents=True)
     lines = [
@@ -47,7 +47,11 @@ def finish(job, steps=20, commit="abc", hardware="two cores"):
     write = (job.folder / "metrics.jsonl").write_text
     write("\n".join(json.dumps(line | {"time": 0.0}) for line in lines) + "\n")
     files = {
-        "config": {"config": {}, "git": {"commit": commit}, "command": "x"},
+        "config": {
+            "config": {"eval": {"prompts": prompts}},
+            "git": {"commit": commit},
+            "command": "x",
+        },
         "report": {"hardware": hardware, "samples": [{"prompt": "It", "PPO": "is" * 200}]},
         "summary": {
             "seconds": 60.0,
@@ -138,6 +142,17 @@ def test_json_picture_and_claims_from_finished_runs(capsys):
     row = next(line for line in text.splitlines() if "The reward rises while" in line)
     # The win rate ends at its best: a drop of 0 in every seed.
     assert "0, 0, 0 [0, 0]" in row and "**not reproduced**" in row
+
+
+def test_intervals_of_win_rates_know_the_prompts_of_the_runs():
+    for seed, prompts in ((0, 32), (1, 32)):
+        finish(jobs_of(["4"], "tiny", [seed])[0], prompts=prompts)
+    fell, *others = figures.collect("4", "tiny", [0, 1], {})["claims"]
+    # The best of the curve minus its last value is 0 in each seed, give or take the prompts.
+    low, high = fell["interval"]
+    assert fell["values"] == {"0": 0.0, "1": 0.0} and low < 0 < high
+    assert fell["interval_over"] == ["seeds", "prompts"]
+    assert all(one["interval_over"] == ["seeds"] for one in others)
 
 
 @pytest.mark.parametrize("name", ["2", "3", "10", "13"])

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from rlhf_jax.data.schemas import DropCounts
 from rlhf_jax.data.sets import reviews
 from rlhf_jax.data.sets.reviews import Review
+from rlhf_jax.data.splits import half_of, normalise
 from rlhf_jax.tasks import TaskConfig, make_task
 from tests.data.conftest import CHATML, HEADERS, stretches
 
@@ -134,3 +136,53 @@ def test_the_vocabulary_is_that_of_all_domains():
     few, all_of_them = task(domains=("movie",)).texts(), task(domains=("nyt",)).texts()
     assert few == all_of_them
     assert len(few) > 15_000
+
+
+def texts_of(**settings):
+    return [row["text"] for row in reviews_of("train", **settings)]
+
+
+def reviews_of(split, **settings):
+    return task(instruction="", **settings).rows("sft", split, DropCounts())
+
+
+def test_halves_share_no_text_and_are_all_of_the_training_texts():
+    everything, first, second = (texts_of(half=half) for half in ("", "first", "second"))
+    assert not {normalise(t) for t in first} & {normalise(t) for t in second}
+    assert sorted(first + second) == sorted(everything)
+    assert 0.48 < len(first) / len(everything) < 0.52
+    # A text is in the same half whatever is read beside it, and the limit counts its half alone.
+    movie = texts_of(half="first", domains=("movie",))
+    assert len(movie) > 1000 and set(movie) <= set(first)
+    assert texts_of(half="second", limit=50) == second[:50]
+
+
+def test_what_is_held_out_is_in_both_halves():
+    for split in ("validation", "test"):
+        whole, *halves = (list(reviews_of(split, half=half)) for half in ("", "first", "second"))
+        assert halves == [whole, whole]
+        # What is held out says nothing of the half that a text is in.
+        assert 0.4 < np.mean([half_of(row["text"]) == "first" for row in whole]) < 0.6
+    texts, ratings = task(instruction="", half="second").rated_texts("test")
+    assert len(texts) == len(ratings) == len(whole)
+
+
+def test_pairs_prompts_and_references_of_a_half_are_made_of_its_texts(plain, capsys):
+    first = task(instruction="", half="first", domains=("movie",))
+    own = set(texts_of(half="first", domains=("movie",)))
+    for pair in first.preferences(plain, "train", max_length=400, count=50):
+        for side in (pair.chosen, pair.rejected):
+            assert plain.decode(side.tokens, skip_special_tokens=True) in own
+    for document in first.references(plain, max_length=400, count=50):
+        assert plain.decode(document.tokens, skip_special_tokens=True) in own
+    starts = [
+        plain.decode(p, skip_special_tokens=True)
+        for p in first.prompts(plain, "train", max_length=99)
+    ]
+    assert all(any(text.startswith(start) for text in own) for start in starts[:50])
+    assert "of the other half" in capsys.readouterr().out
+
+
+def test_a_half_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"data\.half='third' must be first or second, or empty"):
+        task(half="third")
