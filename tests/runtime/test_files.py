@@ -117,6 +117,29 @@ def test_a_metrics_log_on_a_full_disk_names_itself(tmp_path):
         assert error.value.filename == str(tmp_path / "metrics.jsonl")
 
 
+def test_a_full_disk_under_tensorboard_is_said_and_nothing_waits(tmp_path):
+    """Its own thread would have died, and closing it waited for ever."""
+    writer = MetricsWriter(tmp_path)
+    with full_disk(20_000), pytest.raises(OSError) as error:
+        for step in range(10_000):
+            writer._mirrors[0].write(step, {"loss": 1.0})
+    assert error.value.filename == str(tmp_path / "tensorboard")
+    with full_disk(20_000), pytest.raises(OSError) as error:
+        writer.close()
+    assert error.value.filename == str(tmp_path / "tensorboard")
+
+
+def test_closing_a_log_on_a_full_disk_names_it(tmp_path):
+    """What could not be written is written again at the end: that error is the one that is seen."""
+    with (
+        full_disk(10),
+        pytest.raises(OSError) as error,
+        MetricsWriter(tmp_path, tensorboard=False) as writer,
+    ):
+        writer.write(0, {"loss": 1.0})
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")
+
+
 def save_adapters(folder):
     tuning = lora.make_tuning(tiny.language_model(), LoRAConfig(rank=3), jax.random.key(0))
     lora_files.save_adapters(tiny.draw(tuning.start, 5), folder, base="x", fingerprint="y")
