@@ -79,17 +79,18 @@ def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
                 distributed.leave(error)
             if debug.value:
                 raise
-            sys.exit(f"error: {_told(error)}")
+            sys.exit(f"error: {told(error)}")
 
     app.run(run, flags_parser=_parse_flags)
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
     """An error as one line; one of the system begins with the path that it is about."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         hint = ", set --config.workdir" if error.errno == errno.ENAMETOOLONG else ""
         return f"{error.filename}: {error.strerror}{hint}"
-    return str(error).strip() or type(error).__name__
+    # Those of other libraries may have several lines.
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def open_config(experiment: str, config: ConfigDict, settings: type[Settings]) -> Settings:
