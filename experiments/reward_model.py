@@ -30,6 +30,7 @@ from rlhf_jax.methods import reward_model
 from rlhf_jax.methods.pairwise import PairTrainConfig
 from rlhf_jax.methods.reward_model import COMPARISONS, RewardModelConfig
 from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.files import naming
 from rlhf_jax.runtime.metrics import read_metrics
 from rlhf_jax.runtime.settings import check
 from rlhf_jax.tasks import Task
@@ -134,15 +135,16 @@ def save_scores(
     """
     order = np.concatenate([batch["index"][batch["valid"]] for batch in batches])
     chosen, rejected = scores
-    np.savez(
-        path,
-        chosen=chosen,
-        rejected=rejected,
-        scale=scale,
-        chosen_length=np.array([len(pairs[i].chosen.tokens) for i in order]),
-        rejected_length=np.array([len(pairs[i].rejected.tokens) for i in order]),
-        gap=np.array([pairs[i].margin for i in order], np.float32),
-    )
+    with naming(path):
+        np.savez(
+            path,
+            chosen=chosen,
+            rejected=rejected,
+            scale=scale,
+            chosen_length=np.array([len(pairs[i].chosen.tokens) for i in order]),
+            rejected_length=np.array([len(pairs[i].rejected.tokens) for i in order]),
+            gap=np.array([pairs[i].margin for i in order], np.float32),
+        )
 
 
 def draw_figures(workdir: Path, chosen: np.ndarray, rejected: np.ndarray) -> None:
