@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import shlex
 import tempfile
 import zlib
 from collections.abc import Mapping
@@ -59,7 +60,7 @@ def require(folder: str, *, stage: str = "", argument: str = "", build: bool = F
     folders.wait_for_others(Path(folder).parent)
     if distributed.from_main(folders.is_whole(folder)):
         return folder
-    command = f"python -m experiments.{stage} --config configs/{stage}.py:{argument}"
+    command = command_of(stage, argument)
     state = "has not finished" if folders.is_run(folder) else "is missing"
     if not build:
         raise FileNotFoundError(f"{folder} {state}: run `{command}` first")
@@ -71,6 +72,12 @@ def require(folder: str, *, stage: str = "", argument: str = "", build: bool = F
             return folder
         except lock.FolderInUse as error:  # begun by another process a moment ago
             folders.wait_for_others(error.folder)
+
+
+def command_of(experiment: str, argument: str) -> str:
+    """The command line of an experiment, as a shell takes it; `argument` follows the colon."""
+    config = shlex.quote(f"configs/{experiment}.py:{argument}")
+    return f"python -m experiments.{experiment} --config {config}"
 
 
 def convert_pretrained(folder: str) -> None:
