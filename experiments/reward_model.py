@@ -21,7 +21,7 @@ from configs import common
 from experiments import command, folders, reporting, stages
 from experiments.settings import EvalConfig, PairData, Shared, judge_names
 from rlhf_jax.data.batches import PairBatches, once_pairs, pair_batches
-from rlhf_jax.data.schemas import EncodedPair
+from rlhf_jax.data.schemas import Encoded, EncodedPair
 from rlhf_jax.data.streaming import StreamedBatches
 from rlhf_jax.evaluation import plots
 from rlhf_jax.evaluation.comparison import bootstrap_interval, pair_accuracy, paired_outcomes
@@ -117,6 +117,25 @@ def training_batches(
     return batches, ratings
 
 
+def reference_texts(settings: Settings, task: Task, tokenizer: Any) -> list[Encoded]:
+    """Responses whose scores get mean 0 and std 1; none where scores stay as they are.
+
+    Raises:
+      ValueError: there is one at most, which has no deviation.
+    """
+    if not settings.normalize_scores:
+        return []
+    data = settings.data
+    found = task.references(tokenizer, max_length=data.max_length, count=data.reference_texts)
+    if len(found) < 2:
+        raise ValueError(
+            f"data.source={data.source!r} gives {len(found)} reference responses of at most "
+            f"data.max_length={data.max_length} tokens, and the scores of at least 2 have a "
+            "deviation: give it more rows, or set normalize_scores=False"
+        )
+    return found
+
+
 def save_scores(
     path: Path,
     pairs: Sequence[EncodedPair],
@@ -175,6 +194,7 @@ def main(config: ConfigDict) -> None:
     key = jax.random.key(settings.seed)
     model = stages.load_scalar(folder, settings.model, sharding, key=key, layers=inputs.layers)
     tuning = stages.make_tuning(settings, model)
+    references = reference_texts(settings, task, tokenizer)
     batches, ratings = training_batches(settings, task, tokenizer, sharding.data)
     batches = batches.share(sharding.local_rows)
     validation, test = (
@@ -225,11 +245,10 @@ def main(config: ConfigDict) -> None:
 
     # 4. Normalise to mean 0 and std 1 on reference responses, save.
     trained, normalized = tuning.model(state.model), lambda scores: scores
-    if settings.normalize_scores:
-        texts = task.references(tokenizer, max_length=data.max_length, count=data.reference_texts)
-        references = once_pairs([EncodedPair(text, text, 0.0) for text in texts], **batching)
+    if references:
+        pairs = once_pairs([EncodedPair(text, text, 0.0) for text in references], **batching)
         normalized = reward_model.normalization(
-            reward_model.score_side(trained, references, 0, sharding)
+            reward_model.score_side(trained, pairs, 0, sharding)
         )
     stages.save_tuned(tuning, normalized(state.model), run.workdir, tokenizer, base=folder)
 
