@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common, dpo, ppo_max, reward_model, sft
-from experiments import stages
+from experiments import command, inspect_data, stages
 from rlhf_jax.runtime.settings import typed
 
 ROOT = Path(__file__).parent.parent
@@ -252,6 +252,25 @@ def test_wrong_arguments_are_one_line(arg, message):
     with pytest.raises(ValueError, match=message) as caught:
         ppo_max.get_config(arg)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_config_of_another_experiment_is_one_line(experiment, given):
+    settings = importlib.import_module(f"experiments.{experiment}").Settings
+    if given == experiment:
+        assert isinstance(command.open_config(experiment, get(given, "tiny"), settings), settings)
+        return
+    line = f"this is a config of '{given}': give configs/{experiment}.py"
+    with pytest.raises(ValueError, match=rf"^{line}$"):
+        command.open_config(experiment, get(given, "tiny"), settings)
+
+
+def test_what_is_no_config_of_an_experiment_is_one_line():
+    with pytest.raises(ValueError, match=r"^this config is of no experiment: give configs/sft.py$"):
+        inspect_data.main(ConfigDict({"seed": 1}), 3, "train")
+    error = AttributeError("module 'config_config' has no attribute 'get_config'")
+    assert command._one_line(error, []).startswith("the file of --config has no get_config")
 
 
 def test_stages_before_are_those_on_the_same_data():
