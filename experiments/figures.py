@@ -511,7 +511,9 @@ def main(options: argparse.Namespace) -> None:
     failed = run_all(jobs, options.jobs)
     for name in names:
         content = to_json(collect(name, options.scale, options.seeds, failed))
-        write_whole(folder / f"figure_{name}.json", json.dumps(content, indent=1) + "\n")
+        write_whole(
+            folder / f"figure_{name}.json", json.dumps(content, indent=1, allow_nan=False) + "\n"
+        )
         print(draw(content, folder / f"figure_{name}.png"))
     print(write_claims(folder))
     if failed:

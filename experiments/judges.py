@@ -139,7 +139,7 @@ def main(options: argparse.Namespace) -> None:
     judges = [build(name, **settings) for name in options.judge]
     results = [measure(judge, options, rated) for judge in judges]
     info = run_info(vars(options)) | {"judges": results}
-    write_whole(out, json.dumps(to_json(info), indent=2) + "\n")
+    write_whole(out, json.dumps(to_json(info), indent=2, allow_nan=False) + "\n")
     print(f"\n{out}")
 
 

@@ -143,8 +143,14 @@ class Collapse:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Collapse:
         """What `as_dict` gave."""
-        witnesses = tuple(Witness(**witness) for witness in content["witnesses"])
-        return cls(**{**content, "witnesses": witnesses})
+        # JSON has no NaN: where a metric did not begin with the run, its start is a name.
+        words, numbers = ("metric", "kind"), ("value", "bound", "start")
+        witnesses = tuple(
+            Witness(**{n: one[n] for n in words}, **{n: float(one[n]) for n in numbers})
+            for one in content["witnesses"]
+        )
+        also = {name: float(value) for name, value in content["also"].items()}
+        return cls(content["step"], content["since"], witnesses, also)
 
 
 class CollapseMonitor:

@@ -340,7 +340,7 @@ class Run:
             "peak_memory_gib": round(peak_memory_gib(), 2),
         }
         if distributed.is_main():
-            text = json.dumps(to_json({**usage, **summary}), indent=2)
+            text = json.dumps(to_json({**usage, **summary}), indent=2, allow_nan=False)
             write_whole(self.workdir / "summary.json", text + "\n")
         signals.remember(f"{self._desc or 'the run'} in {self.workdir} has finished")
         lock.release(self.workdir)

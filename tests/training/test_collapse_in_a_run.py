@@ -1,14 +1,15 @@
 """A run whose policy collapses: it goes on, stops saved, or goes back and learns more slowly."""
 
 import json
+import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.evaluation.collapse import CollapseConfig, CollapseMonitor
+from rlhf_jax.evaluation.collapse import Collapse, CollapseConfig, CollapseMonitor
 from rlhf_jax.runtime.metrics import read_metrics
-from rlhf_jax.training.rollback import Collapsed, retried, rollbacks
+from rlhf_jax.training.rollback import Collapsed, note_rollback, retried, rollbacks
 from rlhf_jax.training.run import CheckpointConfig, Run
 
 HEALTHY = {"response/distinct_2": 0.9, "policy/perplexity": 100.0}
@@ -110,6 +111,23 @@ def test_rollbacks_that_do_not_help_end_in_a_stop(tmp_path):
     with pytest.raises(Collapsed, match=r"COLLAPSE at step 7.*; 2 rollbacks did not help"):
         retried(lambda _: toy(tmp_path, "rollback"))(None)
     assert [noted["resumed_at"] for noted in rollbacks(tmp_path)] == [4, 4]
+
+
+def test_the_note_is_json_also_of_a_metric_that_did_not_begin_with_the_run(tmp_path):
+    start = {"policy/entropy": 2.0, "response/distinct_2": 0.9}
+    monitor = CollapseMonitor(CollapseConfig(start=1, patience=1))
+    monitor.see(0, start)
+    event = monitor.see(1, {"response/distinct_2": 0.1, "policy/kl_ref": 9.0, "reward/mean": 1.5})
+    assert [math.isnan(witness.start) for witness in event.witnesses] == [False, True]
+    note_rollback(tmp_path, event, 0)
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    text = (tmp_path / "collapse.json").read_text()
+    (noted,) = json.loads(text, parse_constant=refuse)["rollbacks"]
+    assert repr(Collapse.from_dict(noted["collapse"])) == repr(event)
+    assert Collapse.from_dict(noted["collapse"]).text() == event.text()
 
 
 def test_a_damaged_note_is_one_line(tmp_path):
