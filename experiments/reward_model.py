@@ -2,8 +2,9 @@
 
   python -m experiments.reward_model --config configs/reward_model.py:quickstart
 
-Writes `model/`, figures of the score differences and of accuracy (the paper's Figures 2 and 3),
-metrics.jsonl, config.json and summary.json to the run folder.
+Writes `model/` (in other tools its scores lack the `score_bias` of summary.json, see docs/run.md),
+figures of the score differences and of accuracy (the paper's Figures 2 and 3), metrics.jsonl,
+config.json and summary.json to the run folder.
 """
 
 from __future__ import annotations
@@ -250,7 +251,8 @@ def main(config: ConfigDict) -> None:
         normalized = reward_model.normalization(
             reward_model.score_side(trained, pairs, 0, sharding)
         )
-    stages.save_tuned(tuning, normalized(state.model), run.workdir, tokenizer, base=folder)
+    saved = stages.save_tuned(tuning, normalized(state.model), run.workdir, tokenizer, base=folder)
+    score_bias = float(distributed.fetch(saved.bias[...]))
 
     # 5. Compare with the judges on the same pairs, report.
     test_batches = once_pairs(test, **batching)
@@ -271,6 +273,7 @@ def main(config: ConfigDict) -> None:
             "accuracy_interval": bootstrap_interval(paired_outcomes(chosen, rejected))[1:],
             "judges_accuracy": accuracies,
             "held_out_pairs": len(test),
+            "score_bias": score_bias,
         }
     )
     beside = [
@@ -278,6 +281,10 @@ def main(config: ConfigDict) -> None:
         for name, share in accuracies.items()
     ]
     print(f"reward model: held-out pair accuracy {', '.join([f'{accuracy:.3f}', *beside])}")
+    print(
+        f"model in {run.workdir / 'model'}; other tools leave out its score_bias, "
+        f"{score_bias:+.4f} (docs/run.md)"
+    )
 
 
 if __name__ == "__main__":

@@ -50,6 +50,16 @@ def test_sft_learns_and_saves_what_it_evaluated(chain):
     np.testing.assert_allclose(math.exp(nll / count), perplexity[-1], rtol=1e-4)
 
 
+def test_the_bias_that_other_tools_lack_is_in_the_summary(chain):
+    folder = chain.reward_model
+    summary = json.loads((folder.parent / "summary.json").read_text())
+    assert (
+        summary["score_bias"]
+        == json.loads((folder / "config.json").read_text())["rlhf_jax"]["score_bias"]
+    )
+    assert summary["score_bias"] != 0.0
+
+
 @pytest.mark.parametrize("found", [0, 1])
 def test_too_few_reference_texts_are_refused_before_training(tmp_path, monkeypatch, found):
     """A source may have fewer than `data.reference_texts` asks for."""
