@@ -144,9 +144,14 @@ class Collapse:
     def from_dict(cls, content: Mapping[str, Any]) -> Collapse:
         """What `as_dict` gave."""
         # JSON has no NaN: where a metric did not begin with the run, its start is a name.
-        words, numbers = ("metric", "kind"), ("value", "bound", "start")
         witnesses = tuple(
-            Witness(**{n: one[n] for n in words}, **{n: float(one[n]) for n in numbers})
+            Witness(
+                one["metric"],
+                one["kind"],
+                float(one["value"]),
+                float(one["bound"]),
+                float(one["start"]),
+            )
             for one in content["witnesses"]
         )
         also = {name: float(value) for name, value in content["also"].items()}
