@@ -3,8 +3,9 @@
 A config file has scales (tiny, quickstart, paper_en, ...: sizes, data and models, one per config)
 and variants (reward_scale, no_kl, ...: what an experiment changes, any number). Assignments come
 last, as in `configs/ppo_max.py:quickstart,reward_scale,seed=1`; they mean the same as flags,
-`--config.seed=1`. What depends on other keys (the run folder, the folders of the stages before) is
-left empty here and derived by `resolve`, once flags have been read.
+`--config.seed=1`. A value that holds a comma stands in quotes: `inputs.model='/models/a,b'`. What
+depends on other keys (the run folder, the folders of the stages before) is left empty here and
+derived by `resolve`, once flags have been read.
 """
 
 import ast
@@ -57,6 +58,13 @@ UNREAD = (
 
 Change = Callable[[ConfigDict], None]
 
+_QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+QUOTES = ("'", '"')
+# A comma, or what holds commas that divide nothing: a value in quotes, or brackets.
+_COMMAS = re.compile(
+    rf"(?<==)(?:{_QUOTED})(?=\s*(?:,|$))|[(\[](?:{_QUOTED}|[^()\[\]])*[)\]]|(?P<comma>,)"
+)
+
 
 def build(
     experiment: str,
@@ -76,8 +84,7 @@ def build(
     Raises:
       ValueError: unknown scale, variant or key, or two scales.
     """
-    # Commas within brackets belong to a value: `data.domains=('movie', 'nyt')`.
-    parts = [part.strip() for part in re.split(r",(?![^(\[]*[)\]])", arg or "") if part.strip()]
+    parts = split(arg or "")
     assignments = [part for part in parts if "=" in part]
     names = [part for part in parts if "=" not in part]
     for name in names:
@@ -101,6 +108,30 @@ def build(
     for assignment in assignments:
         assign(config, assignment)
     return config
+
+
+def split(arg: str) -> list[str]:
+    """The parts of an argument, which commas divide.
+
+    Commas in brackets belong to a value, and so do those of a value in quotes, as Python has them.
+
+    >>> split("tiny, data.domains=('movie', 'nyt'), inputs.model='/models/a,b', seed=1")
+    ['tiny', "data.domains=('movie', 'nyt')", "inputs.model='/models/a,b'", 'seed=1']
+    """
+    ends = [found.start() for found in _COMMAS.finditer(arg) if found["comma"]]
+    parts = [arg[a:b] for a, b in zip([0, *(end + 1 for end in ends)], [*ends, None], strict=True)]
+    return [part.strip() for part in parts if part.strip()]
+
+
+def quoted(text: str) -> str:
+    """A text as the value of an assignment: in quotes where it would be read otherwise.
+
+    >>> quoted("hh:/data/hh"), quoted("jsonl:/data/a,b.jsonl"), quoted("12")
+    ('hh:/data/hh', "'jsonl:/data/a,b.jsonl'", "'12'")
+    """
+    alone = f"key={text}"
+    plain = split(alone) == [alone] and _value(text) == text and text[:1] not in QUOTES
+    return text if plain else repr(text)
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -165,7 +196,7 @@ def stage_argument(stage: str, config: Any, *variants: str) -> str:
     passed = [name for name in config.variants if name in PASSED_ON and name in module.VARIANTS]
     parts = [scale_of_stage(stage, config.scale), *passed, *variants]
     if config.data.source != module.get_config(",".join(parts)).data.source:
-        parts.append(f"data.source={config.data.source}")
+        parts.append(f"data.source={quoted(config.data.source)}")
     if config.seed:
         parts.append(f"seed={config.seed}")
     return ",".join(parts)
@@ -190,7 +221,7 @@ def assign(config: ConfigDict, assignment: str) -> None:
     """Sets `a.b.c=value` in place; the key must exist and the type must fit.
 
     Raises:
-      ValueError: unknown key, or a value of another type.
+      ValueError: unknown key, a value of another type, or a quote that is not closed.
     """
     path, text = assignment.split("=", 1)
     *parents, leaf = path.split(".")
@@ -202,15 +233,22 @@ def assign(config: ConfigDict, assignment: str) -> None:
                 f"unknown config key {path!r}{_renamed(path)} ({name!r} is not one of: {known})"
             )
         parent, node = node, node[name]
-    text = {"true": "True", "false": "False"}.get(text, text)
-    try:
-        value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        value = text
+    value = _value(text)
+    if value == text and text[:1] in QUOTES:
+        raise ValueError(f"{path}={text} begins with a quote that nothing closes at its end")
     try:
         parent[leaf] = value
     except TypeError as error:
         raise ValueError(f"{path}={text} has the wrong type: {error}") from None
+
+
+def _value(text: str) -> Any:
+    """What an assignment gives a key: a number, bool, text in quotes or tuple, or the bare text."""
+    text = {"true": "True", "false": "False"}.get(text, text)
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def _renamed(name: str) -> str:

@@ -79,17 +79,18 @@ def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
                 distributed.leave(error)
             if debug.value:
                 raise
-            sys.exit(f"error: {_told(error)}")
+            sys.exit(f"error: {told(error)}")
 
     app.run(run, flags_parser=_parse_flags)
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
     """An error as one line; one of the system begins with the path that it is about."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         hint = ", set --config.workdir" if error.errno == errno.ENAMETOOLONG else ""
         return f"{error.filename}: {error.strerror}{hint}"
-    return str(error).strip() or type(error).__name__
+    # Those of other libraries may have several lines.
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def open_config(experiment: str, config: ConfigDict, settings: type[Settings]) -> Settings:
@@ -99,8 +100,11 @@ def open_config(experiment: str, config: ConfigDict, settings: type[Settings]) -
       ValueError: a config of another experiment, an unknown key, or a value that makes no sense.
     """
     if config.get("experiment") != experiment:
+        other = config.get("experiment")
         raise ValueError(
-            f"this is a config of {config.get('experiment')!r}: give configs/{experiment}.py"
+            f"this is a config of {other!r}: give configs/{experiment}.py"
+            if other
+            else f"this config is of no experiment: give configs/{experiment}.py"
         )
     for name in common.idle_variants(config):
         print(f"note: the variant {name} changes nothing that is read here")
@@ -120,6 +124,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
 def _one_line(error: Exception, argv: list[str]) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, KeyError | AttributeError):
+        if "has no attribute 'get_config'" in str(error):
+            return "the file of --config has no get_config: give one such as configs/sft.py"
         # ml_collections names the last part of the key only.
         name = lines[0].strip("\"'") if lines else ""
         given = [part for part in argv if part.startswith("--config.") and name in part]

@@ -13,8 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from experiments import command
 from rlhf_jax.evaluation import plots, report
-from rlhf_jax.runtime.files import write_whole
+from rlhf_jax.runtime.files import make_folder, write_whole
 
 
 def parse_runs(arguments: list[str]) -> dict[str, list[str]]:
@@ -39,7 +40,7 @@ def main(arguments: list[str], out: str) -> None:
     """Writes the figure and the table."""
     runs = parse_runs(arguments)
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     figure = plots.compare_runs(runs, folder / "curves.png")
     tables = [f"### {label}\n\n{report.seeds_table(folders)}" for label, folders in runs.items()]
     write_whole(folder / "table.md", "\n\n".join(tables) + "\n")
@@ -54,5 +55,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     try:
         main(options.runs, options.out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except command.USER_ERRORS as error:
+        sys.exit(f"error: {command.told(error)}")

@@ -81,4 +81,4 @@ if __name__ == "__main__":
     try:
         main(parser.parse_args().folder)
     except command.USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {command.told(error)}")

@@ -297,8 +297,7 @@ def main(config: ConfigDict) -> None:
 
     # 6. Save, compare on prompts and pairs that no stage has seen, report.
     trained = stages.save_tuned(policy, state.model, run.workdir, tokenizer, base=folder)
-    argument = common.stage_argument("ppo_max", settings)
-    made_by = f"python -m experiments.ppo_max --config configs/ppo_max.py:{argument}"
+    made_by = stages.command_of("ppo_max", common.stage_argument("ppo_max", settings))
     policies, notes = policies_to_compare(settings, reference, trained, sharding, made_by)
     answers = {
         name: respond["test"](model, eval_key, settings.eval.final_prompts)

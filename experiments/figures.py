@@ -34,7 +34,7 @@ from experiments.paper_figures import FIGURES, ITERATIONS, REWARD_MODEL, SECONDS
 from rlhf_jax.evaluation.collapse import find_collapses
 from rlhf_jax.evaluation.panels import Panel
 from rlhf_jax.runtime.errors import UserError
-from rlhf_jax.runtime.files import read_json, write_whole
+from rlhf_jax.runtime.files import make_folder, read_json, write_whole
 from rlhf_jax.runtime.metrics import read_metrics
 from rlhf_jax.runtime.run_info import git_state, to_json
 from rlhf_jax.training.record import read_config, read_summary
@@ -345,12 +345,14 @@ def main(options: argparse.Namespace) -> None:
     print(listed(jobs))
     if options.dry_run:
         return
-    failed = run_all(jobs, options.jobs)
     folder = Path(options.out or f"runs/figures/{options.scale}")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)  # before the work
+    failed = run_all(jobs, options.jobs)
     for name in names:
         content = to_json(collect(name, options.scale, options.seeds, failed))
-        write_whole(folder / f"figure_{name}.json", json.dumps(content, indent=1) + "\n")
+        written = json.dumps(content, indent=1, allow_nan=False) + "
+"
+        write_whole(folder / f"figure_{name}.json", written)
         write_whole(folder / f"figure_{name}.md", figure_tables.page(content))
         print(draw(content, folder / f"figure_{name}.png"))
     print(write_claims(folder))
@@ -382,4 +384,4 @@ if __name__ == "__main__":
         print("stopped; the same command goes on")
         sys.exit(130)
     except command.USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {command.told(error)}")

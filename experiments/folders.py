@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 import time
 from pathlib import Path
 
 from experiments.settings import Shared
+from rlhf_jax.models.files import hf_files
 from rlhf_jax.runtime import distributed, lock
+from rlhf_jax.runtime.files import make_folder
 from rlhf_jax.training.record import check_settings, pinned_inputs, read_summary
 
+# What a run saves: the model, and beside it the adapters that it trained.
+MODEL, ADAPTERS = "model", "adapters"
 # Between two looks at a folder that another process works in.
 WAIT_SECONDS = 2.0
 
@@ -41,16 +46,33 @@ def claim(settings: Shared, title: str) -> bool:
     """Makes the run folder this process's, until its run has finished; False where it has already.
 
     Raises:
-      ValueError: it holds a run of other settings; names the first that differs.
+      ValueError: it holds a run of other settings, names the first that differs; or a model/ with
+        files that no saved model has.
       FolderInUse: another process works in it.
+      OSError: it cannot be written to, or a file is in the way of it or of a folder within.
     """
     if not _is_finished(settings, title):
         lock.claim(settings.workdir)
         # Whoever held it may have finished since.
         if not _is_finished(settings, title):
+            try:
+                _check_places(Path(settings.workdir))
+            except BaseException:
+                lock.release(settings.workdir)
+                raise
             return True
         lock.release(settings.workdir)
     return False
+
+
+def _check_places(workdir: Path) -> None:
+    """Checks that what a run writes, some of it at its end, can be written."""
+    if distributed.is_main():
+        for name in ("checkpoints", "tensorboard", MODEL, ADAPTERS):
+            if os.path.lexists(workdir / name):
+                make_folder(workdir / name)
+        hf_files.AtomicFolder(workdir / MODEL).check()
+    distributed.barrier("the run folder can be written to")
 
 
 def _is_finished(settings: Shared, title: str) -> bool:

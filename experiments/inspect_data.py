@@ -71,7 +71,8 @@ def examples_of(task: Task, data: Any, tokenizer: Any, split: str) -> Sequence[A
 
 def main(config: ConfigDict, count: int, split: str) -> None:
     """Prints `count` examples of a split."""
-    settings = command.open_config(config.experiment, config, settings_of(config.experiment))
+    experiment = config.get("experiment") or "sft"
+    settings = command.open_config(experiment, config, settings_of(experiment))
     origin = Origin(settings.inputs.model, common.stage_argument("sft", settings))
     tokenizer = tokenizer_of(origin)
     examples = examples_of(settings.task(), settings.data, tokenizer, split)

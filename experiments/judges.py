@@ -29,7 +29,8 @@ from rlhf_jax.evaluation.judges import GOLD, LANGUAGE_MODEL, REWARD_MODEL, Judge
 from rlhf_jax.evaluation.language_model import SENTIMENT, LanguageModelJudge
 from rlhf_jax.evaluation.log_odds import log_odds
 from rlhf_jax.runtime.compiler_guard import guard_cpu_compiler
-from rlhf_jax.runtime.run_info import run_info
+from rlhf_jax.runtime.files import make_folder, write_whole
+from rlhf_jax.runtime.run_info import run_info, to_json
 
 TIMED_TEXTS = 128
 # What the texts of a domain are, as a report says it.
@@ -135,6 +136,8 @@ def main(options: argparse.Namespace) -> None:
     """Measures every judge on the same texts."""
     guard_cpu_compiler()
     command.enable_compilation_cache()
+    out = Path(options.out)
+    make_folder(out.parent)  # before the work
     rated = reviews.load_reviews(options.split, domains=(options.domain,))
     settings = {
         "examples": not options.no_examples,
@@ -143,10 +146,8 @@ def main(options: argparse.Namespace) -> None:
     }
     judges = [build(name, **settings) for name in options.judge]
     results = [measure(judge, options, rated) for judge in judges]
-    out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     info = run_info(vars(options)) | {"judges": results}
-    out.write_text(json.dumps(info, indent=2) + "\n")
+    write_whole(out, json.dumps(to_json(info), indent=2, allow_nan=False) + "\n")
     print(f"\n{out}")
 
 
@@ -189,4 +190,4 @@ if __name__ == "__main__":
     try:
         main(parser.parse_args())
     except command.USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {command.told(error)}")

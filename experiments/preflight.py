@@ -36,6 +36,7 @@ from rlhf_jax.preflight.programs import measure
 from rlhf_jax.preflight.topologies import Topology, make_devices, parse_topology
 from rlhf_jax.preflight.verdict import Verdict
 from rlhf_jax.runtime import files
+from rlhf_jax.runtime.run_info import to_json
 from rlhf_jax.runtime.sharding import Sharding, mesh_of
 from rlhf_jax.training.run import peak_memory_gib
 
@@ -172,6 +173,8 @@ def main(
     # Programs for other machines do not belong in this machine's cache.
     jax.config.update("jax_enable_compilation_cache", False)
     settings = scale_batch(command.open_config("ppo_max", config, Settings), factor)
+    path = Path(out or f"{settings.workdir}/preflight-{topology.replace(':', '-')}.json")
+    files.make_folder(path.parent)  # before the work
     verdict = examine(settings, parse_topology(topology), model)
     print(verdicts.text(verdict))
     usage = {
@@ -179,9 +182,8 @@ def main(
         "peak_memory_gib": round(peak_memory_gib(), 2),
         "cpu_seconds": round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 1),
     }
-    path = Path(out or f"{settings.workdir}/preflight-{topology.replace(':', '-')}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_whole(path, json.dumps({**verdict.to_json(), "preflight": usage}, indent=2) + "\n")
+    report = to_json({**verdict.to_json(), "preflight": usage})
+    files.write_whole(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
     print(f"{path}; {usage['seconds']:.0f} s, {usage['peak_memory_gib']:.1f} GiB of host memory")
     if verdict.missing > 0:
         for line in advise(settings, verdict, model):

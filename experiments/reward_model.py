@@ -2,8 +2,9 @@
 
   python -m experiments.reward_model --config configs/reward_model.py:quickstart
 
-Writes `model/`, figures of the score differences and of accuracy (the paper's Figures 2 and 3),
-metrics.jsonl, config.json and summary.json to the run folder.
+Writes `model/` (in other tools its scores lack the `score_bias` of summary.json, see docs/run.md),
+figures of the score differences and of accuracy (the paper's Figures 2 and 3), metrics.jsonl,
+config.json and summary.json to the run folder.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from configs import common
 from experiments import command, folders, judging, reporting, stages
 from experiments.settings import EvalConfig, PairData, Shared, judge_names
 from rlhf_jax.data.batches import PairBatches, once_pairs, pair_batches
-from rlhf_jax.data.schemas import EncodedPair
+from rlhf_jax.data.schemas import Encoded, EncodedPair
 from rlhf_jax.data.streaming import StreamedBatches
 from rlhf_jax.evaluation import plots
 from rlhf_jax.evaluation.comparison import bootstrap_interval, pair_accuracy, paired_outcomes
@@ -30,6 +31,7 @@ from rlhf_jax.methods import reward_model
 from rlhf_jax.methods.pairwise import PairTrainConfig
 from rlhf_jax.methods.reward_model import COMPARISONS, RewardModelConfig
 from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.files import naming
 from rlhf_jax.runtime.metrics import read_metrics
 from rlhf_jax.runtime.settings import check
 from rlhf_jax.tasks import Task
@@ -116,6 +118,25 @@ def training_batches(
     return batches, ratings
 
 
+def reference_texts(settings: Settings, task: Task, tokenizer: Any) -> list[Encoded]:
+    """Responses whose scores get mean 0 and std 1; none where scores stay as they are.
+
+    Raises:
+      ValueError: there is one at most, which has no deviation.
+    """
+    if not settings.normalize_scores:
+        return []
+    data = settings.data
+    found = task.references(tokenizer, max_length=data.max_length, count=data.reference_texts)
+    if len(found) < 2:
+        raise ValueError(
+            f"data.source={data.source!r} gives {len(found)} reference responses of at most "
+            f"data.max_length={data.max_length} tokens, and the scores of at least 2 have a "
+            "deviation: give it more rows, or set normalize_scores=False"
+        )
+    return found
+
+
 def save_scores(
     path: Path,
     pairs: Sequence[EncodedPair],
@@ -134,15 +155,16 @@ def save_scores(
     """
     order = np.concatenate([batch["index"][batch["valid"]] for batch in batches])
     chosen, rejected = scores
-    np.savez(
-        path,
-        chosen=chosen,
-        rejected=rejected,
-        scale=scale,
-        chosen_length=np.array([len(pairs[i].chosen.tokens) for i in order]),
-        rejected_length=np.array([len(pairs[i].rejected.tokens) for i in order]),
-        gap=np.array([pairs[i].margin for i in order], np.float32),
-    )
+    with naming(path):
+        np.savez(
+            path,
+            chosen=chosen,
+            rejected=rejected,
+            scale=scale,
+            chosen_length=np.array([len(pairs[i].chosen.tokens) for i in order]),
+            rejected_length=np.array([len(pairs[i].rejected.tokens) for i in order]),
+            gap=np.array([pairs[i].margin for i in order], np.float32),
+        )
 
 
 def draw_figures(workdir: Path, chosen: np.ndarray, rejected: np.ndarray) -> None:
@@ -177,6 +199,7 @@ def main(config: ConfigDict) -> None:
     key = jax.random.key(settings.seed)
     model = stages.load_scalar(folder, settings.model, sharding, key=key, layers=inputs.layers)
     tuning = stages.make_tuning(settings, model)
+    references = reference_texts(settings, task, tokenizer)
     batches, ratings = training_batches(settings, task, tokenizer, sharding.data)
     batches = batches.share(sharding.local_rows)
     validation, test = (
@@ -227,13 +250,13 @@ def main(config: ConfigDict) -> None:
 
     # 4. Normalise to mean 0 and std 1 on reference responses, save.
     trained, normalized = tuning.model(state.model), lambda scores: scores
-    if settings.normalize_scores:
-        texts = task.references(tokenizer, max_length=data.max_length, count=data.reference_texts)
-        references = once_pairs([EncodedPair(text, text, 0.0) for text in texts], **batching)
+    if references:
+        pairs = once_pairs([EncodedPair(text, text, 0.0) for text in references], **batching)
         normalized = reward_model.normalization(
-            reward_model.score_side(trained, references, 0, sharding)
+            reward_model.score_side(trained, pairs, 0, sharding)
         )
-    stages.save_tuned(tuning, normalized(state.model), run.workdir, tokenizer, base=folder)
+    saved = stages.save_tuned(tuning, normalized(state.model), run.workdir, tokenizer, base=folder)
+    score_bias = float(distributed.fetch(saved.bias[...]))
 
     # 5. Compare with the judges on the same pairs, report.
     test_batches = once_pairs(test, **batching)
@@ -254,6 +277,7 @@ def main(config: ConfigDict) -> None:
             "accuracy_interval": bootstrap_interval(paired_outcomes(chosen, rejected))[1:],
             "judges_accuracy": accuracies,
             "held_out_pairs": len(test),
+            "score_bias": score_bias,
         }
     )
     beside = [
@@ -261,6 +285,10 @@ def main(config: ConfigDict) -> None:
         for name, share in accuracies.items()
     ]
     print(f"reward model: held-out pair accuracy {', '.join([f'{accuracy:.3f}', *beside])}")
+    print(
+        f"model in {run.workdir / 'model'}; other tools leave out its score_bias, "
+        f"{score_bias:+.4f} (docs/run.md)"
+    )
 
 
 if __name__ == "__main__":

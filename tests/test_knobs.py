@@ -164,13 +164,21 @@ class Knobs:
           ValueError: the change is refused.
         """
         if argument not in self._plain:
-            self._plain[argument] = self._dry.notes(self.experiment, self.config(argument))
+            self._plain[argument] = self._notes(self.config(argument))
+        changed = self.config(argument, key, value)
         try:
-            changed = self.config(argument, key, value)
-            self._dry.notes(self.experiment, changed, self._plain[argument])
+            self._notes(changed.copy_and_resolve_references(), self._plain[argument])
+            # Nothing differs. Fresh traces take their time: they are for what would be dead.
+            self._dry.forget()
+            plain = self._notes(self.config(argument))
+            self._dry.forget()
+            self._notes(changed, plain)
         except dry.Differs as difference:
             return str(difference)
         return ""
+
+    def _notes(self, config: Any, expected: list[dry.Note] | None = None) -> list[dry.Note]:
+        return self._dry.notes(self.experiment, config, expected)
 
 
 @pytest.fixture(scope="module")

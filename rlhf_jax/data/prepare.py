@@ -115,7 +115,8 @@ def _written(
     try:
         store = token_store.write(folder, kind, encoded, drops)
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        # A row that cannot be read is not the store's.
+        if error.errno not in _NO_ROOM or error.filename not in (None, str(folder)):
             raise
         raise ValueError(
             f"cannot write encoded rows below {folder.parent}: {error.strerror}; set "

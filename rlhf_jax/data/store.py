@@ -8,6 +8,7 @@ no others. Rows are views of read-only memory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, EncodedPrompt
+from rlhf_jax.runtime.files import naming
 
 _TYPES = {"tokens": np.dtype(np.int32), "loss_mask": np.dtype(bool)}
 _META = "store.json"
@@ -85,10 +87,10 @@ class TokenStore(Sequence[Any]):
 
 
 class _Writer:
-    """Appends rows to the files of a store."""
+    """Appends rows to the files of a store, for which the errors of the system name `store`."""
 
-    def __init__(self, folder: Path, kind: str):
-        self._folder, self._kind = folder, kind
+    def __init__(self, folder: Path, kind: str, store: Path):
+        self._folder, self._kind, self._store = folder, kind, store
         self._names = _columns_of(kind)
         self._files = {
             (name, field): (folder / f"{name}.{field}").open("wb")
@@ -102,8 +104,9 @@ class _Writer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for file in self._files.values():
-            file.close()
+        with naming(self._store), contextlib.ExitStack() as stack:
+            for file in self._files.values():
+                stack.callback(file.close)
 
     def add(self, row: Encoded | EncodedPair | EncodedPrompt) -> None:
         """Appends a row of the writer's kind."""
@@ -115,16 +118,18 @@ class _Writer:
             if isinstance(side, np.ndarray):
                 side = Encoded(side, np.zeros(len(side), bool))
             self._lengths[name].append(len(side.tokens))
-            for field, dtype in _TYPES.items():
-                self._files[name, field].write(getattr(side, field).astype(dtype).tobytes())
+            with naming(self._store):
+                for field, dtype in _TYPES.items():
+                    self._files[name, field].write(getattr(side, field).astype(dtype).tobytes())
 
     def finish(self, counts: DropCounts) -> None:
         """Writes what is known at the end."""
-        for name, lengths in self._lengths.items():
-            np.save(self._folder / f"{name}.lengths.npy", np.array(lengths, dtype=np.int64))
-        np.save(self._folder / "margins.npy", np.array(self._margins))
         meta = {"kind": self._kind, "counts": dict(counts)}
-        (self._folder / _META).write_text(json.dumps(meta))
+        with naming(self._store):
+            for name, lengths in self._lengths.items():
+                np.save(self._folder / f"{name}.lengths.npy", np.array(lengths, dtype=np.int64))
+            np.save(self._folder / "margins.npy", np.array(self._margins))
+            (self._folder / _META).write_text(json.dumps(meta))
 
 
 def write(folder: Path, kind: str, rows: Iterable[Any], counts: DropCounts) -> TokenStore:
@@ -138,16 +143,21 @@ def write(folder: Path, kind: str, rows: Iterable[Any], counts: DropCounts) -> T
       kind: "sft", "preference" or "prompt".
       rows: `Encoded`, `EncodedPair` or prompts; read to the end, one by one.
       counts: saved with the rows, as they stand after the last one.
+
+    Raises:
+      OSError: it cannot be written, names `folder`; or what a row raises that cannot be read.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
+    with naming(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
     try:
-        with _Writer(unfinished, kind) as writer:
+        with _Writer(unfinished, kind, folder) as writer:
             for row in rows:
                 writer.add(row)
         writer.finish(counts)
         if not exists(folder):
-            os.replace(unfinished, folder)
+            with naming(folder):
+                os.replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return TokenStore(folder)

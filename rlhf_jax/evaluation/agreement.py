@@ -17,6 +17,7 @@ import rlhf_jax
 from rlhf_jax.data.comparisons import check_scores
 from rlhf_jax.evaluation.comparison import Interval, bootstrap_interval, paired_outcomes
 from rlhf_jax.evaluation.judges import Judge
+from rlhf_jax.runtime.run_info import to_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,5 +199,5 @@ def _write(file: Path, content: dict[str, Any]) -> None:
     """Writes whole or not at all: several processes may measure the same."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as part:
-        json.dump(content, part, indent=2)
+        json.dump(to_json(content), part, indent=2, allow_nan=False)
     os.replace(part.name, file)

@@ -144,8 +144,19 @@ class Collapse:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Collapse:
         """What `as_dict` gave."""
-        witnesses = tuple(Witness(**witness) for witness in content["witnesses"])
-        return cls(**{**content, "witnesses": witnesses})
+        # JSON has no NaN: where a metric did not begin with the run, its start is a name.
+        witnesses = tuple(
+            Witness(
+                one["metric"],
+                one["kind"],
+                float(one["value"]),
+                float(one["bound"]),
+                float(one["start"]),
+            )
+            for one in content["witnesses"]
+        )
+        also = {name: float(value) for name, value in content["also"].items()}
+        return cls(content["step"], content["since"], witnesses, also)
 
 
 class CollapseMonitor:

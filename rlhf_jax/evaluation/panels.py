@@ -143,6 +143,7 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Sequence[Log]], xla
     first = dict(zip(reversed(labels), reversed(handles), strict=True))
     if first:
         axes.legend(list(first.values())[::-1], list(first)[::-1], frameon=False, fontsize=8)
+    without_math(axes)
 
 
 def _draw_metric(
@@ -230,6 +231,17 @@ def _add_run_legend(figure: Figure, labels: Sequence[str]) -> None:
         handles, labels, loc="outside lower center", ncols=columns, frameon=False
     )
     for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def without_math(axes: Axes) -> None:
+    """Shows titles and labels as they are: a name may hold dollar signs, which are no mathematics.
+
+    Matplotlib refuses `$x_$` when the figure is written, after the whole run.
+    """
+    legend = axes.get_legend()
+    labels = legend.get_texts() if legend else []
+    for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *labels):
         text.set_parse_math(False)
 
 

@@ -21,6 +21,7 @@ from rlhf_jax.evaluation.panels import (
     draw_curve,
     draw_panels,
     new_figure,
+    without_math,
 )
 from rlhf_jax.runtime.files import naming
 from rlhf_jax.runtime.metrics import read_metrics
@@ -164,6 +165,7 @@ def draw_reward_histogram(
     heading = f"accuracy {accuracy:.1%} on {difference.size:,} pairs"
     axes.set_title(f"{title}: {heading}" if title else heading, fontsize=10)
     axes.legend(frameon=False, fontsize=8)
+    without_math(axes)
 
 
 def draw_accuracy(axes: Axes, curves: Mapping[str, tuple[Any, Any]], *, title: str = "") -> None:
@@ -182,6 +184,7 @@ def draw_accuracy(axes: Axes, curves: Mapping[str, tuple[Any, Any]], *, title: s
     axes.set_ylabel("pair accuracy")
     axes.set_title(title, fontsize=10)
     axes.legend(frameon=False, fontsize=8)
+    without_math(axes)
 
 
 def _as_list(run: PathLike | Sequence[PathLike]) -> list[PathLike]:

@@ -282,7 +282,9 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _write_json(path: Path, numbers: Mapping[str, Any]) -> None:
-    write_whole(path, json.dumps(to_json(numbers), indent=2, ensure_ascii=False) + "\n")
+    write_whole(
+        path, json.dumps(to_json(numbers), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

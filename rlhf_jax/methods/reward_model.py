@@ -189,8 +189,19 @@ def normalization(scores: np.ndarray) -> Callable[[Any], Any]:
 
     Args:
       scores: `[N]`, those of reference responses.
+
+    Raises:
+      ValueError: a score is not finite, or all are equal up to rounding, as one alone is.
     """
     mean, std = scores.mean(), scores.std()
+    if not np.isfinite(std):
+        raise ValueError("a reference response has a score that is not finite: train it otherwise")
+    if not std > np.finfo(np.float32).eps * np.abs(scores).max(initial=0.0):
+        raise ValueError(
+            f"all of {len(scores)} reference responses have the score {mean:.3g}, so their "
+            "standard deviation cannot become 1: take more of them, train the model further, or "
+            "set normalize_scores=False"
+        )
 
     def normalized(one: Any) -> Any:
         return (one - mean) / std if isinstance(one, np.ndarray) else one.normalized(mean, std)

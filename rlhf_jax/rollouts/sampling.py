@@ -1,5 +1,7 @@
 """Which token comes next: filters on logits, and the draw."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -13,12 +15,28 @@ def top_k_filter(logits: jax.Array, k: int) -> jax.Array:
 
 
 def top_p_filter(logits: jax.Array, p: float) -> jax.Array:
-    """Keeps the smallest set whose probability reaches p (Holtzman et al. 2020, sec 3.1)."""
+    """Keeps the smallest set whose probability reaches p (Holtzman et al. 2020, sec 3.1).
+
+    A sum counts as p where rounding is all that it lacks: .5 and .3 reach .8, though their float32
+    sum is smaller. For V tokens that is a tolerance of ε (4 + log₂ V), 1e-6 for 4 tokens and 3e-6
+    for 150,000: XLA adds in a tree of log₂ V levels, and four roundings lie around it. Logits of
+    less than 32 bits are summed in float32.
+
+    Args:
+      logits: `[..., V]`, of any scale.
+      p: in (0, 1].
+
+    Returns:
+      `[..., V]`: the logits that are kept, ties with the last of them too, and -1e30.
+    """
     ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
+    wide = ordered.astype(jnp.promote_types(ordered.dtype, jnp.float32))
+    probabilities = jax.nn.softmax(wide, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The first token always stays; a token stays when those before it have less than p.
-    smallest_kept = jnp.min(jnp.where(before < p, ordered, jnp.inf), axis=-1, keepdims=True)
+    rounding = float(jnp.finfo(wide.dtype).eps) * (4 + math.log2(logits.shape[-1]))
+    # A token stays when those before it have less than p. None is before the first, which stays.
+    stays = (before < p - rounding).at[..., 0].set(True)
+    smallest_kept = jnp.min(jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits < smallest_kept, _MINUS_INFINITY, logits)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,23 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
             with contextlib.suppress(OSError):
                 scratch.unlink()
             raise
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Makes a folder, with those above it, unless it is there; either way a file can be put there.
+
+    Raises:
+      OSError: a file is in the way, or nothing can be written there; names `path`.
+    """
+    path = Path(path)
+    with naming(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, "a file is there, and no folder") from None
+        # Permissions do not say whether a disk is read-only, or whether a server agrees.
+        with tempfile.TemporaryFile(dir=path):
+            pass
 
 
 def put(scratch: Path, path: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 # Parameters of glibc's `mallopt` (man 3 mallopt), and of Linux' `madvise` (man 2 madvise).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _HUGE_PAGES = 14
 _HUGE_PAGE = 2 * 2**20
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def reuse_freed_memory() -> bool:
@@ -44,13 +48,14 @@ def reuse_freed_memory() -> bool:
 
 
 def release_freed_memory(above: float = 0.4) -> bool:
-    """Gives what is freed back to the system once the process holds much of the machine's memory.
+    """Gives what is freed back to the system once the process holds much of the memory it may have.
 
     The counterpart of `reuse_freed_memory`, for between two steps: blocks of one program that do
-    not fit the next one would otherwise add up.
+    not fit the next one would otherwise add up. In a container, a Slurm job or a service the limit
+    of its control group counts, beyond which the kernel kills: see `memory_limit`.
 
     Args:
-      above: share of the machine's memory up to which nothing is done.
+      above: share of that memory up to which nothing is done.
 
     Returns:
       Whether memory was given back.
@@ -60,7 +65,7 @@ def release_freed_memory(above: float = 0.4) -> bool:
         return False
     with open("/proc/self/statm") as file:
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    if resident <= above * _memory_of_machine():
+    if resident <= above * memory_limit():
         return False
     return libc.malloc_trim(0) == 1
 
@@ -71,6 +76,45 @@ def _glibc() -> ctypes.CDLL | None:
         return None
     libc = ctypes.CDLL(None)
     return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+
+
+def memory_limit(groups: Path = Path("/proc/self/cgroup"), mount: Path = _CGROUPS) -> int:
+    """Bytes that this process may have: the least of the machine's memory and its groups' limits.
+
+    A control group of Linux is bound by those above it, too. Of version 2 `memory.max` and
+    `memory.high` count, of version 1 `memory.limit_in_bytes`. In a container the path of the group
+    may be the one that it has outside; the container's own group is then what is mounted.
+
+    Args:
+      groups: the file that says which groups the process is in.
+      mount: where control groups are mounted.
+    """
+    limits = [_memory_of_machine()]
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:  # no Linux, or none with groups
+        return limits[0]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            for root in (mount, mount / "unified"):
+                limits += _limits(root, path, ("memory.max", "memory.high"))
+        elif "memory" in controllers.split(","):
+            limits += _limits(mount / "memory", path, ("memory.limit_in_bytes",))
+    return min(limits)
+
+
+def _limits(root: Path, path: str, files: tuple[str, ...]) -> Iterator[int]:
+    """Limits of a group and of those above it; "max", and what cannot be read, is none."""
+    group = root / path.lstrip("/")
+    for folder in (group, *group.parents):
+        for name in files:
+            with contextlib.suppress(OSError, ValueError):
+                limit = int((folder / name).read_text())
+                if limit > 0:
+                    yield limit
+        if folder == root:
+            return
 
 
 def _memory_of_machine() -> int:

@@ -16,7 +16,7 @@ except ImportError:  # not on Windows
 
 from rlhf_jax.runtime import distributed
 from rlhf_jax.runtime.errors import UserError
-from rlhf_jax.runtime.files import naming
+from rlhf_jax.runtime.files import make_folder, naming
 
 LOCK_FILE = ".lock"
 # Folders that this process holds, with the open file that the lock is on.
@@ -52,7 +52,7 @@ def claim(folder: str | Path) -> bool:
 
     Raises:
       FolderInUse: another process holds it; the same in all processes of a job.
-      OSError: the folder cannot be written to.
+      OSError: the folder cannot be written to, or is none; names it.
     """
     folder = Path(folder).absolute()
     taken, holder = distributed.from_main(_take(folder) if distributed.is_main() else (False, ""))
@@ -94,8 +94,7 @@ def _take(folder: Path) -> tuple[bool, str]:
     """Whether the lock was taken now, and who holds it in the way."""
     if _is_ours(folder):
         return False, ""
-    with naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if fcntl is None:
         return False, ""
     with naming(folder / LOCK_FILE):

@@ -7,6 +7,7 @@ carry the prefix `eval/`. JSON has no NaN or infinity, so these are written as t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -88,6 +89,7 @@ class MetricsWriter:
 
         Raises:
           ValueError: a value is not a scalar, or a metric is called "step" or "time".
+          OSError: a file cannot be written; names it.
         """
         reserved = {"step", "time"} & metrics.keys()
         if reserved:
@@ -102,9 +104,11 @@ class MetricsWriter:
             mirror.write(int(step), scalars)
 
     def close(self) -> None:
-        self._file.close()
-        for mirror in self._mirrors:
-            mirror.close()
+        with contextlib.ExitStack() as stack:
+            for mirror in self._mirrors:
+                stack.callback(mirror.close)
+            with naming(self.path):  # it writes what an earlier write could not
+                self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -161,27 +165,45 @@ def logged(log: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 class _TensorBoard:
     """Mirror to TensorBoard event files; steps from `resume_step` on are hidden as outdated.
 
-    NaN and infinity are left out: tensorboardX prints a warning for each, and the JSON has them.
+    NaN and infinity are left out, the JSON has them. Events are written here and not by the
+    `SummaryWriter`: its thread dies of a full disk, and the run would then wait for it for ever.
     """
+
+    _FLUSH_SECONDS = 120.0
 
     def __init__(self, workdir: Path, resume_step: int) -> None:
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
         except ImportError as error:
             raise MissingPackageError(
                 "tensorboard=True needs tensorboardX: pip install tensorboardX"
             ) from error
-        folder = workdir / "tensorboard"
-        purge_step = resume_step if folder.exists() else None
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        self._folder, self._event = workdir / "tensorboard", Event
+        self._scalar = summary.scalar
+        resumed = self._folder.exists()
+        with naming(self._folder):
+            self._folder.mkdir(exist_ok=True)
+            self._events = event_file_writer.EventsWriter(str(self._folder / "events"))
+            if resumed:
+                start = SessionLog(status=SessionLog.START)
+                self._events.write_event(Event(step=resume_step, session_log=start))
+        self._flushed = time.monotonic()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(name, value, step)
+        with naming(self._folder):
+            for name, value in scalars.items():
+                if math.isfinite(value):
+                    summary = self._scalar(name, value)
+                    event = self._event(step=step, wall_time=time.time(), summary=summary)
+                    self._events.write_event(event)
+            if time.monotonic() - self._flushed > self._FLUSH_SECONDS:
+                self._events.flush()
+                self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._writer.close()
+        with naming(self._folder):
+            self._events.close()
 
 
 class _Wandb:

@@ -46,7 +46,7 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
             )
         return
     if distributed.is_main():
-        write_whole(path, json.dumps(run_info(settings), indent=2, default=str) + "\n")
+        write_whole(path, json.dumps(run_info(settings), indent=2, allow_nan=False) + "\n")
 
 
 def pin_inputs(path: Path, inputs: Mapping[str, Any]) -> None:
@@ -73,7 +73,7 @@ def _pinned(path: Path, inputs: Mapping[str, Any]) -> str:
     record = read_config(path)
     inputs = json.loads(json.dumps(inputs))
     if INPUTS not in record:
-        write_whole(path, json.dumps(record | {INPUTS: inputs}, indent=2) + "\n")
+        write_whole(path, json.dumps(record | {INPUTS: inputs}, indent=2, allow_nan=False) + "\n")
         return ""
     before, now = _flat(pinned_inputs(path)), _flat(inputs)
     names = [*now, *(name for name in before if name not in now)]

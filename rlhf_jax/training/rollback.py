@@ -17,6 +17,7 @@ from rlhf_jax.evaluation.collapse import Collapse
 from rlhf_jax.runtime import distributed
 from rlhf_jax.runtime.errors import UserError
 from rlhf_jax.runtime.files import read_json, write_whole
+from rlhf_jax.runtime.run_info import to_json
 
 FILE = "collapse.json"
 
@@ -46,7 +47,8 @@ def note_rollback(workdir: str | Path, event: Collapse, step: int) -> None:
     """Adds a collapse to the file, and the step from which the run goes on."""
     noted = [*rollbacks(workdir), {"resumed_at": step, "collapse": event.as_dict()}]
     if distributed.is_main():
-        write_whole(Path(workdir) / FILE, json.dumps({"rollbacks": noted}, indent=2) + "\n")
+        text = json.dumps(to_json({"rollbacks": noted}), indent=2, allow_nan=False)
+        write_whole(Path(workdir) / FILE, text + "\n")
     distributed.barrier("the rollback is noted")
 
 

@@ -176,7 +176,12 @@ class Run:
         return state
 
     def _watch_again(self) -> None:
-        """Shows the monitor what was logged before, up to where the run resumes."""
+        """Shows the monitor what was logged before, up to where the run resumes.
+
+        Raises:
+          Collapsed: the policy had collapsed by then, and the run was to stop.
+          RolledBack: it is to go back to before the first collapse: the try is a new one.
+        """
         if self._monitor is None:
             return
         read = distributed.is_main() and (self.workdir / METRICS_FILE).exists()
@@ -184,8 +189,8 @@ class Run:
         if log is not None:
             before = log["step"] < self._next
             self._monitor.see_log({name: values[before] for name, values in log.items()})
-        if self._monitor.events and self._monitor.config.action == STOP:
-            raise self._collapsed(self._monitor.events[-1])
+        if self._monitor.events and self._monitor.config.action in (STOP, ROLLBACK):
+            self._heed(self._monitor.events[0], save=lambda: None)
 
     def steps(self) -> Iterator[int]:
         """Step numbers that are left; raises `Stopped` after a signal, once the state is saved."""
@@ -270,7 +275,8 @@ class Run:
         if config.action == STOP or tried >= config.retries:
             save()
             error = self._collapsed(event)
-            raise Collapsed(f"{error}; {tried} rollbacks did not help") if tried else error
+            told = f"{tried} rollback{'s' if tried > 1 else ''} did not help"
+            raise Collapsed(f"{error}; {told}") if tried else error
         step = self._checkpointer.keep_until(event.since)
         note_rollback(self.workdir, event, step)
         raise RolledBack(
@@ -340,7 +346,7 @@ class Run:
             "peak_memory_gib": round(peak_memory_gib(), 2),
         }
         if distributed.is_main():
-            text = json.dumps(to_json({**usage, **summary}), indent=2)
+            text = json.dumps(to_json({**usage, **summary}), indent=2, allow_nan=False)
             write_whole(self.workdir / "summary.json", text + "\n")
         signals.remember(f"{self._desc or 'the run'} in {self.workdir} has finished")
         lock.release(self.workdir)

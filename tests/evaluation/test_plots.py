@@ -23,6 +23,7 @@ from rlhf_jax.evaluation.plots import (
     plot_dpo,
     plot_ppo,
     plot_reward_histogram,
+    save_figure,
 )
 from rlhf_jax.runtime.metrics import MetricsWriter
 
@@ -195,6 +196,23 @@ def test_seeds_are_drawn_as_their_mean_and_range():
 def test_one_seed_has_no_band():
     (axes,) = draw_panels({"": [_log(6, "reward/mean")]}, PPO_PANELS).axes
     assert not axes.collections
+
+
+def test_names_with_dollar_signs_are_no_mathematics_anywhere(tmp_path):
+    """A figure is written at the end of a run, which `$x_$` would lose: matplotlib refuses it."""
+    name = "runs/$x_$/model"
+    judge = f"judge/{name}"
+    panels = [
+        Panel("Judges", "score", {"judge/*": ""}),
+        Panel(name, name, {"reward/mean": name}),
+    ]
+    runs = {name: [_log(3, "reward/mean", judge)], "other": [_log(3, "reward/mean", judge)]}
+    for shown in (runs, {name: runs[name]}):
+        figure = draw_panels(shown, panels, title=name, xlabel=name)
+        assert [axes.get_title() for axes in figure.axes] == [f"Judges: {name}", name]
+        save_figure(figure, tmp_path / "panels.png")
+    assert plot_accuracy({name: ([0, 1], [0.5, 0.6])}, tmp_path / "a.png", title=name).exists()
+    assert plot_reward_histogram([1.0], [0.0], tmp_path / "r.png", title=name).exists()
 
 
 def test_held_out_values_of_seeds():

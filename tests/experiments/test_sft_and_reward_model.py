@@ -1,5 +1,6 @@
 """SFT and reward model through their own `main`, on the tiny scale."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -47,6 +48,33 @@ def test_sft_learns_and_saves_what_it_evaluated(chain):
             nll -= float(table[t - 1, document.tokens[t]])
             count += 1
     np.testing.assert_allclose(math.exp(nll / count), perplexity[-1], rtol=1e-4)
+
+
+def test_the_bias_that_other_tools_lack_is_in_the_summary(chain):
+    folder = chain.reward_model
+    summary = json.loads((folder.parent / "summary.json").read_text())
+    assert (
+        summary["score_bias"]
+        == json.loads((folder / "config.json").read_text())["rlhf_jax"]["score_bias"]
+    )
+    assert summary["score_bias"] != 0.0
+
+
+@pytest.mark.parametrize("found", [0, 1])
+def test_too_few_reference_texts_are_refused_before_training(tmp_path, monkeypatch, found):
+    """A source may have fewer than `data.reference_texts` asks for."""
+
+    class Few:
+        def references(self, tokenizer, *, max_length, count):
+            assert count == 32
+            return ["one"] * found
+
+    config = reward_configs.get_config("tiny,data.reference_texts=32")
+    settings = command.open_config("reward_model", config, reward_model.Settings)
+    with pytest.raises(ValueError, match=rf"gives {found} reference responses.*normalize_scores"):
+        reward_model.reference_texts(settings, Few(), None)
+    settings = dataclasses.replace(settings, normalize_scores=False)
+    assert reward_model.reference_texts(settings, Few(), None) == []
 
 
 def test_sft_loss_ignores_what_is_not_trained(chain):

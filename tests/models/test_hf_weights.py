@@ -102,6 +102,20 @@ def test_reward_models_keep_head_bias_and_lm_head(tmp_path, variant):
     assert_same(model, load_scalar_model(tmp_path / "model"))
 
 
+def test_scores_of_other_tools_lack_the_bias_that_config_json_has(tmp_path):
+    """What `AutoModelForSequenceClassification` computes: the last hidden state times one row."""
+    model = ScalarModel(random_model(), jax.random.key(2))
+    model = model.normalized(jnp.float32(0.3), jnp.float32(2.0))
+    save_model(model, tmp_path / "model")
+    tokens = jnp.array([[5, 6, 7, 8]])
+    hidden = np.asarray(model.trunk(tokens, jnp.ones_like(tokens)))[0, -1]
+    theirs = load_file(tmp_path / "model" / "model.safetensors")["score.weight"] @ hidden
+    bias = json.loads((tmp_path / "model" / "config.json").read_text())["rlhf_jax"]["score_bias"]
+    assert theirs.shape == (1,) and bias == pytest.approx(-0.15)
+    ours = model.scores(tokens, jnp.ones_like(tokens))
+    np.testing.assert_allclose(theirs + bias, ours, rtol=1e-5, atol=1e-6)
+
+
 def test_kernels_are_transposed_and_numbered_on_file(saved):
     tensors = load_file(saved / "model.safetensors")
     model = random_model()

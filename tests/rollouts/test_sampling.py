@@ -49,6 +49,48 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p):
     assert np.array_equal(np.where(filtered > CUT, filtered, LOGITS), LOGITS)
 
 
+@pytest.mark.parametrize(
+    ("shares", "p", "wanted"),
+    [
+        ([0.5, 0.3, 0.1, 0.1], 0.8, {0, 1}),  # in float32 .5 + .3 is a little less than .8
+        ([0.3, 0.1, 0.1, 0.5], 0.8, {0, 3}),
+        ([0.4, 0.3, 0.2, 0.1], 0.7, {0, 1}),
+        ([0.4, 0.3, 0.2, 0.1], 0.7001, {0, 1, 2}),
+        ([0.7, 0.2, 0.06, 0.04], 0.9, {0, 1}),
+        ([0.7, 0.2, 0.06, 0.04], 1e-12, {0}),
+    ],
+)
+def test_a_sum_that_rounding_alone_keeps_from_p_reaches_it(shares, p, wanted):
+    logits = jnp.log(jnp.array([shares])) + 2  # logits are known up to a constant
+    for call in (
+        sampling.top_p_filter,
+        jax.jit(sampling.top_p_filter),
+        jax.jit(sampling.top_p_filter, static_argnums=1),
+    ):
+        assert kept(call(logits, p)) == [wanted]
+
+
+@pytest.mark.parametrize("size", [3, 1000, 150_000])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_of_many_tokens_the_tolerance_is_no_more_than_rounding(size, share):
+    """Of V tokens that are nearly equal k reach k / V."""
+    # Powers of 2 between them: float32 tells all of them apart.
+    logits = -np.arange(size, dtype=np.float32)[None] * 2.0**-20
+    shares = np.exp(logits[0].astype(np.float64))
+    k = max(round(share * size), 1)
+    mass = float(shares[:k].sum() / shares.sum())
+    number = len(kept(sampling.top_p_filter(logits, mass))[0])
+    assert k - 3e-6 * size <= number <= k
+    assert len(kept(sampling.top_p_filter(logits, mass + 0.9 / size))[0]) >= k
+
+
+def test_half_precision_is_summed_in_float32():
+    """512 tokens have two thirds, 512 the rest; in bfloat16 such a sum stops growing half-way."""
+    logits = jnp.where(jnp.arange(1024) < 512, np.log(2.0), 0.0).astype(jnp.bfloat16)[None]
+    for p, wanted in ((0.3, 512), (0.66, 512), (0.67, 1024), (0.99, 1024)):
+        assert len(kept(sampling.top_p_filter(logits, p))[0]) == wanted
+
+
 def test_top_p_after_top_k_renormalises():
     """Of 5, 4, 3 the first two have 0.91; of all eleven they have 0.55."""
     row = np.array([[5.0, 4.0, 3.0, *[2.9] * 8]], np.float32)

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import folders
+from experiments import folders, reward_model
+from rlhf_jax.data import prepare, store
+from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair
 from rlhf_jax.evaluation.report import seeds_table, write_report
 from rlhf_jax.models import lora
 from rlhf_jax.models.files import hf_weights, lora_files
@@ -117,6 +119,29 @@ def test_a_metrics_log_on_a_full_disk_names_itself(tmp_path):
         assert error.value.filename == str(tmp_path / "metrics.jsonl")
 
 
+def test_a_full_disk_under_tensorboard_is_said_and_nothing_waits(tmp_path):
+    """Its own thread would have died, and closing it waited for ever."""
+    writer = MetricsWriter(tmp_path)
+    with full_disk(20_000), pytest.raises(OSError) as error:
+        for step in range(10_000):
+            writer._mirrors[0].write(step, {"loss": 1.0})
+    assert error.value.filename == str(tmp_path / "tensorboard")
+    with full_disk(20_000), pytest.raises(OSError) as error:
+        writer.close()
+    assert error.value.filename == str(tmp_path / "tensorboard")
+
+
+def test_closing_a_log_on_a_full_disk_names_it(tmp_path):
+    """What could not be written is written again at the end: that error is the one that is seen."""
+    with (
+        full_disk(10),
+        pytest.raises(OSError) as error,
+        MetricsWriter(tmp_path, tensorboard=False) as writer,
+    ):
+        writer.write(0, {"loss": 1.0})
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")
+
+
 def save_adapters(folder):
     tuning = lora.make_tuning(tiny.language_model(), LoRAConfig(rank=3), jax.random.key(0))
     lora_files.save_adapters(tiny.draw(tuning.start, 5), folder, base="x", fingerprint="y")
@@ -172,6 +197,34 @@ def test_a_replacement_killed_between_its_two_renames_is_put_right(tmp_path):
         save_adapters(tmp_path / "adapters")
     assert {path.name for path in tmp_path.iterdir()} == {"adapters"}
     assert len(list((tmp_path / "adapters").iterdir())) == 2
+
+
+@pytest.mark.parametrize("room", [0, 5000])
+def test_encoded_rows_on_a_full_disk_name_their_store_and_leave_none(tmp_path, room):
+    rows = [Encoded(np.arange(3000, dtype=np.int32), np.ones(3000, bool))] * 3
+    with full_disk(room), pytest.raises(OSError) as error:
+        store.write(tmp_path / "rows", "sft", rows, DropCounts())
+    assert error.value.filename == str(tmp_path / "rows") and error.value.errno == errno.EFBIG
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_row_that_cannot_be_read_is_not_the_stores_fault(tmp_path):
+    def rows():
+        yield Encoded(np.arange(3, dtype=np.int32), np.ones(3, bool))
+        raise PermissionError(errno.EACCES, "Permission denied", "train.jsonl")
+
+    with pytest.raises(PermissionError) as error:
+        prepare._written(tmp_path / "rows", "sft", rows(), DropCounts(), "x", print)
+    assert error.value.filename == "train.jsonl"
+
+
+def test_scores_on_a_full_disk_name_their_file(tmp_path):
+    text = Encoded(np.arange(3, dtype=np.int32), np.ones(3, bool))
+    batches = [{"index": np.arange(1), "valid": np.ones(1, bool)}]
+    pairs, scores = [EncodedPair(text, text, 0.0)], (np.ones(1), np.zeros(1))
+    with full_disk(100), pytest.raises(OSError) as error:
+        reward_model.save_scores(tmp_path / "scores.npz", pairs, batches, scores, 1.0)
+    assert error.value.filename == str(tmp_path / "scores.npz")
 
 
 TORN = {"empty": "", "blank": "\n", "torn": '{"seconds": 1.0, "perp', "a list": "[1]"}

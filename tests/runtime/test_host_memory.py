@@ -1,10 +1,13 @@
 """Memory that is freed comes back without page faults, and in huge pages."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from rlhf_jax.runtime.host_memory import memory_limit
 
 
 def printed(code: str, *arguments: str) -> str:
@@ -95,4 +98,95 @@ print(before // 2**20, held() // 2**20)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other C libraries")
 def test_freed_memory_goes_back_above_the_share_only():
     before, after = map(int, printed(RELEASES).split())
+    assert before > 256 and after < before - 240
+
+
+MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+GIB, UNLIMITED = 2**30, 2**63 - 4096  # what version 1 says where there is no limit
+# Lines of /proc/self/cgroup, files below /sys/fs/cgroup, and what the process may have.
+GROUPS = {
+    "no limit": ("0::/job\n", {"job/memory.max": "max\n"}, MACHINE),
+    "version 2": ("0::/job\n", {"job/memory.max": GIB}, GIB),
+    "version 2, throttled first": (
+        "0::/job\n",
+        {"job/memory.max": GIB, "job/memory.high": GIB // 2},
+        GIB // 2,
+    ),
+    "version 2, a group above": (
+        "0::/slurm/job_1/step_0\n",
+        {"slurm/job_1/step_0/memory.max": "max", "slurm/job_1/memory.max": GIB},
+        GIB,
+    ),
+    "version 2 in a container": ("0::/\n", {"memory.max": GIB}, GIB),
+    "version 2 in a container, by its path outside": (
+        "0::/docker/0123\n",
+        {"memory.max": GIB},
+        GIB,
+    ),
+    "version 1": (
+        "9:cpu:/x\n4:memory:/job\n",
+        {"memory/job/memory.limit_in_bytes": GIB, "cpu/x/memory.limit_in_bytes": 1},
+        GIB,
+    ),
+    "version 1, no limit": (
+        "4:memory:/job\n0::/\n",
+        {"memory/job/memory.limit_in_bytes": UNLIMITED},
+        MACHINE,
+    ),
+    "version 1, a group above": (
+        "4:cpuset,memory:/a/b:c\n",
+        {"memory/a/b:c/memory.limit_in_bytes": UNLIMITED, "memory/a/memory.limit_in_bytes": GIB},
+        GIB,
+    ),
+    "version 1 in a container": (
+        "4:memory:/docker/0123\n",
+        {"memory/memory.limit_in_bytes": GIB},
+        GIB,
+    ),
+    "both": (
+        "4:memory:/job\n0::/job\n",
+        {"memory/job/memory.limit_in_bytes": 2 * GIB, "unified/job/memory.max": GIB},
+        GIB,
+    ),
+    "more than there is": ("0::/job\n", {"job/memory.max": 4 * MACHINE}, MACHINE),
+    "beside it": ("0::/job\n", {"other/memory.max": GIB}, MACHINE),
+    "damaged": ("0::/job\n", {"job/memory.max": "?", "memory.max": "-1"}, MACHINE),
+    "no groups": ("", {"memory.max": GIB}, MACHINE),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_limit_of_a_control_group_counts(tmp_path, name):
+    lines, files, wanted = GROUPS[name]
+    (tmp_path / "memory.max").write_text("1")  # outside of the mount
+    for file, limit in files.items():
+        path = tmp_path / "cgroup" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{limit}\n")
+    (tmp_path / "groups").write_text(lines)
+    assert memory_limit(tmp_path / "groups", tmp_path / "cgroup") == wanted
+
+
+def test_without_control_groups_the_machine_counts(tmp_path):
+    assert memory_limit(tmp_path / "groups", tmp_path / "cgroup") == MACHINE
+    assert 0 < memory_limit() <= MACHINE
+
+
+# What is freed goes back once it is above the share of the limit, far below that of the machine.
+LIMITED = (
+    RELEASES.replace(
+        "before = held()",
+        "import rlhf_jax.runtime.host_memory as host_memory\n"
+        "limit = host_memory.memory_limit\n"
+        "host_memory.memory_limit = lambda: 4 * held()\n"
+        "before = held()",
+    )
+    .replace("above=1.0", "above=0.4")
+    .replace("above=0.0", "above=0.2")
+)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other C libraries")
+def test_freed_memory_goes_back_above_the_share_of_the_limit():
+    before, after = map(int, printed(LIMITED).split())
     assert before > 256 and after < before - 240

@@ -2,13 +2,17 @@
 
 import json
 import math
+import struct
 import sys
+import time
 import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from rlhf_jax.runtime import metrics
 from rlhf_jax.runtime.metrics import MetricsWriter, NonFiniteError, check_finite, read_metrics
 
 
@@ -161,43 +165,47 @@ def test_check_finite_names_metric_value_and_step():
     assert isinstance(caught.value, FloatingPointError)
 
 
-class _FakeSummaryWriter:
-    """Records what tensorboardX would be asked to write."""
-
-    made: list["_FakeSummaryWriter"]
-
-    def __init__(self, folder, purge_step=None):
-        self.folder, self.purge_step, self.scalars, self.closed = folder, purge_step, [], False
-        type(self).made.append(self)
-
-    def add_scalar(self, name, value, step):
-        self.scalars.append((name, value, step))
-
-    def close(self):
-        self.closed = True
+def _events(folder):
+    """Events of every file of a folder, in order: records of tfrecord files, without checksums."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        data, place = path.read_bytes(), 0
+        while place < len(data):
+            (length,) = struct.unpack_from("<Q", data, place)
+            found.append(Event.FromString(data[place + 12 : place + 12 + length]))
+            place += 12 + length + 4
+    return found
 
 
-def test_tensorboard_gets_the_finite_scalars(tmp_path, monkeypatch):
-    _FakeSummaryWriter.made = []
-    monkeypatch.setattr("tensorboardX.SummaryWriter", _FakeSummaryWriter)
+def test_tensorboard_gets_the_finite_scalars(tmp_path):
     with MetricsWriter(tmp_path) as writer:
-        writer.write(3, {"a": 1.0, "b": math.nan})
-    (mirror,) = _FakeSummaryWriter.made
-    assert mirror.scalars == [("a", 1.0, 3)]
-    assert mirror.purge_step is None
-    assert mirror.closed
+        writer.write(3, {"a/b": 1.5, "c": math.nan})
+    first, event = _events(tmp_path / "tensorboard")
+    assert first.file_version == "brain.Event:2" and first.session_log.status == 0
+    (value,) = event.summary.value
+    assert (event.step, value.tag, value.simple_value) == (3, "a/b", 1.5)
+    assert abs(event.wall_time - time.time()) < 100
+
+
+def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path):
     (tmp_path / "tensorboard").mkdir()
     MetricsWriter(tmp_path, resume_step=2).close()
-    assert _FakeSummaryWriter.made[1].purge_step == 2
+    _, start = _events(tmp_path / "tensorboard")
+    assert start.session_log.status == SessionLog.START and start.step == 2
 
 
-def test_tensorboard_files_are_real(tmp_path):
-    with MetricsWriter(tmp_path) as writer:
-        writer.write(0, {"a": 1.0})
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert events.stat().st_size > 0
+def test_tensorboard_is_left_out_on_request(tmp_path):
     _write(tmp_path / "quiet", range(1))
     assert not (tmp_path / "quiet" / "tensorboard").exists()
+
+
+def test_what_tensorboard_shows_is_on_disk_before_long(tmp_path, monkeypatch):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(0, {"a": 1.0})
+        assert len(_events(tmp_path / "tensorboard")) == 0
+        monkeypatch.setattr(metrics._TensorBoard, "_FLUSH_SECONDS", -1.0)
+        writer.write(1, {"a": 1.0})
+        assert [event.step for event in _events(tmp_path / "tensorboard")] == [0, 0, 1]
 
 
 def _fake_wandb():

@@ -1,14 +1,15 @@
 """A run whose policy collapses: it goes on, stops saved, or goes back and learns more slowly."""
 
 import json
+import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.evaluation.collapse import CollapseConfig, CollapseMonitor
+from rlhf_jax.evaluation.collapse import Collapse, CollapseConfig, CollapseMonitor
 from rlhf_jax.runtime.metrics import read_metrics
-from rlhf_jax.training.rollback import Collapsed, retried, rollbacks
+from rlhf_jax.training.rollback import Collapsed, note_rollback, retried, rollbacks
 from rlhf_jax.training.run import CheckpointConfig, Run
 
 HEALTHY = {"response/distinct_2": 0.9, "policy/perplexity": 100.0}
@@ -20,9 +21,9 @@ def from_the_sixth(step, tries):
     return step >= FIRST_BAD
 
 
-def toy(folder, action, *, until=TOTAL, collapses=from_the_sixth, seen=None, every=2):
+def toy(folder, action, *, until=TOTAL, collapses=from_the_sixth, seen=None, every=2, retries=2):
     """Counts steps; its metrics are those of a collapse where `collapses` says so."""
-    config = CollapseConfig(action=action, start=2)
+    config = CollapseConfig(action=action, start=2, retries=retries)
     tries = len(rollbacks(folder))
     with Run(
         folder,
@@ -110,6 +111,63 @@ def test_rollbacks_that_do_not_help_end_in_a_stop(tmp_path):
     with pytest.raises(Collapsed, match=r"COLLAPSE at step 7.*; 2 rollbacks did not help"):
         retried(lambda _: toy(tmp_path, "rollback"))(None)
     assert [noted["resumed_at"] for noted in rollbacks(tmp_path)] == [4, 4]
+
+
+def test_after_the_last_rollback_the_same_command_does_not_go_on(tmp_path, capsys):
+    seen = []
+    with pytest.raises(Collapsed):
+        retried(lambda _: toy(tmp_path, "rollback"))(None)
+    before = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    for _ in range(2):
+        with pytest.raises(Collapsed, match=r"COLLAPSE at step 7.*; 2 rollbacks did not help"):
+            retried(lambda _: toy(tmp_path, "rollback", seen=seen))(None)
+    assert not seen and len(rollbacks(tmp_path)) == 2
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == before
+    assert capsys.readouterr().out.count("back to step") == 2
+    # What the line says goes on: the collapse is kept.
+    lines = toy(tmp_path, "log", seen=seen)
+    assert seen == [(2, 8, 8)] and len(lines) == 3
+
+
+def test_more_retries_go_back_once_more(tmp_path):
+    def twice(step, tries):
+        return step >= FIRST_BAD and tries < 2
+
+    with pytest.raises(Collapsed, match=r"; 1 rollback did not help"):
+        retried(lambda _: toy(tmp_path, "rollback", collapses=twice, retries=1))(None)
+    seen = []
+    lines = retried(lambda _: toy(tmp_path, "rollback", collapses=twice, retries=2, seen=seen))(
+        None
+    )
+    assert seen == [(2, step, step) for step in range(4, 9)]
+    assert len(lines) == 2 and all(line.endswith("; went back to step 4") for line in lines)
+
+
+def test_a_run_that_went_past_a_collapse_goes_back_when_told_to(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        toy(tmp_path, "log", until=8)
+    seen = []
+    retried(lambda _: toy(tmp_path, "rollback", collapses=lambda step, tries: False, seen=seen))(
+        None
+    )
+    assert [tries for tries, *_ in seen] == [1] * len(seen) and seen[0] == (1, 4, 4)
+
+
+def test_the_note_is_json_also_of_a_metric_that_did_not_begin_with_the_run(tmp_path):
+    start = {"policy/entropy": 2.0, "response/distinct_2": 0.9}
+    monitor = CollapseMonitor(CollapseConfig(start=1, patience=1))
+    monitor.see(0, start)
+    event = monitor.see(1, {"response/distinct_2": 0.1, "policy/kl_ref": 9.0, "reward/mean": 1.5})
+    assert [math.isnan(witness.start) for witness in event.witnesses] == [False, True]
+    note_rollback(tmp_path, event, 0)
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    text = (tmp_path / "collapse.json").read_text()
+    (noted,) = json.loads(text, parse_constant=refuse)["rollbacks"]
+    assert repr(Collapse.from_dict(noted["collapse"])) == repr(event)
+    assert Collapse.from_dict(noted["collapse"]).text() == event.text()
 
 
 def test_a_damaged_note_is_one_line(tmp_path):

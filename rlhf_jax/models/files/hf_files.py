@@ -198,10 +198,14 @@ class AtomicFolder:
         self.partial = self.folder.with_name(f".{self.folder.name}.partial")
         self.old = self.folder.with_name(f".{self.folder.name}.old")
 
-    def __enter__(self) -> Path:
+    def check(self) -> None:
+        """Checks that a model can be saved here, as `with` does; for before the work that it takes.
+
+        Raises:
+          ValueError: see above.
+        """
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file; give a folder to save into")
-        self._put_back()  # a kill may have come between the two renames
         held = sorted(file.name for file in self.folder.glob("*"))
         foreign = [name for name in held if not self.own.fullmatch(name)]
         if foreign:
@@ -209,6 +213,10 @@ class AtomicFolder:
                 f"{self.folder} holds {foreign[0]}, which is no part of a saved model and would "
                 "be lost; save into a new folder"
             )
+
+    def __enter__(self) -> Path:
+        self.check()
+        self._put_back()  # a kill may have come between the two renames
         shutil.rmtree(self.partial, ignore_errors=True)
         with naming(self.folder):
             self.partial.mkdir(parents=True)

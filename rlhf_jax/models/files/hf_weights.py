@@ -2,7 +2,7 @@
 
 Llama 1-3, OpenChineseLLaMA, SmolLM2, Mistral, Qwen2 and Qwen3, by folder or by hub name. What is
 written opens in `transformers` and vLLM: policies as `...ForCausalLM`, reward models and critics
-as `...ForSequenceClassification` with one label.
+as `...ForSequenceClassification` with one label, whose scores lack a constant: see `save_model`.
 """
 
 from __future__ import annotations
@@ -143,9 +143,9 @@ def save_model(
     `qkv_bias`, Qwen3 with `qk_norm`, else Llama (a Mistral without sliding window is a Llama).
 
     A `ScalarModel` becomes `...ForSequenceClassification` with one label. The format has no
-    bias: ours is kept in `config.json` as `{"rlhf_jax": {"score_bias": x}}`, and other tools give
-    numbers that are lower by this constant. The language-model head of an untied trunk is kept
-    as `lm_head.weight`, which other tools leave out.
+    bias: ours is kept in `config.json` as `{"rlhf_jax": {"score_bias": x}}`. Scores of other tools
+    lack it: add x to what they give, as docs/run.md shows. The language-model head of an untied
+    trunk is kept as `lm_head.weight`, which other tools leave out.
 
     Args:
       model: the model.
