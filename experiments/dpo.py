@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from configs import common
@@ -34,6 +35,7 @@ from experiments.settings import (
     judge_names,
 )
 from rlhf_jax.data.batches import PairBatches, fixed_prompts, once_pairs
+from rlhf_jax.data.store import margins_of
 from rlhf_jax.data.templates import stop_tokens
 from rlhf_jax.evaluation.comparison import Interval, bootstrap_interval, paired_outcomes
 from rlhf_jax.evaluation.judges import Judge, judge_pairs
@@ -258,6 +260,7 @@ def main(config: ConfigDict) -> None:
             "pairs per update": f"{train.min_pairs} to {train.max_pairs}, "
             f"at most {train.max_tokens:,} tokens",
             "batches": batches.describe(),
+            "margins": f"{np.count_nonzero(margins_of(pairs)):,} pairs have one; DPO reads none",
             "updates": f"{train.steps:,}, {train.steps / batches.steps_per_epoch:.2f} epochs",
             "devices": f"{devices}, {sharding.mode}",
             "run folder": settings.workdir,
