@@ -154,6 +154,9 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def stage_argument(stage: str, config: Any, *variants: str) -> str:
     """The argument of an earlier stage's config file: same scale, seed and data.
 
+    A source goes to the stage where it was set. What a scale reads itself, each stage has of its
+    own: conversations, pairs or prompts.
+
     Args:
       stage: name of the experiment.
       config: the config of the run that needs the stage, or its typed settings.
@@ -163,7 +166,10 @@ def stage_argument(stage: str, config: Any, *variants: str) -> str:
     # Variants of the data, such as harm, are those of every stage.
     passed = [name for name in config.variants if name in PASSED_ON and name in module.VARIANTS]
     parts = [scale_of_stage(stage, config.scale), *passed, *variants]
-    if config.data.source != module.get_config(",".join(parts)).data.source:
+    own = importlib.import_module(f"configs.{config.experiment}").get_config(
+        ",".join([config.scale, *config.variants])
+    )
+    if config.data.source != own.data.source:
         parts.append(f"data.source={config.data.source}")
     if config.seed:
         parts.append(f"seed={config.seed}")
