@@ -41,13 +41,14 @@ RENAMED = {
 # Variants that the stages before take as well.
 PASSED_ON = ("harm",)
 
+_SOURCES = "data.source data.prompt_source"
 _FALLING = among("linear", "cosine")
 # What no experiment reads; see configs/unread.py.
 UNREAD = (
     Unread("lora.alpha lora.targets", unless="lora.rank", is_=SET),
     Unread("log.wandb_project", unless="log.wandb", is_=SET),
-    Unread("data.domains", unless="data.source", is_=rows_by("domains")),
-    Unread("data.instruction", unless="data.source", is_=rows_by("instruction")),
+    Unread("data.domains", unless=_SOURCES, is_=rows_by("domains")),
+    Unread("data.instruction", unless=_SOURCES, is_=rows_by("instruction")),
     Unread("data.min_gap", unless="data.source", is_=rows_by("min_gap")),
     Unread("sampling.top_p sampling.top_k", unless="sampling.temperature", is_=SET),  # greedy
     Unread("optimizer.end_fraction", unless="optimizer.schedule", is_=_FALLING),
@@ -169,8 +170,11 @@ def stage_argument(stage: str, config: Any, *variants: str) -> str:
     own = importlib.import_module(f"configs.{config.experiment}").get_config(
         ",".join([config.scale, *config.variants])
     )
-    if config.data.source != own.data.source:
-        parts.append(f"data.source={config.data.source}")
+    for key in ("source", "prompt_source"):
+        if key in module.get_config(",".join(parts)).data:
+            value = getattr(config.data, key)
+            if value != own.data[key]:
+                parts.append(f"data.{key}={value}")
     if config.seed:
         parts.append(f"seed={config.seed}")
     return ",".join(parts)

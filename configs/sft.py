@@ -77,8 +77,10 @@ def _paper_en() -> ConfigDict:
     config.model = common.full_size()
     config.data.update(source="hh", domains=(), max_length=2048)
     # The paper's million instructions (400k of one turn, 600k of several) are not public: the
-    # chosen conversations of HH stand in. Its batch of 1024 counts conversations, of which a packed
-    # row of 2,048 tokens holds several; the banner says how many an update reads.
+    # chosen conversations of HH stand in. Where you have such sets, put them in data.source as
+    # mix:0.4@jsonl:single_turn.jsonl+0.6@jsonl:multi_turn.jsonl.
+    # The paper's batch of 1024 counts conversations, of which a packed row of 2,048 tokens holds
+    # several; the banner says how many an update reads.
     config.train.update(steps=0, epochs=2.0, minibatch=128, microbatches=16, row_length=2048)
     config.optimizer = common.optimizer(9.5e-6, "cosine", warmup_fraction=0.03, b2=0.95)
     config.eval.every = 200
@@ -90,8 +92,10 @@ def _paper_zh() -> ConfigDict:
     # Published as a patch to LLaMA-7B: the folder is where it was applied.
     config.inputs.model = "models/open-chinese-llama-7b"
     # Put conversations of your own here, one JSON object a line, in any shape that docs/data.md
-    # lists; the paper's are not public.
-    config.data.source = "jsonl:data/sft_zh.jsonl"
+    # lists; the paper's are not public, and mixed as this says.
+    config.data.source = (
+        "mix:0.4@jsonl:data/sft_zh_single_turn.jsonl+0.6@jsonl:data/sft_zh_multi_turn.jsonl"
+    )
     return config
 
 

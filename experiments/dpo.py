@@ -27,10 +27,10 @@ from ml_collections import ConfigDict
 from configs import common
 from experiments import command, folders, reporting, stages
 from experiments.settings import (
+    Answering,
     AnswersConfig,
     PairData,
     PromptData,
-    Shared,
     check_label,
     judge_names,
 )
@@ -93,7 +93,7 @@ class BatchedAnswersConfig(AnswersConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(Shared):
+class Settings(Answering):
     """Every key of configs/dpo.py."""
 
     label: str
@@ -210,7 +210,7 @@ def main(config: ConfigDict) -> None:
     if not folders.claim(settings, "DPO"):
         return
     train, data, sharding = settings.train, settings.data, settings.sharding.make()
-    task, devices = settings.task(), sharding.mesh.size
+    task, asked, devices = settings.task(), settings.prompt_task(), sharding.mesh.size
     judges = stages.load_judges(judge_names(settings.judges, task))
 
     # 1. The SFT policy, frozen and to be trained; with adapters one copy serves as both.
@@ -246,7 +246,7 @@ def main(config: ConfigDict) -> None:
         scorer = stages.load_scalar(
             settings.compare.reward_model, settings.model, sharding, frozen=True
         )
-    respond = make_respondents(settings, task, tokenizer, judges, reference, scorer, sharding)
+    respond = make_respondents(settings, asked, tokenizer, judges, reference, scorer, sharding)
 
     # 3. Optimizer and the compiled step.
     optimizer, schedule = make_optimizer(settings.optimizer, train.steps)
@@ -271,7 +271,7 @@ def main(config: ConfigDict) -> None:
     compare = AgainstBaseline(respond["validation"], reference, eval_key, settings.eval.prompts)
 
     show = ("loss/dpo", "dpo/accuracy", *(f"win_rate/{name}" for name in judges))
-    inputs = stages.inputs(task, tokenizer, date=date, models={"inputs.model": folder})
+    inputs = stages.inputs(tokenizer, task, asked, date=date, models={"inputs.model": folder})
     with settings.run(train.steps, "DPO", show, inputs) as run:
         # 4. log π_ref of both sides of every pair, once.
         cache = functools.partial(dpo.reference_log_probs, reference, sharding=sharding)

@@ -241,7 +241,7 @@ def main(config: ConfigDict) -> None:
 
     # 3. Train.
     show = ("loss/bradley_terry", "reward/accuracy", "eval/accuracy")
-    pinned = stages.inputs(task, tokenizer, date=date, models={"inputs.model": folder})
+    pinned = stages.inputs(tokenizer, task, date=date, models={"inputs.model": folder})
     with settings.run(train.steps, "reward model", show, pinned) as run:
         state = run.restore(state, batches)
         for step in run.steps():

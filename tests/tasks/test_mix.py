@@ -156,12 +156,19 @@ def test_a_part_without_the_rows_is_named(folders):
         load_rows("preference", f"mix:0.5@{b}+0.5@reviews", "train", limit=4)
 
 
+def test_a_gap_is_asked_of_parts_that_draw_pairs(folders):
+    a, b = folders
+    make_task(TaskConfig(f"mix:0.5@{a}+0.5@{b}", min_gap=0.0))
+    with pytest.raises(ValueError, match=r"data.min_gap=0.0 must be above 0"):
+        make_task(TaskConfig(f"mix:0.5@{a}+0.5@reviews", min_gap=0.0))
+
+
 def test_a_mixture_survives_the_command_line():
     source = "mix:8000@hh:harmless-base+20000@hh:helpful-base"
-    config = ppo_configs.get_config(f"tiny,data.source={source},data.prompt_buckets=(16,)")
-    assert config.data.source == source
+    config = ppo_configs.get_config(f"tiny,data.prompt_source={source},data.prompt_buckets=(16,)")
+    assert config.data.prompt_source == source
     config.workdir, config.inputs.model = "runs/x", "runs/sft/x/model"
-    task = command.open_config("ppo_max", config, ppo_max.Settings).task()
+    task = command.open_config("ppo_max", config, ppo_max.Settings).prompt_task()
     assert task.numbers == [8000, 20000] and task.weights == [8000 / 28000, 20000 / 28000]
     assert [part.config.source for part in task.parts] == ["hh:harmless-base", "hh:helpful-base"]
     shares = sft_configs.get_config(
