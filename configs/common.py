@@ -38,7 +38,7 @@ RENAMED = {
     },
 }
 
-# Variants that the stages before take as well.
+# Variants that the stages before take as well, each named after the source that it reads.
 PASSED_ON = ("harm",)
 
 _SOURCES = "data.source data.prompt_source"
@@ -113,10 +113,12 @@ def resolve(config: ConfigDict) -> ConfigDict:
       config: the result of a `get_config`, perhaps changed since.
 
     Raises:
-      ValueError: a key was set that nothing reads, see configs/unread.py.
+      ValueError: a key was set that nothing reads, see configs/unread.py; or a source without the
+        variant that sets lengths and loss for it.
     """
     module = importlib.import_module(f"configs.{config.experiment}")
     config = config.copy_and_resolve_references()
+    _check_variant(config, module.VARIANTS)
     before, now = flat(module.get_config(",".join([config.scale, *config.variants]))), flat(config)
     unread.refuse((*UNREAD, *module.UNREAD), now, before)
     if not config.workdir:
@@ -126,6 +128,17 @@ def resolve(config: ConfigDict) -> ConfigDict:
         config.workdir = f"runs/{config.experiment}/" + name.replace("/", "_")
     module.derive(config)
     return config
+
+
+def _check_variant(config: ConfigDict, variants: Mapping[str, Change]) -> None:
+    """Refuses a source that has a variant of its name where only the source was given."""
+    source, named = config.data.source, list(config.variants)
+    if source in PASSED_ON and source in variants and source not in named:
+        argument = ",".join([config.scale, *named, source])
+        raise ValueError(
+            f"data.source={source!r} needs the lengths and the loss of the variant {source}: use "
+            f"--config configs/{config.experiment}.py:{argument} in its place"
+        )
 
 
 def idle_variants(config: ConfigDict) -> list[str]:
@@ -165,7 +178,8 @@ def stage_argument(stage: str, config: Any, *variants: str) -> str:
     """
     module = importlib.import_module(f"configs.{stage}")
     # Variants of the data, such as harm, are those of every stage.
-    passed = [name for name in config.variants if name in PASSED_ON and name in module.VARIANTS]
+    wanted = {*config.variants, config.data.source}
+    passed = [name for name in PASSED_ON if name in wanted and name in module.VARIANTS]
     parts = [scale_of_stage(stage, config.scale), *passed, *variants]
     own = importlib.import_module(f"configs.{config.experiment}").get_config(
         ",".join([config.scale, *config.variants])
@@ -173,7 +187,7 @@ def stage_argument(stage: str, config: Any, *variants: str) -> str:
     for key in ("source", "prompt_source"):
         if key in module.get_config(",".join(parts)).data:
             value = getattr(config.data, key)
-            if value != own.data[key]:
+            if value != own.data[key] and value not in passed:
                 parts.append(f"data.{key}={value}")
     if config.seed:
         parts.append(f"seed={config.seed}")

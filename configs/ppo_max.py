@@ -241,8 +241,11 @@ def _critic_pretrain(config: ConfigDict) -> None:
 def _harm(config: ConfigDict) -> None:
     config.data.update(source="harm", prompt_source="", domains=(), instruction="")
     config.data.prompt_buckets = (64, 128)
-    # There is no text to imitate: no model should be fine-tuned on these answers.
+    # A refusal takes a sentence or two.
+    config.sampling.max_new_tokens = max(config.sampling.max_new_tokens, 64)
+    # The few answers that nobody found harmful are not enough to draw batches from.
     config.ppo.ptx_coef = 0.0
+    config.eval.samples = 0  # reports show no answers to these prompts, unless they are asked to
 
 
 def _longer(times: float):

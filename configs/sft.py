@@ -14,6 +14,7 @@ Scales:
 Variants:
   pretrain    other text (editorials and tweets) instead of the task's: a model without SFT, for
               the ablation `policy_pretrained` of ppo_max
+  harm        answers to harmful prompts that everybody found harmless, opt-in: `smollm2,harm`
 """
 
 from ml_collections import ConfigDict
@@ -108,6 +109,13 @@ def _pretrain(config: ConfigDict) -> None:
     config.data.domains = ("nyt", "tweets")
 
 
+def _harm(config: ConfigDict) -> None:
+    config.data.update(source="harm", domains=(), instruction="", max_length=256)
+    # 143 answers of up to 256 tokens: four times, in some six updates each.
+    config.train.update(steps=min(config.train.steps, 24), minibatch=8, row_length=256)
+    config.eval.every = min(config.eval.every, 6)
+
+
 SCALES = {
     "tiny": _tiny,
     "quickstart": _quickstart,
@@ -115,7 +123,7 @@ SCALES = {
     "paper_en": _paper_en,
     "paper_zh": _paper_zh,
 }
-VARIANTS = {"pretrain": _pretrain}
+VARIANTS = {"pretrain": _pretrain, "harm": _harm}
 # A pretrained model has its own sizes and tokenizer.
 UNREAD = (
     Unread("sizes.* tokenizer.*", unless="inputs.model", is_=EMPTY),

@@ -142,16 +142,16 @@ def test_what_is_no_mixture_is_one_line(where, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_part_without_the_rows_is_named(folders):
+def test_a_part_without_the_rows_is_named(folders, tmp_path):
     a, b = folders
     with pytest.raises(
         ValueError, match=r"asks 'jsonl:.*b' for 41 rows \(sft, train\), and it has 40"
     ):
         mixed(folders, ("10", "41"))
-    with pytest.raises(
-        ValueError, match=r"harm in a mixture: source='harm' is not for fine-tuning"
-    ):
-        load_rows("sft", f"mix:0.5@{a}+0.5@harm", "train")
+    alone = tmp_path / "prompts.jsonl"
+    alone.write_text('{"prompt": "alone"}\n')
+    with pytest.raises(ValueError, match=r"prompts.jsonl in a mixture: row 0: .*response"):
+        load_rows("sft", f"mix:0.5@{a}+0.5@jsonl:{alone}", "train")
     with pytest.raises(ValueError, match=r"/b in a mixture: row 0: .*chosen"):
         load_rows("preference", f"mix:0.5@{b}+0.5@reviews", "train", limit=4)
 
