@@ -39,17 +39,18 @@ RENAMED = {
     },
 }
 
-# Variants that the stages before take as well.
+# Variants that the stages before take as well; "harm" is named after the source that it reads.
 PASSED_ON = ("harm", "half")
 
+_SOURCES = "data.source data.prompt_source"
 _FALLING = among("linear", "cosine")
 # What no experiment reads; see configs/unread.py.
 UNREAD = (
     Unread("lora.alpha lora.targets", unless="lora.rank", is_=SET),
     Unread("log.wandb_project", unless="log.wandb", is_=SET),
-    Unread("data.domains", unless="data.source", is_=rows_by("domains")),
+    Unread("data.domains", unless=_SOURCES, is_=rows_by("domains")),
     Unread("data.half", unless="data.source", is_=rows_by("half")),
-    Unread("data.instruction", unless="data.source", is_=rows_by("instruction")),
+    Unread("data.instruction", unless=_SOURCES, is_=rows_by("instruction")),
     Unread("data.min_gap", unless="data.source", is_=rows_by("min_gap")),
     Unread("sampling.top_p sampling.top_k", unless="sampling.temperature", is_=SET),  # greedy
     Unread("optimizer.end_fraction", unless="optimizer.schedule", is_=_FALLING),
@@ -144,10 +145,12 @@ def resolve(config: ConfigDict) -> ConfigDict:
       config: the result of a `get_config`, perhaps changed since.
 
     Raises:
-      ValueError: a key was set that nothing reads, see configs/unread.py.
+      ValueError: a key was set that nothing reads, see configs/unread.py; or a source without the
+        variant that sets lengths and loss for it.
     """
     module = importlib.import_module(f"configs.{config.experiment}")
     config = config.copy_and_resolve_references()
+    _check_variant(config, module.VARIANTS)
     before, now = flat(module.get_config(",".join([config.scale, *config.variants]))), flat(config)
     unread.refuse((*UNREAD, *module.UNREAD), now, before)
     if not config.workdir:
@@ -157,6 +160,17 @@ def resolve(config: ConfigDict) -> ConfigDict:
         config.workdir = f"runs/{config.experiment}/" + name.replace("/", "_")
     module.derive(config)
     return config
+
+
+def _check_variant(config: ConfigDict, variants: Mapping[str, Change]) -> None:
+    """Refuses a source that has a variant of its name where only the source was given."""
+    source, named = config.data.source, list(config.variants)
+    if source in PASSED_ON and source in variants and source not in named:
+        argument = ",".join([config.scale, *named, source])
+        raise ValueError(
+            f"data.source={source!r} needs the lengths and the loss of the variant {source}: use "
+            f"--config configs/{config.experiment}.py:{argument} in its place"
+        )
 
 
 def idle_variants(config: ConfigDict) -> list[str]:
@@ -186,6 +200,9 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def stage_argument(stage: str, config: Any, *variants: str) -> str:
     """The argument of an earlier stage's config file: same scale, seed and data.
 
+    A source goes to the stage where it was set. What a scale reads itself, each stage has of its
+    own: conversations, pairs or prompts.
+
     Args:
       stage: name of the experiment.
       config: the config of the run that needs the stage, or its typed settings.
@@ -193,10 +210,17 @@ def stage_argument(stage: str, config: Any, *variants: str) -> str:
     """
     module = importlib.import_module(f"configs.{stage}")
     # Variants of the data, such as harm, are those of every stage.
-    passed = [name for name in config.variants if name in PASSED_ON and name in module.VARIANTS]
+    wanted = {*config.variants, config.data.source}
+    passed = [name for name in PASSED_ON if name in wanted and name in module.VARIANTS]
     parts = [scale_of_stage(stage, config.scale), *passed, *variants]
-    if config.data.source != module.get_config(",".join(parts)).data.source:
-        parts.append(f"data.source={quoted(config.data.source)}")
+    own = importlib.import_module(f"configs.{config.experiment}").get_config(
+        ",".join([config.scale, *config.variants])
+    )
+    for key in ("source", "prompt_source"):
+        if key in module.get_config(",".join(parts)).data:
+            value = getattr(config.data, key)
+            if value != own.data[key] and value not in passed:
+                parts.append(f"data.{key}={quoted(value)}")
     if config.seed:
         parts.append(f"seed={config.seed}")
     return ",".join(parts)

@@ -46,6 +46,7 @@ def _task(scale: str) -> ConfigDict:
     config.model, config.lora = pairs.model, pairs.lora
     config.data = pairs.data
     del config.data.reference_texts
+    config.data.prompt_source = prompts.data.prompt_source  # of prompts; empty is data.source
     config.data.prompt_buckets = prompts.data.prompt_buckets  # lengths of padded prompts
     config.sampling = prompts.sampling
     config.eval = prompts.eval

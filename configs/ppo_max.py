@@ -39,7 +39,7 @@ Variants (what an ablation changes; PPO-max is the default):
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, sft
 from configs.unread import SET, Unread, among, no
 
 
@@ -52,7 +52,9 @@ def _quickstart() -> ConfigDict:
     config.inputs.reference = ""  # folder of the frozen reference; empty is that SFT model
     config.inputs.reward_model = ""  # folder; empty is the reward model of the same scale
     config.inputs.build = True  # run the stages before where their models are missing
+    # What the stages before learn from and the ptx loss reads; prompts too where the next is empty.
     config.data = common.task()
+    config.data.prompt_source = ""  # prompts from another source, such as one of prompts alone
     config.data.prompt_buckets = (16,)  # lengths to which prompts are padded
     config.data.ptx_length = 64  # tokens of a row of SFT text for the ptx loss
     # The batch vocabulary, all global: an iteration samples prompts x samples responses and makes
@@ -160,6 +162,9 @@ def _paper_en() -> ConfigDict:
     config.inputs.build = False
     config.model = common.full_size()
     config.data.update(source="hh", domains=(), prompt_buckets=(128, 256, 512), ptx_length=1024)
+    # The paper's 8,000 harmless and 20,000 helpful queries. With a copy of HH, where data.source is
+    # hh:FOLDER, put hh:FOLDER:harmless-base and hh:FOLDER:helpful-base here.
+    config.data.prompt_source = "mix:8000@hh:harmless-base+20000@hh:helpful-base"
     # 250 buffers of 128 in minibatches of 32 are the paper's 1000 updates of the policy; before
     # them the critic trains alone (the paper does not say for how long).
     config.train.update(iterations=275, prompts_per_iteration=128, minibatch=32)
@@ -177,8 +182,13 @@ def _paper_en() -> ConfigDict:
 
 def _paper_zh() -> ConfigDict:
     config = _paper_en()
-    # Put prompts of your own here, one JSON object a line with prompt; the paper's are not public.
-    config.data.source = "jsonl:data/prompts_zh.jsonl"
+    # The paper's data are not public. Text of your own for the ptx loss, as in configs/sft.py.
+    config.data.source = sft.get_config("paper_zh").data.source
+    # And prompts of your own, one JSON object a line with prompt, of which a tenth each is kept for
+    # validation and test: so many harmless and helpful ones are left to train on.
+    config.data.prompt_source = (
+        "mix:8000@jsonl:data/prompts_zh_harmless.jsonl+20000@jsonl:data/prompts_zh_helpful.jsonl"
+    )
     return config
 
 
@@ -231,9 +241,13 @@ def _critic_pretrain(config: ConfigDict) -> None:
 
 
 def _harm(config: ConfigDict) -> None:
-    config.data.update(source="harm", domains=(), instruction="", prompt_buckets=(64, 128))
-    # There is no text to imitate: no model should be fine-tuned on these answers.
+    config.data.update(source="harm", prompt_source="", domains=(), instruction="")
+    config.data.prompt_buckets = (64, 128)
+    # A refusal takes a sentence or two.
+    config.sampling.max_new_tokens = max(config.sampling.max_new_tokens, 64)
+    # The few answers that nobody found harmful are not enough to draw batches from.
     config.ppo.ptx_coef = 0.0
+    config.eval.samples = 0  # reports show no answers to these prompts, unless they are asked to
 
 
 def _longer(times: float):

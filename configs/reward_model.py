@@ -57,6 +57,9 @@ def _quickstart() -> ConfigDict:
     # Comparisons of a batch: its "pairs", or in a "batch" all texts whose ratings differ by
     # data.min_gap.
     config.loss.comparisons = "pairs"
+    # Weight c of a pair's margin m, the column `margin` or the gap of the ratings, in
+    # -log sigmoid(r_w - r_l - c m) (Llama 2, arXiv 2307.09288, eq. 2); 0 is off, as in the paper.
+    config.loss.margin_coef = 0.0
     config.optimizer = common.optimizer(1e-3, "cosine", warmup_fraction=0.1, b2=0.98)
     config.optimizer.weight_decay = 0.1
     config.eval = ConfigDict()

@@ -14,6 +14,7 @@ Scales:
 Variants:
   pretrain    other text (editorials and tweets) instead of the task's: a model without SFT, for
               the ablation `policy_pretrained` of ppo_max
+  harm        answers to harmful prompts that everybody found harmless, opt-in: `smollm2,harm`
 """
 
 from ml_collections import ConfigDict
@@ -77,8 +78,10 @@ def _paper_en() -> ConfigDict:
     config.model = common.full_size()
     config.data.update(source="hh", domains=(), max_length=2048)
     # The paper's million instructions (400k of one turn, 600k of several) are not public: the
-    # chosen conversations of HH stand in. Its batch of 1024 counts conversations, of which a packed
-    # row of 2,048 tokens holds several; the banner says how many an update reads.
+    # chosen conversations of HH stand in. Where you have such sets, put them in data.source as
+    # mix:0.4@jsonl:single_turn.jsonl+0.6@jsonl:multi_turn.jsonl.
+    # The paper's batch of 1024 counts conversations, of which a packed row of 2,048 tokens holds
+    # several; the banner says how many an update reads.
     config.train.update(steps=0, epochs=2.0, minibatch=128, microbatches=16, row_length=2048)
     config.optimizer = common.optimizer(9.5e-6, "cosine", warmup_fraction=0.03, b2=0.95)
     config.eval.every = 200
@@ -90,8 +93,10 @@ def _paper_zh() -> ConfigDict:
     # Published as a patch to LLaMA-7B: the folder is where it was applied.
     config.inputs.model = "models/open-chinese-llama-7b"
     # Put conversations of your own here, one JSON object a line, in any shape that docs/data.md
-    # lists; the paper's are not public.
-    config.data.source = "jsonl:data/sft_zh.jsonl"
+    # lists; the paper's are not public, and mixed as this says.
+    config.data.source = (
+        "mix:0.4@jsonl:data/sft_zh_single_turn.jsonl+0.6@jsonl:data/sft_zh_multi_turn.jsonl"
+    )
     return config
 
 
@@ -104,6 +109,13 @@ def _pretrain(config: ConfigDict) -> None:
     config.data.domains = ("nyt", "tweets")
 
 
+def _harm(config: ConfigDict) -> None:
+    config.data.update(source="harm", domains=(), instruction="", max_length=256)
+    # With SmolLM2's tokenizer 154 answers fit, which nine updates read once.
+    config.train.update(steps=min(config.train.steps, 24), minibatch=8, row_length=256)
+    config.eval.every = min(config.eval.every, 6)
+
+
 SCALES = {
     "tiny": _tiny,
     "quickstart": _quickstart,
@@ -111,7 +123,7 @@ SCALES = {
     "paper_en": _paper_en,
     "paper_zh": _paper_zh,
 }
-VARIANTS = {"pretrain": _pretrain}
+VARIANTS = {"pretrain": _pretrain, "harm": _harm}
 # A pretrained model has its own sizes and tokenizer.
 UNREAD = (
     Unread("sizes.* tokenizer.*", unless="inputs.model", is_=EMPTY),

@@ -67,7 +67,7 @@ class Unread(NamedTuple):
 
     Attributes:
       keys: Their names, or patterns, between spaces.
-      unless: The key that decides.
+      unless: The key that decides, or several between spaces: one of them is enough.
       is_: What it has to be.
     """
 
@@ -75,9 +75,15 @@ class Unread(NamedTuple):
     unless: str
     is_: Condition
 
+    def deciding(self, config: Mapping[str, Any]) -> list[str]:
+        """The keys of a flat config that decide; after the first an empty one does not."""
+        there = [key for key in self.unless.split() if key in config]
+        return [key for key in there if config[key] or key == there[0]]
+
     def among(self, config: Mapping[str, Any]) -> list[str]:
         """Keys of a flat config that it leaves unread."""
-        if self.unless not in config or self.is_.holds(config[self.unless]):
+        deciding = self.deciding(config)
+        if not deciding or any(self.is_.holds(config[key]) for key in deciding):
             return []
         return [k for k in config if any(fnmatch.fnmatchcase(k, p) for p in self.keys.split())]
 
@@ -100,7 +106,9 @@ def refuse(table: Iterable[Unread], config: Mapping[str, Any], plain: Mapping[st
     """
     for key, rule in unread(table, config).items():
         if config[key] != plain.get(key):
+            deciding = rule.deciding(config)
             raise ValueError(
-                f"{key}={config[key]!r} is read where {rule.unless} is {rule.is_.words()}, and "
-                f"here it is {config[rule.unless]!r}: leave {key} out"
+                f"{key}={config[key]!r} is read where {' or '.join(deciding)} is "
+                f"{rule.is_.words()}, and here it is "
+                f"{' and '.join(repr(config[k]) for k in deciding)}: leave {key} out"
             )

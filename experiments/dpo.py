@@ -21,20 +21,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from configs import common
 from experiments import command, folders, judging, reporting, stages
 from experiments.settings import (
+    Answering,
     AnswersConfig,
     PairData,
     PromptData,
-    Shared,
     check_label,
     judge_names,
     sampled_lengths,
 )
 from rlhf_jax.data.batches import PairBatches, fixed_prompts, once_pairs
+from rlhf_jax.data.store import margins_of
 from rlhf_jax.data.templates import stop_tokens
 from rlhf_jax.evaluation.comparison import Interval, bootstrap_interval, paired_outcomes
 from rlhf_jax.evaluation.judges import Judge, judge_pairs
@@ -92,7 +94,7 @@ class BatchedAnswersConfig(AnswersConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(Shared):
+class Settings(Answering):
     """Every key of configs/dpo.py."""
 
     label: str
@@ -213,7 +215,7 @@ def main(config: ConfigDict) -> None:
     if not folders.claim(settings, "DPO"):
         return
     train, data, sharding = settings.train, settings.data, settings.sharding.make()
-    task, devices = settings.task(), sharding.mesh.size
+    task, asked, devices = settings.task(), settings.prompt_task(), sharding.mesh.size
     judges = judging.load_judges(judge_names(settings.judges, task), settings)
 
     # 1. The SFT policy, frozen and to be trained; with adapters one copy serves as both.
@@ -250,7 +252,7 @@ def main(config: ConfigDict) -> None:
         scorer = stages.load_scalar(
             settings.compare.reward_model, settings.model, sharding, frozen=True
         )
-    respond = make_respondents(settings, task, tokenizer, judges, reference, scorer, sharding)
+    respond = make_respondents(settings, asked, tokenizer, judges, reference, scorer, sharding)
 
     # 3. Optimizer and the compiled step.
     optimizer, schedule = make_optimizer(settings.optimizer, train.steps)
@@ -264,6 +266,7 @@ def main(config: ConfigDict) -> None:
             "pairs per update": f"{train.min_pairs} to {train.max_pairs}, "
             f"at most {train.max_tokens:,} tokens",
             "batches": batches.describe(),
+            "margins": f"{np.count_nonzero(margins_of(pairs)):,} pairs have one; DPO reads none",
             "updates": f"{train.steps:,}, {train.steps / batches.steps_per_epoch:.2f} epochs",
             "devices": f"{devices}, {sharding.mode}",
             "run folder": settings.workdir,
@@ -274,7 +277,7 @@ def main(config: ConfigDict) -> None:
     compare = AgainstBaseline(respond["validation"], reference, eval_key, settings.eval.prompts)
 
     show = ("loss/dpo", "dpo/accuracy", *(f"win_rate/{name}" for name in judges))
-    inputs = stages.inputs(task, tokenizer, date=date, models={"inputs.model": folder})
+    inputs = stages.inputs(tokenizer, task, asked, date=date, models={"inputs.model": folder})
     with settings.run(train.steps, "DPO", show, inputs) as run:
         # 4. log π_ref of both sides of every pair, once.
         cache = functools.partial(dpo.reference_log_probs, reference, sharding=sharding)

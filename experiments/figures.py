@@ -350,8 +350,7 @@ def main(options: argparse.Namespace) -> None:
     failed = run_all(jobs, options.jobs)
     for name in names:
         content = to_json(collect(name, options.scale, options.seeds, failed))
-        written = json.dumps(content, indent=1, allow_nan=False) + "
-"
+        written = json.dumps(content, indent=1, allow_nan=False) + "\n"
         write_whole(folder / f"figure_{name}.json", written)
         write_whole(folder / f"figure_{name}.md", figure_tables.page(content))
         print(draw(content, folder / f"figure_{name}.png"))

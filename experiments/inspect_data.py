@@ -24,7 +24,6 @@ from experiments.settings import PairData, PromptData
 from rlhf_jax.data.inspect import legend, lengths_line, render, use_color
 from rlhf_jax.data.store import lengths_of
 from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
-from rlhf_jax.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +58,15 @@ def settings_of(experiment: str) -> Any:
     return importlib.import_module(f"experiments.{experiment}").Settings
 
 
-def examples_of(task: Task, data: Any, tokenizer: Any, split: str) -> Sequence[Any]:
+def examples_of(settings: Any, tokenizer: Any, split: str) -> Sequence[Any]:
     """Pairs, prompts or documents: what the config's data section is for."""
+    task, data = settings.task(), settings.data
     if isinstance(data, PairData):
         pairs = task.preferences(tokenizer, split, max_length=data.max_length, count=data.pairs)
         return pairs.loaded()
     if isinstance(data, PromptData):
-        return task.prompts(tokenizer, split, max_length=data.longest_prompt).loaded()
+        asked = settings.prompt_task()
+        return asked.prompts(tokenizer, split, max_length=data.longest_prompt).loaded()
     return task.documents(tokenizer, split, max_length=data.max_length).loaded()
 
 
@@ -75,7 +76,7 @@ def main(config: ConfigDict, count: int, split: str) -> None:
     settings = command.open_config(experiment, config, settings_of(experiment))
     origin = Origin(settings.inputs.model, common.stage_argument("sft", settings))
     tokenizer = tokenizer_of(origin)
-    examples = examples_of(settings.task(), settings.data, tokenizer, split)
+    examples = examples_of(settings, tokenizer, split)
     print(lengths_line(lengths_of(examples)))
     color = use_color(sys.stdout)
     print(f"\n{legend(color=color)}")

@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 from configs import common
 from experiments import command, folders, judging, reporting, stages
 from experiments.settings import (
+    Answering,
     AnswersConfig,
     PromptData,
-    Shared,
     check_label,
     judge_names,
     sampled_lengths,
@@ -71,7 +71,7 @@ class Prompts(PromptData):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(Shared):
+class Settings(Answering):
     """Every key of configs/ppo_max.py."""
 
     label: str
@@ -121,7 +121,7 @@ def require_stages(settings: Settings) -> None:
     """
     inputs = settings.inputs
     # Judges first: one that may not judge is refused before anything is trained.
-    judging.require_judges(judge_names(settings.judges, settings.task()), settings)
+    judging.require_judges(judge_names(settings.judges, settings.prompt_task()), settings)
     variant = (inputs.policy_variant,) if inputs.policy_variant else ()
     for folder, stage, variants in (
         (inputs.reference, "sft", ()),
@@ -209,11 +209,12 @@ def make_respondents(
 
 def derived_numbers(settings: Settings, prompts: Any, sharding: Sharding) -> dict[str, str]:
     """Every number that follows from the config, for the banner."""
-    train, batch = settings.train, settings.train.rollout_batch
+    train, data, batch = settings.train, settings.data, settings.train.rollout_batch
     longest = prompts.shapes[-1].length + settings.sampling.max_new_tokens
     return {
         "reward model": settings.inputs.reward_model,
-        "prompts": f"{prompts.count_text()}, {train.prompts_per_iteration} per iteration, "
+        "prompts": f"{prompts.count_text()} of {data.prompt_source or data.source}, "
+        f"{train.prompts_per_iteration} per iteration, "
         f"buckets of {', '.join(str(shape.length) for shape in prompts.shapes)} tokens",
         "responses per iteration": f"{batch} of at most {settings.sampling.max_new_tokens} tokens "
         f"({train.samples_per_prompt} per prompt)",
@@ -235,7 +236,7 @@ def main(config: ConfigDict) -> None:
         return
     # After each rollback from a collapse a run learns half as fast.
     method_config = settings.method().slower(len(rollbacks(settings.workdir)))
-    sharding, task = settings.sharding.make(), settings.task()
+    sharding, task, text = settings.sharding.make(), settings.prompt_task(), settings.task()
     method_config.check_devices(sharding.data)
     train, data, inputs = settings.train, settings.data, settings.inputs
 
@@ -258,7 +259,7 @@ def main(config: ConfigDict) -> None:
         seed=settings.seed,
         pad_id=pad_id,
     )
-    cursors = [prompts, *load_ptx(settings, task, tokenizer)]
+    cursors = [prompts, *load_ptx(settings, text, tokenizer)]
     for batches in cursors:
         batches.share(sharding.local_rows)
     ptx = cursors[-1]
@@ -312,7 +313,7 @@ def main(config: ConfigDict) -> None:
 
     # 5. Algorithm 1.
     show = ("reward/mean", *(f"win_rate/{name}" for name in judges), "policy/kl_ref_sequence")
-    pinned = stages.inputs(task, tokenizer, date=date, models=models)
+    pinned = stages.inputs(tokenizer, task, text, date=date, models=models)
     monitor = settings.monitor()
     with settings.run(train.iterations, "PPO", show, pinned, monitor) as run:
         state = run.restore(state, *cursors)

@@ -269,7 +269,7 @@ def write(
         notes=(
             f"{len(policy.prompts)} held-out prompts, sampled at temperature "
             f"{sampling.temperature}; the samples are the first prompts, not chosen.",
-            *judges_notes(judges, settings.task()),
+            *judges_notes(judges, settings.prompt_task()),
             *notes,
         ),
         seeds=(settings.seed,),

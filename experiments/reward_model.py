@@ -22,7 +22,9 @@ from configs import common
 from experiments import command, folders, judging, reporting, stages
 from experiments.settings import EvalConfig, PairData, Shared, judge_names
 from rlhf_jax.data.batches import PairBatches, once_pairs, pair_batches
+from rlhf_jax.data.examples import Examples
 from rlhf_jax.data.schemas import Encoded, EncodedPair
+from rlhf_jax.data.store import margins_of
 from rlhf_jax.data.streaming import StreamedBatches
 from rlhf_jax.evaluation import plots
 from rlhf_jax.evaluation.comparison import bootstrap_interval, pair_accuracy, paired_outcomes
@@ -68,9 +70,10 @@ class LossConfig:
 
     lm_coef: float
     comparisons: str
+    margin_coef: float
 
     def __post_init__(self):
-        check(self, lm_coef="[0, 1e6]", comparisons=COMPARISONS)
+        check(self, lm_coef="[0, 1e6]", comparisons=COMPARISONS, margin_coef="[0, 1e6]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,28 +97,60 @@ class Settings(Shared):
 
     def method(self) -> RewardModelConfig:
         """What the model minimises."""
-        return RewardModelConfig(self.loss.lm_coef, self.loss.comparisons, self.data.min_gap)
+        return RewardModelConfig(min_gap=self.data.min_gap, **dataclasses.asdict(self.loss))
+
+
+def training_pairs(
+    settings: Settings, task: Task, tokenizer: Any
+) -> tuple[Examples[EncodedPair], np.ndarray | None]:
+    """Pairs, and ratings `[n, 2]` where all texts of a batch are to be compared."""
+    data = settings.data
+    asked: dict[str, int] = {"max_length": data.max_length, "count": data.pairs}
+    if settings.loss.comparisons == "batch":
+        pairs, ratings = task.rated(tokenizer, "train", **asked)
+        return Examples(pairs), ratings
+    return task.preferences(tokenizer, "train", **asked), None
 
 
 def training_batches(
-    settings: Settings, task: Task, tokenizer: Any, devices: int
-) -> tuple[PairBatches | StreamedBatches, np.ndarray | None]:
-    """Endless pairs, and ratings `[n, 2]` where all texts of a batch are to be compared."""
-    data, ratings = settings.data, None
-    asked: dict[str, int] = {"max_length": data.max_length, "count": data.pairs}
-    pairs: Sequence[EncodedPair]
-    if settings.loss.comparisons == "batch":
-        pairs, ratings = task.rated(tokenizer, "train", **asked)
-    else:
-        pairs = task.preferences(tokenizer, "train", **asked)
-    batches = pair_batches(
+    settings: Settings, pairs: Examples[EncodedPair], tokenizer: Any, devices: int
+) -> PairBatches | StreamedBatches:
+    """Endless pairs."""
+    return pair_batches(
         pairs,
         seed=settings.seed,
         pad_id=tokenizer.pad_token_id,
-        longest=data.max_length,
+        longest=settings.data.max_length,
         **settings.train.batching(devices),
     )
-    return batches, ratings
+
+
+def margins_line(
+    settings: Settings, pairs: Examples[EncodedPair], held_out: Examples[EncodedPair]
+) -> str:
+    """For the banner: how many pairs have a margin, and what the loss makes of it.
+
+    Args:
+      settings: those of the run.
+      pairs: to train on; where they are streamed, those held out speak for them.
+      held_out: pairs of the same source.
+
+    Raises:
+      ValueError: margins are asked for, and no pair has one.
+    """
+    margins = margins_of(held_out if pairs.streamed else pairs)
+    found, where = int(np.count_nonzero(margins)), " held out" if pairs.streamed else ""
+    if settings.loss.margin_coef:
+        if not found:
+            raise ValueError(
+                f"loss.margin_coef={settings.loss.margin_coef} needs pairs with a margin, and none "
+                f"of the {len(margins):,}{where} of data.source={settings.data.source!r} has one: "
+                "give the rows a column margin that is not 0, or set loss.margin_coef=0.0"
+            )
+        used = f"times {settings.loss.margin_coef:g} in the loss"
+    else:
+        used = "not in the loss: loss.margin_coef is 0"
+    return f"{found:,} of {len(margins):,} pairs{where} have one, {used}" if found else "none"
 
 
 def reference_texts(settings: Settings, task: Task, tokenizer: Any) -> list[Encoded]:
@@ -200,8 +235,9 @@ def main(config: ConfigDict) -> None:
     model = stages.load_scalar(folder, settings.model, sharding, key=key, layers=inputs.layers)
     tuning = stages.make_tuning(settings, model)
     references = reference_texts(settings, task, tokenizer)
-    batches, ratings = training_batches(settings, task, tokenizer, sharding.data)
-    batches = batches.share(sharding.local_rows)
+    pairs, ratings = training_pairs(settings, task, tokenizer)
+    batches = training_batches(settings, pairs, tokenizer, sharding.data)
+    batches.share(sharding.local_rows)
     validation, test = (
         task.preferences(tokenizer, split, max_length=data.max_length, count=count)
         for split, count in (("validation", data.validation_pairs), ("test", data.eval_pairs))
@@ -221,6 +257,7 @@ def main(config: ConfigDict) -> None:
             "pairs per update": f"{train.min_pairs} to {train.max_pairs}, "
             f"at most {train.max_tokens:,} tokens",
             "batches": batches.describe(),
+            "margins": margins_line(settings, pairs, validation),
             "updates": f"{train.steps:,} in {train.microbatches} microbatches; "
             f"{batches.epochs_text(train.steps)}",
             "devices": f"{sharding.mesh.size}, {sharding.mode}",
@@ -231,7 +268,7 @@ def main(config: ConfigDict) -> None:
 
     # 3. Train.
     show = ("loss/bradley_terry", "reward/accuracy", "eval/accuracy")
-    pinned = stages.inputs(task, tokenizer, date=date, models={"inputs.model": folder})
+    pinned = stages.inputs(tokenizer, task, date=date, models={"inputs.model": folder})
     with settings.run(train.steps, "reward model", show, pinned) as run:
         state = run.restore(state, batches)
         for step in run.steps():

@@ -132,11 +132,16 @@ class DataConfig:
     def __post_init__(self):
         check(self, limit="[0, inf)")
 
-    def task(self, seed: int) -> Task:
-        """What a policy is asked, and who may judge it."""
+    def task(self, seed: int, **other: Any) -> Task:
+        """What a policy learns from, is asked, and who may judge it.
+
+        Args:
+          seed: Of what is drawn.
+          **other: Keys of a `TaskConfig` in place of those here.
+        """
         names = {field.name for field in dataclasses.fields(TaskConfig)}
         keys = {name: value for name, value in vars(self).items() if name in names}
-        return make_task(TaskConfig(**keys, seed=seed))
+        return make_task(TaskConfig(**keys | other, seed=seed))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,9 +179,11 @@ class PromptData(DataConfig):
     """Prompts.
 
     Attributes:
+      prompt_source: Where they come from; empty is `source`.
       prompt_buckets: Lengths to which they are padded.
     """
 
+    prompt_source: str
     prompt_buckets: tuple[int, ...]
 
     def __post_init__(self):
@@ -187,6 +194,20 @@ class PromptData(DataConfig):
     def longest_prompt(self) -> int:
         """The longest bucket, in tokens."""
         return max(self.prompt_buckets)
+
+    def prompt_task(self, seed: int) -> Task:
+        """What a policy is asked, and who may judge it.
+
+        Raises:
+          ValueError: `prompt_source` names no task, see `make_task`.
+        """
+        if not self.prompt_source:
+            return self.task(seed)
+        try:
+            # No pairs are drawn of it.
+            return self.task(seed, source=self.prompt_source, min_gap=TaskConfig.min_gap)
+        except ValueError as error:
+            raise ValueError(f"data.prompt_source: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,7 +235,7 @@ class Shared:
         self.task()
 
     def task(self) -> Task:
-        """What the policy is asked, and who may judge it."""
+        """What the run learns from."""
         return self.data.task(self.seed)
 
     def run(
@@ -237,6 +258,25 @@ class Shared:
             checkpoint=self.checkpoint,
             monitor=monitor,
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answering(Shared):
+    """Keys of experiments whose policy answers prompts.
+
+    Raises:
+      ValueError: as for `Shared`, of the prompts as well.
+    """
+
+    data: PromptData
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.prompt_task()
+
+    def prompt_task(self) -> Task:
+        """What the policy is asked, and who may judge it."""
+        return self.data.prompt_task(self.seed)
 
 
 def sampled_lengths(data: PromptData, **sampling: SamplingConfig) -> dict[str, int]:

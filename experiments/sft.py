@@ -188,7 +188,7 @@ def main(config: ConfigDict) -> None:
     )
 
     # 3. Train.
-    inputs = stages.inputs(task, tokenizer, date=date, models={"inputs.model": folder})
+    inputs = stages.inputs(tokenizer, task, date=date, models={"inputs.model": folder})
     with settings.run(steps, "SFT", ("loss/lm", "eval/perplexity"), inputs) as run:
         state = run.restore(state, batches)
         for step in run.steps():

@@ -149,14 +149,14 @@ def check_lengths(
                     )
 
 
-def inputs(task: Task, tokenizer: Any, *, date: str, models: Mapping[str, str]) -> dict[str, Any]:
+def inputs(tokenizer: Any, *tasks: Task, date: str, models: Mapping[str, str]) -> dict[str, Any]:
     """Digests of what a run reads besides its settings; once everything is loaded.
 
     Rows and tokenizer count as they are in memory, weights as they are in the files.
 
     Args:
-      task: the task that the run's rows came from.
       tokenizer: that of the run.
+      *tasks: those that the run's rows came from; no two gave rows of one kind and split.
       date: the day that templates write, see `folders.date`.
       models: folders, or hub names, by the key that names them; empty names are left out.
     """
@@ -169,7 +169,7 @@ def inputs(task: Task, tokenizer: Any, *, date: str, models: Mapping[str, str]) 
         "chat_template": digests.of_text(str(tokenizer.chat_template)),
         "tokenizer": digests.of_text(tokenizer_text(tokenizer), str(tokenizer.special_tokens_map)),
         "weights": {name: digest[folder] for name, folder in weights.items()},
-        "rows": task.digests,
+        "rows": {name: rows for task in tasks for name, rows in task.digests.items()},
     }
 
 

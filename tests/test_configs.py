@@ -295,7 +295,10 @@ def test_stages_before_exist_for_every_scale(experiment):
     for scale in scales_of(experiment):
         config = get(experiment, scale)
         for stage in ("sft", "reward_model") if experiment == "ppo_max" else ("sft",):
-            get(stage, common.stage_argument(stage, config))
+            argument = common.stage_argument(stage, config)
+            # A stage that shares the scale has data of its own there, and needs no other word.
+            assert "data." not in argument, argument
+            get(stage, argument)
 
 
 def test_half_goes_to_the_reward_model_and_gold_has_the_other_half_and_its_own_weights():

@@ -7,6 +7,7 @@ What is printed does not count. A key that nothing reads fails.
 """
 
 import fnmatch
+import json
 from typing import Any
 
 import pytest
@@ -121,7 +122,7 @@ def other(key: str, value: Any) -> Any:
     found = matching(OTHER, key)
     if found is not None:
         return found
-    assert key != "data.source", "it is a file in the folder of the runs"
+    assert not key.endswith("source"), "it is a file in the folder of the runs"
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -139,7 +140,12 @@ class Knobs:
         self.experiment, self._folder = experiment, folder
         self._dry, self._plain = dry.Dry(folder / "run"), {}
         (folder / "config.json").write_text("{}")
-        self.source = golden.write_jsonl(folder / "rows.jsonl")
+        prompts = "".join(json.dumps({"prompt": f"is {n} a number?"}) + "\n" for n in range(400))
+        (folder / "prompts.jsonl").write_text(prompts)
+        self.sources = {
+            "data.source": golden.write_jsonl(folder / "rows.jsonl"),
+            "data.prompt_source": f"jsonl:{folder / 'prompts.jsonl'}",
+        }
 
     def config(self, argument: str, key: str = "", value: Any = None):
         parts = ["tiny", "sharding.devices=1", "log.tensorboard=False", *SHORT[self.experiment]]
@@ -208,7 +214,7 @@ def test_every_key_changes_what_a_run_shows(knobs, experiment):
             continue
         argument = WITH.get((experiment, key), "")
         value = runs.keys(argument)[key]
-        value = runs.source if key == "data.source" else other(key, value)
+        value = runs.sources[key] if key in runs.sources else other(key, value)
         if not runs.seen(key, value, argument):
             dead.append(f"{key}={value!r}")
     assert dead == [], "nothing differs: nobody reads them"

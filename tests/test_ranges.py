@@ -56,6 +56,7 @@ MEANS_IT = {
         "ppo.entropy_coef": (0,),
         "ppo.ptx_coef": (0,),
         "loss.lm_coef": (0,),
+        "loss.margin_coef": (0,),
         "dpo.sft_coef": (0,),
         "dpo.label_smoothing": (0,),
     },

@@ -46,8 +46,8 @@ class EncodedPair(NamedTuple):
     Attributes:
       chosen: prompt and the better response; `loss_mask` is True on the response.
       rejected: the same prompt and the worse response.
-      margin: how much better, in the units of the ratings; 0 where nobody said. For those who look
-        at the data: no loss here reads it.
+      margin: how much better, in the units of the ratings; 0 where nobody said. Read by the loss of
+        a reward model where its `margin_coef` is set.
     """
 
     chosen: Encoded

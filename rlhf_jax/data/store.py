@@ -51,6 +51,7 @@ class TokenStore(Sequence[Any]):
       kind: "sft", "preference" or "prompt".
       lengths: int64 [n] tokens of each row; of a pair, of its longer side.
       total: tokens of all rows, of pairs on both sides.
+      margins: float64 [n] of pairs, else empty.
       counts: what was kept, dropped and truncated when the rows were encoded.
     """
 
@@ -58,7 +59,7 @@ class TokenStore(Sequence[Any]):
         meta = json.loads((folder / _META).read_text())
         self.kind, self.counts = meta["kind"], DropCounts(meta["counts"])
         self._columns = [_Column(folder, name) for name in _columns_of(self.kind)]
-        self._margins = np.load(folder / "margins.npy")
+        self.margins = np.load(folder / "margins.npy")
         self.total = sum(int(column.lengths.sum()) for column in self._columns)
         self.lengths = np.max([column.lengths for column in self._columns], axis=0)
 
@@ -73,12 +74,12 @@ class TokenStore(Sequence[Any]):
         first, *second = [column[index] for column in self._columns]
         if self.kind == "prompt":
             return first.tokens
-        return EncodedPair(first, second[0], float(self._margins[index])) if second else first
+        return EncodedPair(first, second[0], float(self.margins[index])) if second else first
 
     def blocks(self) -> Iterator[dict[str, np.ndarray]]:
         """Yields all that decides the rows, file by file and block by block, for a digest."""
         if self.kind == "preference":
-            yield {"margins": self._margins}
+            yield {"margins": self.margins}
         for name, column in zip(_columns_of(self.kind), self._columns, strict=True):
             yield {f"{name}.lengths": column.lengths}
             for field, array in column.arrays.items():
@@ -177,6 +178,14 @@ def lengths_of(items: Sequence[Any]) -> np.ndarray:
     if isinstance(items, TokenStore):
         return items.lengths
     return np.array([_length(item) for item in items], dtype=np.int64)
+
+
+def margins_of(pairs: Sequence[EncodedPair]) -> np.ndarray:
+    """Returns the margin of each pair, float64 [n]; 0 where nobody said; see `lengths_of`."""
+    pairs = getattr(pairs, "rows", pairs)
+    if isinstance(pairs, TokenStore):
+        return pairs.margins
+    return np.array([pair.margin for pair in pairs], dtype=np.float64)
 
 
 def total_tokens(items: Sequence[Any]) -> int:

@@ -42,14 +42,23 @@ class RewardModelConfig:
       comparisons: "pairs" compares the two texts of each pair; "batch" compares every two texts of
         a batch whose ratings differ by at least `min_gap`.
       min_gap: the least difference between two ratings; for "batch" only.
+      margin_coef: weight of the margin by which the chosen should score higher: that of the pair,
+        or for "batch" the difference of the ratings; 0 is off.
     """
 
     lm_coef: float = 0.0
     comparisons: str = "pairs"
     min_gap: float = 0.0
+    margin_coef: float = 0.0
 
     def __post_init__(self):
-        check(self, lm_coef="[0, 1e6]", comparisons=COMPARISONS, min_gap="[0, 1e6]")
+        check(
+            self,
+            lm_coef="[0, 1e6]",
+            comparisons=COMPARISONS,
+            min_gap="[0, 1e6]",
+            margin_coef="[0, 1e6]",
+        )
 
     def check_batches(self, train: PairTrainConfig) -> None:
         """Checks that a loss which compares all texts of a batch gets them at once.
@@ -65,7 +74,12 @@ class RewardModelConfig:
 
 
 def all_comparisons(
-    scores: jax.Array, ratings: jax.Array, valid: jax.Array, *, min_gap: float
+    scores: jax.Array,
+    ratings: jax.Array,
+    valid: jax.Array,
+    *,
+    min_gap: float,
+    margin_coef: float = 0.0,
 ) -> jax.Array:
     """Mean Bradley-Terry loss over every two texts of a batch whose ratings differ enough.
 
@@ -76,25 +90,30 @@ def all_comparisons(
       ratings: `[B, 2]`, of the same texts.
       valid: `[B]` bool, False on filler.
       min_gap: the least difference between two ratings.
+      margin_coef: weight of that difference as the margin of two texts; 0 is none.
     """
     scores, ratings, real = scores.reshape(-1), ratings.reshape(-1), jnp.repeat(valid, 2)
     # Mean ratings are fractions: 1e-5 forgives rounding, so that 1.9 and 0.9 are 1 apart.
-    apart = ratings[:, None] - ratings[None, :] >= min_gap - 1e-5
+    gaps = ratings[:, None] - ratings[None, :]
+    apart = (gaps >= min_gap - 1e-5) & real[:, None] & real[None, :]
     chosen, rejected = jnp.broadcast_arrays(scores[:, None], scores[None, :])
-    return masked_mean(
-        bradley_terry_loss(chosen, rejected), where=apart & real[:, None] & real[None, :]
-    )
+    margin = margin_coef * gaps if margin_coef else 0.0
+    return masked_mean(bradley_terry_loss(chosen, rejected, margin=margin), where=apart)
 
 
 def loss_fn(
     model: ScalarModel, batch: dict[str, jax.Array], *, config: RewardModelConfig
 ) -> tuple[jax.Array, dict]:
-    """L = -log σ(r(x, y_w) - r(x, y_l)) - β log p_LM(y_w | x) (equation 2, sign corrected).
+    """L = -log σ(r(x, y_w) - r(x, y_l) - c m) - β log p_LM(y_w | x) (equation 2, sign corrected).
+
+    The margin m of a pair and its weight c = `margin_coef` are those of Llama 2 (arXiv 2307.09288),
+    equation 2; the paper has none.
 
     Args:
       model: trunk with a scalar head and an LM head.
-      batch: tokens and segments `[B, 2, T]`, chosen first, and weights from `prepare`; with
-        `ratings` `[B, 2]` all texts of the batch are compared, not only those of a pair.
+      batch: tokens and segments `[B, 2, T]`, chosen first, and weights from `prepare`; where
+        margins count, `margin` `[B]` in the units of the ratings; with `ratings` `[B, 2]` all
+        texts of the batch are compared, not only those of a pair.
       config: the loss.
     """
     pairs, _, width = batch["tokens"].shape
@@ -103,9 +122,18 @@ def loss_fn(
     scores = model.read(hidden_at(hidden, last_real_index(segments > 0))).reshape(pairs, 2)
     chosen, rejected = scores[:, 0], scores[:, 1]
     if config.comparisons == "batch":
-        ranking = all_comparisons(scores, batch["ratings"], batch["valid"], min_gap=config.min_gap)
+        ranking = all_comparisons(
+            scores,
+            batch["ratings"],
+            batch["valid"],
+            min_gap=config.min_gap,
+            margin_coef=config.margin_coef,
+        )
     else:
-        ranking = weighted_sum(bradley_terry_loss(chosen, rejected), batch["pair_weights"])
+        margin = config.margin_coef * batch["margin"] if config.margin_coef else 0.0
+        ranking = weighted_sum(
+            bradley_terry_loss(chosen, rejected, margin=margin), batch["pair_weights"]
+        )
     metrics = {
         "loss/bradley_terry": ranking,
         "reward/accuracy": weighted_sum(

@@ -17,26 +17,26 @@ from rlhf_jax.tasks.task import Task
 
 
 class Harm(Task):
-    """Prompts that ask for harm, and pairs of answers to them; see `data.sets.harm`."""
+    """Prompts that ask for harm, and pairs of answers to them; see `data.sets.harm`.
+
+    Documents are the answers that everybody scored 0: a model may imitate a refusal, and nothing
+    that anybody found harmful.
+    """
 
     reads = ("min_gap",)
 
     def rows(self, kind: Kind, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
-        """Yields prompts, or pairs whose chosen answer people found less harmful; see `Task.rows`.
-
-        Raises:
-          ValueError: documents are asked for: no model should be fine-tuned on these answers.
-        """
+        """Yields prompts, pairs with the less harmful answer first, or harmless answers."""
         config = self.config
-        if kind == "sft":
-            raise ValueError(
-                "source='harm' is not for fine-tuning: use it for preferences or prompts"
-            )
         if kind == "preference":
             return harm.harm_pairs(
                 split, min_gap=config.min_gap, num_pairs=count, seed=config.seed, drops=drops
             )
         answers = harm.harm_answers(split, drops=drops)
+        if kind == "sft":
+            harmless = [answer for answer in answers if answer["score"] == 0]
+            drops.drop("found harmful", len(answers) - len(harmless))
+            return [{"prompt": a["prompt"], "response": a["response"]} for a in harmless]
         rows = [{"prompt": answer["prompt"]} for answer in answers]
         return rows_of_kind(rows, kind, split, drops, belongs=every_row)
 

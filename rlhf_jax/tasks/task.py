@@ -98,12 +98,7 @@ class Task(abc.ABC):
         if self.streamed and not self.can_stream:
             able = " and ".join(name for name, task in TASKS.items() if task.can_stream)
             raise ValueError(f"source={config.source!r} cannot be streamed: only {able} can")
-
-        if "min_gap" in self.reads and not config.min_gap > 0:
-            raise ValueError(
-                f"data.min_gap={config.min_gap} must be above 0: of two texts that are rated alike "
-                "none is better"
-            )
+        self.check_gap()
 
     @abc.abstractmethod
     def rows(self, kind: Kind, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
@@ -118,6 +113,18 @@ class Task(abc.ABC):
         Raises:
           ValueError: the source has no rows of the kind, or a row is wrong.
         """
+
+    def check_gap(self) -> None:
+        """Refuses to draw pairs of texts that are rated alike.
+
+        Raises:
+          ValueError: the task draws pairs, and `min_gap` is not above 0.
+        """
+        if "min_gap" in self.reads and not self.config.min_gap > 0:
+            raise ValueError(
+                f"data.min_gap={self.config.min_gap} must be above 0: of two texts that are rated "
+                "alike none is better"
+            )
 
     def fingerprint(self, split: str) -> list[Any] | None:
         """Returns what decides the rows of a split, as values that JSON can hold.

@@ -100,7 +100,7 @@ def test_ctrl_c_outside_of_the_loop_is_one_line_and_programs_are_kept(tmp_path):
         (("configs/ppo_max.py:tiny", "--config.ppo.no_such=1"), "unknown config key"),
         (("configs/ppo_max.py:tiny", "--config.ppo.clip_eps=abc"), "could not convert"),
         (("configs/no_such.py",), "no config file 'configs/no_such.py'"),
-        (("configs/ppo_max.py:paper_zh",), "python -m experiments.sft --config configs/sft.py"),
+        (("configs/ppo_max.py:paper_zh",), "experiments.sft --config configs/sft.py:paper_zh`"),
     ],
 )
 def test_wrong_command_lines_end_with_one_line(tmp_path, flags, message):

@@ -137,6 +137,33 @@ def test_reward_loss_by_hand(chain):
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
+def test_reward_loss_with_a_margin_by_hand(chain):
+    """-log σ(r_w - r_l - c m), Llama 2's equation 2; filler and its margin do not count."""
+    model = hf_weights.load_scalar_model(chain.reward_model)
+    tokens = jnp.array([[[5, 6, 7, 2], [5, 8, 2, 0]], [[9, 9, 2, 0], [4, 2, 0, 0]]])
+    tokens = jnp.concatenate([tokens, tokens[:1]])
+    segments = (tokens > 0).astype(jnp.int32)
+    batch = reward_method.prepare(
+        {
+            "tokens": tokens,
+            "segments": segments,
+            "loss_mask": segments > 0,
+            "valid": jnp.array([True, True, False]),
+            "margin": jnp.array([1.5, 0.0, 90.0]),
+        }
+    )
+    r = np.asarray(model.scores(tokens.reshape(6, 4), segments.reshape(6, 4))).reshape(3, 2)
+    lead = (r[:, 0] - r[:, 1])[:2]
+    for coef in (0.0, 2.0):
+        loss, metrics = reward_method.loss_fn(
+            model, batch, config=RewardModelConfig(margin_coef=coef)
+        )
+        expected = np.log1p(np.exp(-(lead - coef * np.array([1.5, 0.0])))).mean()
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        # What is reported is the lead itself, as ever.
+        np.testing.assert_allclose(metrics["reward/margin"], lead.mean(), rtol=1e-5)
+
+
 def test_missing_model_is_built_only_where_asked(tmp_path):
     assert stages.require("org/hub-name", stage="sft", argument="tiny")
     with pytest.raises(FileNotFoundError, match=r"runs/sft/none/model is missing: run `python -m"):

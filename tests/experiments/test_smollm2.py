@@ -56,6 +56,14 @@ def test_all_comparisons_by_hand():
     assert len(terms) == 4  # 2 over .5, 1 and -.2; 1 over -.2; filler is not compared
     loss = all_comparisons(scores, ratings, valid, min_gap=1.0)
     np.testing.assert_allclose(loss, np.mean(terms), rtol=1e-6)
+    with_margin = [
+        math.log1p(math.exp(low - high + 0.5 * (above - below)))
+        for high, above in flat
+        for low, below in flat
+        if above - below >= 1 - 1e-5
+    ]
+    loss = all_comparisons(scores, ratings, valid, min_gap=1.0, margin_coef=0.5)
+    np.testing.assert_allclose(loss, np.mean(with_margin), rtol=1e-6)
 
 
 def open_reward_model(config):

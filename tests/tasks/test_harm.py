@@ -66,12 +66,26 @@ def test_every_prompt_comes_once_and_a_limit_holds(harm_file, with_template):
         assert "question" in tokenizer.decode(prompts[0])
 
 
-def test_harmful_answers_are_not_for_fine_tuning(plain):
+def test_only_what_nobody_found_harmful_is_for_fine_tuning(harm_file, with_template):
+    harm_file(HARM + "toy,other,harmless,0,0\r\ntoy,third,so so,0,0.25\r\n")
+    drops = DropCounts()
+    (row,) = load_rows("sft", "harm", "all", drops=drops)
+    assert row == {"prompt": [{"role": "user", "content": "other"}], "response": "harmless"}
+    assert drops == {"duplicate answer": 1, "found harmful": 4}
+    task, tokenizer = make_task(TaskConfig("harm")), with_template(CHATML)
+    (document,) = task.documents(tokenizer, "all", max_length=99)
+    assert "harmless" in tokenizer.decode(document.tokens[document.loss_mask])
+    assert "other" not in tokenizer.decode(document.tokens[document.loss_mask])
+
+
+def test_documents_of_the_archive_are_all_scored_0():
     task = make_task(TaskConfig("harm"))
-    with pytest.raises(ValueError, match="'harm' is not for fine-tuning: use it for preferences"):
-        task.documents(plain, "train", max_length=99)
-    with pytest.raises(ValueError, match="'harm' is not for fine-tuning"):
-        task.texts()
+    scores = {
+        (a["prompt"][0]["content"], a["response"]): a["score"] for a in harm.harm_answers("train")
+    }
+    rows = list(task.rows("sft", "train", DropCounts()))
+    assert len(rows) == 156
+    assert {scores[row["prompt"][0]["content"], row["response"]] for row in rows} == {0.0}
 
 
 def test_answers_come_with_peoples_scores_higher_being_better(harm_file):

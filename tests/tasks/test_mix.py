@@ -142,26 +142,33 @@ def test_what_is_no_mixture_is_one_line(where, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_part_without_the_rows_is_named(folders):
+def test_a_part_without_the_rows_is_named(folders, tmp_path):
     a, b = folders
     with pytest.raises(
         ValueError, match=r"asks 'jsonl:.*b' for 41 rows \(sft, train\), and it has 40"
     ):
         mixed(folders, ("10", "41"))
-    with pytest.raises(
-        ValueError, match=r"harm in a mixture: source='harm' is not for fine-tuning"
-    ):
-        load_rows("sft", f"mix:0.5@{a}+0.5@harm", "train")
+    alone = tmp_path / "prompts.jsonl"
+    alone.write_text('{"prompt": "alone"}\n')
+    with pytest.raises(ValueError, match=r"prompts.jsonl in a mixture: row 0: .*response"):
+        load_rows("sft", f"mix:0.5@{a}+0.5@jsonl:{alone}", "train")
     with pytest.raises(ValueError, match=r"/b in a mixture: row 0: .*chosen"):
         load_rows("preference", f"mix:0.5@{b}+0.5@reviews", "train", limit=4)
 
 
+def test_a_gap_is_asked_of_parts_that_draw_pairs(folders):
+    a, b = folders
+    make_task(TaskConfig(f"mix:0.5@{a}+0.5@{b}", min_gap=0.0))
+    with pytest.raises(ValueError, match=r"data.min_gap=0.0 must be above 0"):
+        make_task(TaskConfig(f"mix:0.5@{a}+0.5@reviews", min_gap=0.0))
+
+
 def test_a_mixture_survives_the_command_line():
     source = "mix:8000@hh:harmless-base+20000@hh:helpful-base"
-    config = ppo_configs.get_config(f"tiny,data.source={source},data.prompt_buckets=(16,)")
-    assert config.data.source == source
+    config = ppo_configs.get_config(f"tiny,data.prompt_source={source},data.prompt_buckets=(16,)")
+    assert config.data.prompt_source == source
     config.workdir, config.inputs.model = "runs/x", "runs/sft/x/model"
-    task = command.open_config("ppo_max", config, ppo_max.Settings).task()
+    task = command.open_config("ppo_max", config, ppo_max.Settings).prompt_task()
     assert task.numbers == [8000, 20000] and task.weights == [8000 / 28000, 20000 / 28000]
     assert [part.config.source for part in task.parts] == ["hh:harmless-base", "hh:helpful-base"]
     shares = sft_configs.get_config(

@@ -119,8 +119,8 @@ def _from_hub(part: str, name: str, streaming: bool) -> Iterable[Row]:
         raise AssetError(
             f"cannot load {NAME}{f' ({part})' if part else ''}: {reason} -- it is neither to be "
             "reached nor in the cache of datasets. Ways out: connect once, later runs may set "
-            "HF_DATASETS_OFFLINE=1; or copy its files (or a save_to_disk folder) here and use "
-            "data.source=hh:FOLDER"
+            "HF_DATASETS_OFFLINE=1; or copy its files (or a save_to_disk folder) here and write "
+            "hh:FOLDER where data.source or data.prompt_source has hh"
         ) from error
 
 
