@@ -9,6 +9,7 @@ left empty here and derived by `resolve`, once flags have been read.
 
 import ast
 import importlib
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +24,7 @@ SMOLLM2 = "runs/pretrained/smollm2/model"
 INSTRUCTION = "Review a movie in a few words."
 
 # Keys that do not change the numbers of a run, and so do not name its folder.
-FREE = ("log.", "checkpoint.", "sharding.", "collapse.", "workdir", "label", "inputs.build")
+FREE = ("log.", "checkpoint.", "sharding.", "collapse.", "root", "workdir", "label", "inputs.build")
 
 # Keys and scales of version 0.1 -> their names now.
 RENAMED = {
@@ -106,7 +107,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     """A copy in which what was left empty is derived from the other keys.
 
     The run folder is named after the scale, the variants and every setting that differs from
-    theirs, whether it was assigned or set by a flag: another config goes to another folder.
+    theirs, whether it was assigned or set by a flag: another config goes to another folder. With
+    `root` the run folder, and whatever begins with runs/, lies there.
 
     Args:
       config: the result of a `get_config`, perhaps changed since.
@@ -124,7 +126,19 @@ def resolve(config: ConfigDict) -> ConfigDict:
         name = "-".join([config.scale, *config.variants, *settings])
         config.workdir = f"runs/{config.experiment}/" + name.replace("/", "_")
     module.derive(config)
+    if config.root:
+        _move_under_root(config)
     return config
+
+
+def _move_under_root(config: ConfigDict) -> None:
+    """Makes folders of runs absolute, below `root`; those that are absolute stay what they are."""
+    config.root = os.path.abspath(os.path.expanduser(config.root))
+    config.workdir = os.path.join(config.root, config.workdir)
+    for group in (config.inputs, config.get("compare", {})):
+        for key, value in group.items():
+            if isinstance(value, str) and value.startswith("runs/"):
+                group[key] = os.path.join(config.root, value)
 
 
 def idle_variants(config: ConfigDict) -> list[str]:
@@ -167,6 +181,9 @@ def stage_argument(stage: str, config: Any, *variants: str) -> str:
         parts.append(f"data.source={config.data.source}")
     if config.seed:
         parts.append(f"seed={config.seed}")
+    if config.root:
+        # Within brackets a comma belongs to the value.
+        parts.append(f"root=({config.root!r})" if "," in config.root else f"root={config.root}")
     return ",".join(parts)
 
 
@@ -221,6 +238,7 @@ def shared() -> ConfigDict:
     """Keys that every experiment has."""
     config = ConfigDict()
     config.seed = 0  # of weights, data order, sampling
+    config.root = ""  # folder that runs/ is in; empty is the current one
     config.workdir = ""  # the run folder; empty names it after what differs from the scale
     config.experiment = ""  # set by the config file
     config.scale = ""  # set from the argument

@@ -209,7 +209,7 @@ def main(config: ConfigDict) -> None:
         return
     train, data, sharding = settings.train, settings.data, settings.sharding.make()
     task, devices = settings.task(), sharding.mesh.size
-    judges = stages.load_judges(judge_names(settings.judges, task))
+    judges = stages.load_judges(judge_names(settings.judges, task), settings.root)
 
     # 1. The SFT policy, frozen and to be trained; with adapters one copy serves as both.
     folder = stages.require(

@@ -268,7 +268,7 @@ def main(config: ConfigDict) -> None:
     )
 
     # 4. Prompts that no stage has seen, and SFT's responses to compare with.
-    judges = stages.load_judges(judge_names(settings.judges, task))
+    judges = stages.load_judges(judge_names(settings.judges, task), settings.root)
     eval_sampling = settings.eval.sampling.of(settings.sampling)
     generate = method.generate  # one program serves both where nothing differs
     if eval_sampling != settings.sampling:

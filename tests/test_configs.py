@@ -219,6 +219,32 @@ def test_stages_before_are_those_on_the_same_data():
     assert given.inputs.model == "runs/mine/model"
 
 
+@pytest.mark.parametrize("root", ["/data/me", "/data/me, and you"])
+def test_every_folder_of_a_run_lies_below_its_root(root):
+    below = [ppo_max.get_config(argument) for argument in ("tiny,seed=1", "smollm2")]
+    for config in below:
+        config.root = root
+        made = common.resolve(config)
+        folders = [made.workdir, made.inputs.model, made.inputs.reference, made.inputs.reward_model]
+        assert all(folder.startswith(f"{root}/runs/") for folder in folders), folders
+        assert common.resolve(made) == made
+        # A stage before that is missing is made there as well.
+        stage = common.resolve(reward_model.get_config(common.stage_argument("reward_model", made)))
+        assert f"{stage.workdir}/model" == made.inputs.reward_model
+        assert stage.inputs.model.startswith(f"{root}/runs/")
+    compared = dpo.get_config("tiny")
+    compared.root = root
+    assert common.resolve(compared).compare.ppo_max == f"{root}/runs/ppo_max/tiny/model"
+
+
+def test_a_root_leaves_alone_what_is_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = ppo_max.get_config("tiny,root=mine,inputs.model=org/name,workdir=/tmp/run")
+    made = common.resolve(config)
+    assert made.root == str(tmp_path / "mine")
+    assert made.inputs.model == "org/name" and made.workdir == "/tmp/run"
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_stages_before_exist_for_every_scale(experiment):
     """The command that an error or `build` names can be run."""
