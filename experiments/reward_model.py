@@ -34,6 +34,7 @@ from rlhf_jax.runtime.metrics import read_metrics
 from rlhf_jax.runtime.settings import check
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
+from rlhf_jax.training.run import OnStep
 from rlhf_jax.training.step import create_state
 
 
@@ -156,7 +157,7 @@ def draw_figures(workdir: Path, chosen: np.ndarray, rejected: np.ndarray) -> Non
     plots.plot_accuracy(curves, workdir / "accuracy.png")
 
 
-def main(config: ConfigDict) -> None:
+def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     """Trains, normalises, evaluates and saves; resumes where an earlier run stopped."""
     settings = command.open_config("reward_model", config, Settings)
     if not folders.claim(settings, "reward model"):
@@ -206,7 +207,7 @@ def main(config: ConfigDict) -> None:
     # 3. Train.
     show = ("loss/bradley_terry", "reward/accuracy", "eval/accuracy")
     pinned = stages.inputs(task, tokenizer, date=date, models={"inputs.model": folder})
-    with settings.run(train.steps, "reward model", show, pinned) as run:
+    with settings.run(train.steps, "reward model", show, pinned, on_step=on_step) as run:
         state = run.restore(state, batches)
         for step in run.steps():
             batch = next(batches)

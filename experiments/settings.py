@@ -13,7 +13,7 @@ from rlhf_jax.rollouts.rollout import SamplingConfig
 from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import MODES, Sharding, make_mesh
 from rlhf_jax.tasks import Task, TaskConfig, make_task
-from rlhf_jax.training.run import CheckpointConfig, LogConfig, Run
+from rlhf_jax.training.run import CheckpointConfig, LogConfig, OnStep, Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +224,8 @@ class Shared:
         show: tuple[str, ...],
         inputs: Mapping[str, Any],
         monitor: CollapseMonitor | None = None,
+        *,
+        on_step: OnStep | None,
     ) -> Run:
         """The run in its folder; for `inputs` see `stages.inputs`."""
         return Run(
@@ -236,6 +238,7 @@ class Shared:
             log=self.log,
             checkpoint=self.checkpoint,
             monitor=monitor,
+            on_step=on_step,
         )
 
 
