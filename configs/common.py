@@ -209,6 +209,20 @@ def assign(config: ConfigDict, assignment: str) -> None:
       ValueError: unknown key, or a value of another type.
     """
     path, text = assignment.split("=", 1)
+    word = {"true": "True", "false": "False"}.get(text, text)
+    try:
+        value = ast.literal_eval(word)
+    except (SyntaxError, ValueError):
+        value = word
+    set_key(config, path, value)
+
+
+def set_key(config: ConfigDict, path: str, value: Any) -> None:
+    """Sets the key `a.b.c` in place; it must exist and the type must fit.
+
+    Raises:
+      ValueError: unknown key, or a value of another type.
+    """
     *parents, leaf = path.split(".")
     node = config
     for name in [*parents, leaf]:
@@ -218,15 +232,12 @@ def assign(config: ConfigDict, assignment: str) -> None:
                 f"unknown config key {path!r}{_renamed(path)} ({name!r} is not one of: {known})"
             )
         parent, node = node, node[name]
-    text = {"true": "True", "false": "False"}.get(text, text)
-    try:
-        value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        value = text
+    if hasattr(value, "tolist"):  # a number or an array of NumPy, as sweeps have them
+        value = value.tolist()
     try:
         parent[leaf] = value
     except TypeError as error:
-        raise ValueError(f"{path}={text} has the wrong type: {error}") from None
+        raise ValueError(f"{path}={value} has the wrong type: {error}") from None
 
 
 def _renamed(name: str) -> str:

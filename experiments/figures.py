@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tabulate import tabulate
@@ -37,6 +37,9 @@ from rlhf_jax.runtime.files import read_json, write_whole
 from rlhf_jax.runtime.metrics import read_metrics
 from rlhf_jax.runtime.run_info import git_state, to_json
 from rlhf_jax.training.record import read_config, read_summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Iterations of a figure with 1,000 steps in the paper: twice what vanilla PPO takes to collapse.
 ITERATIONS = {"tiny": 8, "quickstart": 200, "smollm2": 60}
@@ -424,7 +427,25 @@ def _mixed(series: Mapping[str, Any]) -> list[str]:
 
 
 def draw(content: Mapping[str, Any], path: Path) -> Path:
-    """Draws a figure from its JSON.
+    """Draws a figure from its JSON, and writes it.
+
+    Raises:
+      ValueError: no run of it has finished.
+    """
+    return save_figure(drawn(content), path)
+
+
+def title_of(content: Mapping[str, Any]) -> str:
+    """What a figure shows, at which scale, over how many seeds."""
+    count = len(content["seeds"])
+    title = f"Figure {content['figure']}: {content['title']} ({content['scale']}, {count} seeds)"
+    if content["mixed"]:
+        title += f"; runs of more than one {' and '.join(content['mixed'])}"
+    return title
+
+
+def drawn(content: Mapping[str, Any]) -> Figure:
+    """A figure from its JSON.
 
     Raises:
       ValueError: no run of it has finished.
@@ -436,18 +457,13 @@ def draw(content: Mapping[str, Any], path: Path) -> Path:
         missing = [n for n, seed in one["seeds"].items() if seed["status"].startswith("status ")]
         if done:
             said = f" (seed {', '.join(missing)} failed)" if missing else ""
-            logs[f"{label}{said}"] = [_as_log(seed["curves"]) for seed in done]
-    count = len(content["seeds"])
-    title = f"Figure {content['figure']}: {content['title']} ({content['scale']}, {count} seeds)"
-    if content["mixed"]:
-        title += f"; runs of more than one {' and '.join(content['mixed'])}"
-    return save_figure(
-        draw_panels(logs, figure.panels, title=title, xlabel="iteration", columns=figure.columns),
-        path,
+            logs[f"{label}{said}"] = [as_log(seed["curves"]) for seed in done]
+    return draw_panels(
+        logs, figure.panels, title=title_of(content), xlabel="iteration", columns=figure.columns
     )
 
 
-def _as_log(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, np.ndarray]:
+def as_log(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, np.ndarray]:
     """Curves of the JSON as `read_metrics` gives a log."""
     steps = sorted({step for curve in curves.values() for step in curve["step"]})
     places = {step: i for i, step in enumerate(steps)}
@@ -460,32 +476,43 @@ def _as_log(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, np
 
 def claims_table(contents: Sequence[Mapping[str, Any]]) -> str:
     """The verdicts of figures, as Markdown."""
+    rows = [
+        {"figure": content["figure"], **row, "verdict": f"**{row['verdict']}**"}
+        for content in contents
+        for row in claims_rows(content)
+    ]
+    return tabulate(rows, "keys", tablefmt="github", disable_numparse=True)
+
+
+def claims_rows(content: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The claims of a figure, each with what it asks, its numbers and its verdict."""
     rows = []
-    for content in contents:
-        for claim in content["claims"]:
-            values = ", ".join(
-                "failed" if isinstance(value, str) else f"{value:.3g}"
-                for value in claim["values"].values()
-            )
-            low, high = claim["interval"]
-            interval = "" if isinstance(low, str) else f" [{low:.3g}, {high:.3g}]"
-            rows.append(
-                (
-                    content["figure"],
-                    claim["sentence"],
-                    f"{claim['metric']}: {claim['threshold']}",
-                    f"{values}{interval}" if values else "no run",
-                    f"**{claim['verdict']}**",
-                )
-            )
-    headers = ("figure", "claim", "metric and threshold", "seeds [95% of the mean]", "verdict")
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    for claim in content["claims"]:
+        values = ", ".join(
+            "failed" if isinstance(value, str) else f"{value:.3g}"
+            for value in claim["values"].values()
+        )
+        low, high = claim["interval"]
+        interval = "" if isinstance(low, str) else f" [{low:.3g}, {high:.3g}]"
+        rows.append(
+            {
+                "claim": claim["sentence"],
+                "metric and threshold": f"{claim['metric']}: {claim['threshold']}",
+                "seeds [95% of the mean]": f"{values}{interval}" if values else "no run",
+                "verdict": claim["verdict"],
+            }
+        )
+    return rows
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The JSON files of a folder's figures, in the order of their numbers."""
+    return sorted(folder.glob("figure_*.json"), key=lambda path: int(path.stem.split("_")[1]))
 
 
 def write_claims(folder: Path) -> Path:
     """Writes `claims.md` from every figure's JSON in a folder."""
-    files = sorted(folder.glob("figure_*.json"), key=lambda path: int(path.stem.split("_")[1]))
-    contents = [read_json(path, "draw the figure again") for path in files]
+    contents = [read_json(path, "draw the figure again") for path in files_in(folder)]
     scales = ", ".join(sorted({content["scale"] for content in contents}))
     text = (
         f"# The paper's claims ({scales})\n\n"

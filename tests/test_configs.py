@@ -4,6 +4,7 @@ import importlib
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -172,6 +173,17 @@ def test_flags_and_assignments_mean_the_same():
     # What does not change the numbers does not name a folder.
     free = ppo_max.get_config("tiny,log.tensorboard=False,checkpoint.every=1")
     assert common.resolve(free).workdir == "runs/ppo_max/tiny"
+
+
+def test_keys_take_numbers_and_arrays_of_numpy():
+    config = ppo_max.get_config("tiny")
+    common.set_key(config, "ppo.clip_eps", np.linspace(0, 1, 11)[1])
+    common.set_key(config, "seed", np.int64(3))
+    common.set_key(config, "data.prompt_buckets", np.array([8, 16]))
+    assert (config.ppo.clip_eps, config.seed, config.data.prompt_buckets) == (0.1, 3, (8, 16))
+    assert [type(v) for v in (config.ppo.clip_eps, config.seed)] == [float, int]
+    with pytest.raises(ValueError, match=r"seed=0\.5 has the wrong type"):
+        common.set_key(config, "seed", np.float64(0.5))
 
 
 @pytest.mark.parametrize(

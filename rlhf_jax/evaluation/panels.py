@@ -6,7 +6,7 @@ Figures are made without pyplot: no window opens and no global state of matplotl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,7 @@ Log = Mapping[str, np.ndarray]  # columns as from `read_metrics`
 
 # Okabe & Ito 2008: told apart by people with any common colour vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_LINE_STYLES = ("-", "--", ":", "-.")
+_LINE_STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 # Runs that can be told apart: each colour in each style of line.
 MAX_RUNS = len(COLORS) * len(_LINE_STYLES)
 _SMOOTH_FROM = 100  # points
