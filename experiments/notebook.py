@@ -27,7 +27,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from configs import common
@@ -149,8 +148,6 @@ def _prepare(root: str) -> None:
         or "JAX_COMPILATION_CACHE_DIR" in os.environ
     ):
         command.enable_compilation_cache(root)
-        # jax looks once, at its first program, whether there is a cache.
-        compilation_cache.reset_cache()
 
 
 class _Prints:

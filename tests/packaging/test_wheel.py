@@ -36,12 +36,31 @@ for name in {PACKAGES}:
 print("version", rlhf_jax.__version__, importlib.metadata.version("rlhf_jax"))
 """
 
-# A run in a folder that has nothing to do with the checkout.
+# A run in a folder that has nothing to do with the checkout, in a thread of a kernel that has used
+# jax.
 RUN = """
+import threading
+from pathlib import Path
+import jax
+jax.jit(lambda x: x + 1)(1.0)
 from experiments import notebook
 
-result = notebook.run("sft", "tiny", {"train.steps": 2}, root="mine")
-print("made", result.folder, len(result.curves["loss/lm"]))
+seen, made = [], []
+
+def cell():
+    made.append(notebook.run("sft", "tiny", {"train.steps": 3}, root="mine",
+                             on_step=lambda step, metrics: seen.append((step, metrics))))
+
+thread = threading.Thread(target=cell)
+thread.start()
+thread.join()
+(result,) = made
+assert [step for step, _ in seen] == [0, 1, 2] == result.curves["step"].tolist()
+assert [metrics["loss/lm"] for _, metrics in seen] == result.curves["loss/lm"].tolist()
+assert result.numbers["held-out perplexity"] == result.summary["perplexity"] > 1
+assert result.settings["train.steps"] == 3
+assert len(list(Path("mine/runs/.compilation_cache").iterdir())) > 3
+print("made", result.folder)
 """
 
 
@@ -58,7 +77,8 @@ class Installed(NamedTuple):
         cannot stand in for the wheel; `-P` leaves out the folders of script and shell.
         """
         requirements = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
-        environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONHOME")}
+        aside = ("XLA_FLAGS", "PYTHONHOME", "JAX_COMPILATION_CACHE_DIR")
+        environment = {k: v for k, v in os.environ.items() if k not in aside}
         environment["PYTHONPATH"] = os.pathsep.join([str(self.site), *requirements])
         done = subprocess.run(
             [sys.executable, "-S", "-P", *arguments],
@@ -116,8 +136,8 @@ def test_every_stage_trains_through_imports_alone(installed):
 
 def test_a_notebook_runs_an_experiment_in_its_own_folder(installed):
     made = installed.python("-c", RUN).splitlines()[-1]
-    folder = installed.elsewhere / "mine/runs/sft/tiny-train.steps=2"
-    assert made == f"made {folder} 2"
+    folder = installed.elsewhere / "mine/runs/sft/tiny-train.steps=3"
+    assert made == f"made {folder}"
     assert {path.name for path in installed.elsewhere.iterdir()} == {"mine"}
 
 
