@@ -70,6 +70,14 @@ class Table(list[dict[str, Any]]):
     A notebook shows the first `MAX_ROWS` of them.
     """
 
+    def head(self, rows: int = 5) -> Table:
+        """The first rows."""
+        return Table(self[:rows])
+
+    def columns(self, *names: str) -> Table:
+        """Some columns of every row, in this order; what a row lacks is left out."""
+        return Table({name: row[name] for name in names if name in row} for row in self)
+
     def html(self, rows: int = MAX_ROWS) -> str:
         """The first rows as an HTML table; texts are shown as they are, never read as HTML."""
         columns = list(dict.fromkeys(name for row in self for name in row))

@@ -169,6 +169,8 @@ def test_a_table_shows_texts_as_they_are():
     assert "&lt;b&gt;0<br>x" in shown and "<b>" not in shown and "0.3333" in shown
     assert shown.count("<tr>") == display.MAX_ROWS + 1 and "10 more rows" in shown
     assert list(table)[29]["score"] == 29 / 3
+    assert table.head(2).columns("score", "none") == [{"score": 0.0}, {"score": 1 / 3}]
+    assert "<table>" in table.head(2)._repr_html_()
 
 
 def test_live_curves_follow_each_run_and_forget_what_was_rolled_back(monkeypatch):
