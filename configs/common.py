@@ -165,6 +165,21 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return keys
 
 
+def command_of(config: ConfigDict) -> list[str]:
+    """The words of a command line that runs a config, with every key that its variants do not set.
+
+    Args:
+      config: the result of a `get_config`, perhaps changed since.
+    """
+    name = config.experiment
+    argument = ",".join([config.scale, *config.variants])
+    before = flat(importlib.import_module(f"configs.{name}").get_config(argument))
+    changed = {key: value for key, value in flat(config).items() if value != before[key]}
+    flags = [f"--config.{key}={value}" for key, value in changed.items()]
+    file = f"configs/{name}.py:{argument}"
+    return ["python", "-m", f"experiments.{name}", "--config", file, *flags]
+
+
 def stage_argument(stage: str, config: Any, *variants: str) -> str:
     """The argument of an earlier stage's config file: same scale, seed and data.
 

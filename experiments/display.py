@@ -101,9 +101,8 @@ def _cell(value: Any) -> str:
 class LiveCurves:
     """Curves in a notebook's cell, drawn again while runs go on.
 
-      with LiveCurves("reward/mean", "policy/kl_ref_sequence") as curves:
-          for name in ("kl", "entropy"):
-              notebook.run("ppo_max", f"tiny,{name}", on_step=curves.of(name))
+      curves = LiveCurves("reward/mean", "policy/kl_ref_sequence")
+      with curves: notebook.run("ppo_max", "tiny,kl", on_step=curves.of("kl"))
 
     Outside of a notebook nothing is shown, and `picture` is all the same.
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import html
 import importlib
 import json
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,9 +36,11 @@ from experiments import command, compare, figures, paper
 from experiments.display import LiveCurves, Picture, Table, titled
 from experiments.reporting import RESPONSES
 from rlhf_jax.evaluation.panels import draw_panels
+from rlhf_jax.runtime import lock
 from rlhf_jax.runtime.compiler_guard import guard_cpu_compiler
 from rlhf_jax.runtime.files import read_json
 from rlhf_jax.runtime.metrics import read_metrics, read_rows
+from rlhf_jax.runtime.run_info import noted_as
 from rlhf_jax.training.record import read_config, read_summary
 from rlhf_jax.training.run import OnStep
 
@@ -132,11 +136,12 @@ def run(
 
     with _turn:
         _prepare(resolved.root)
-        with prints:
+        with prints, lock.released_after(), noted_as(shlex.join(common.command_of(config))):
             importlib.import_module(f"experiments.{resolved.experiment}").main(config, tell)
             if not told:  # it had finished already
                 for row in read_rows(folder):
                     tell(*row)
+        gc.collect()  # the models, before those of the next run
     return open_run(folder)
 
 

@@ -1,8 +1,10 @@
 """Runs from a notebook: any folder, any thread, what comes back, what is refused, what is shown."""
 
 import contextlib
+import fcntl
 import io
 import json
+import shlex
 import sys
 import threading
 import time
@@ -14,6 +16,7 @@ import pytest
 from configs import common
 from experiments import display, figures, notebook, paper, sft
 from experiments.display import LiveCurves, Picture, Table
+from rlhf_jax.runtime import lock
 from rlhf_jax.runtime.metrics import MetricsWriter
 from rlhf_jax.training.record import check_settings, read_summary
 
@@ -161,6 +164,37 @@ def test_what_fails_puts_the_streams_back(fake):
         with pytest.raises(ZeroDivisionError):
             notebook.run("sft", "tiny", quiet=True)
         assert sys.stdout is before
+
+
+def test_what_fails_leaves_the_folder_to_others(fake):
+    """A kernel lives on, and the command line goes on with the run."""
+    claimed = []
+
+    def fail():
+        claimed.append(lock.claim(fake.trained[0]))
+        raise KeyboardInterrupt
+
+    fake.prints = fail
+    with pytest.raises(KeyboardInterrupt):
+        notebook.run("sft", "tiny")
+    assert claimed == [True]
+    with (fake.trained[0] / lock.LOCK_FILE).open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as another process
+
+
+def test_a_run_notes_the_command_that_would_make_it(fake, tmp_path):
+    settings = {"data.domains": ("nyt", "movie"), "seed": 3, "root": "with space"}
+    config = notebook.make_config("sft", "tiny,pretrain", settings)
+    result = notebook.run(config)
+    command = json.loads((result.folder / "config.json").read_text())["command"]
+    words = shlex.split(command)
+    argument = "configs/sft.py:tiny,pretrain"
+    assert words[:5] == ["python", "-m", "experiments.sft", "--config", argument]
+    again = notebook.make_config("sft", argument.partition(":")[2])
+    for word in words[5:]:
+        common.assign(again, word.removeprefix("--config."))
+    assert common.resolve(again).to_dict() == common.resolve(config).to_dict()
+    assert again.root == str(tmp_path / "with space")
 
 
 def test_a_table_shows_texts_as_they_are():
