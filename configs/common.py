@@ -10,6 +10,7 @@ derived by `resolve`, once flags have been read.
 
 import ast
 import importlib
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,7 +25,7 @@ SMOLLM2 = "runs/pretrained/smollm2/model"
 INSTRUCTION = "Review a movie in a few words."
 
 # Keys that do not change the numbers of a run, and so do not name its folder.
-FREE = ("log.", "checkpoint.", "sharding.", "collapse.", "workdir", "label", "inputs.build")
+FREE = ("log.", "checkpoint.", "sharding.", "collapse.", "root", "workdir", "label", "inputs.build")
 
 # Keys and scales of version 0.1 -> their names now.
 RENAMED = {
@@ -139,7 +140,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     """A copy in which what was left empty is derived from the other keys.
 
     The run folder is named after the scale, the variants and every setting that differs from
-    theirs, whether it was assigned or set by a flag: another config goes to another folder.
+    theirs, whether it was assigned or set by a flag: another config goes to another folder. With
+    `root` the run folder, and whatever begins with runs/, lies there.
 
     Args:
       config: the result of a `get_config`, perhaps changed since.
@@ -159,6 +161,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
         name = "-".join([config.scale, *config.variants, *settings])
         config.workdir = f"runs/{config.experiment}/" + name.replace("/", "_")
     module.derive(config)
+    if config.root:
+        _move_under_root(config)
     return config
 
 
@@ -171,6 +175,16 @@ def _check_variant(config: ConfigDict, variants: Mapping[str, Change]) -> None:
             f"data.source={source!r} needs the lengths and the loss of the variant {source}: use "
             f"--config configs/{config.experiment}.py:{argument} in its place"
         )
+
+
+def _move_under_root(config: ConfigDict) -> None:
+    """Makes folders of runs absolute, below `root`; those that are absolute stay what they are."""
+    config.root = os.path.abspath(os.path.expanduser(config.root))
+    config.workdir = os.path.join(config.root, config.workdir)
+    for group in (config.inputs, config.get("compare", {})):
+        for key, value in group.items():
+            if isinstance(value, str) and value.startswith("runs/"):
+                group[key] = os.path.join(config.root, value)
 
 
 def idle_variants(config: ConfigDict) -> list[str]:
@@ -195,6 +209,21 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             keys[prefix + name] = value
     return keys
+
+
+def command_of(config: ConfigDict) -> list[str]:
+    """The words of a command line that runs a config, with every key that its variants do not set.
+
+    Args:
+      config: the result of a `get_config`, perhaps changed since.
+    """
+    name = config.experiment
+    argument = ",".join([config.scale, *config.variants])
+    before = flat(importlib.import_module(f"configs.{name}").get_config(argument))
+    changed = {key: value for key, value in flat(config).items() if value != before[key]}
+    flags = [f"--config.{key}={value}" for key, value in changed.items()]
+    file = f"configs/{name}.py:{argument}"
+    return ["python", "-m", f"experiments.{name}", "--config", file, *flags]
 
 
 def stage_argument(stage: str, config: Any, *variants: str) -> str:
@@ -223,7 +252,12 @@ def stage_argument(stage: str, config: Any, *variants: str) -> str:
                 parts.append(f"data.{key}={quoted(value)}")
     if config.seed:
         parts.append(f"seed={config.seed}")
-    return ",".join(parts)
+    return ",".join([*parts, *root_argument(config.root)])
+
+
+def root_argument(root: str) -> list[str]:
+    """What an argument needs so that a stage lies below the same root as the run that needs it."""
+    return [f"root={quoted(root)}"] if root else []
 
 
 def scale_of_stage(stage: str, scale: str) -> str:
@@ -248,6 +282,18 @@ def assign(config: ConfigDict, assignment: str) -> None:
       ValueError: unknown key, a value of another type, or a quote that is not closed.
     """
     path, text = assignment.split("=", 1)
+    value = _value(text)
+    if value == text and text[:1] in QUOTES:
+        raise ValueError(f"{path}={text} begins with a quote that nothing closes at its end")
+    set_key(config, path, value)
+
+
+def set_key(config: ConfigDict, path: str, value: Any) -> None:
+    """Sets the key `a.b.c` in place; it must exist and the type must fit.
+
+    Raises:
+      ValueError: unknown key, or a value of another type.
+    """
     *parents, leaf = path.split(".")
     node = config
     for name in [*parents, leaf]:
@@ -257,13 +303,12 @@ def assign(config: ConfigDict, assignment: str) -> None:
                 f"unknown config key {path!r}{_renamed(path)} ({name!r} is not one of: {known})"
             )
         parent, node = node, node[name]
-    value = _value(text)
-    if value == text and text[:1] in QUOTES:
-        raise ValueError(f"{path}={text} begins with a quote that nothing closes at its end")
+    if hasattr(value, "tolist"):  # a number or an array of NumPy, as sweeps have them
+        value = value.tolist()
     try:
         parent[leaf] = value
     except TypeError as error:
-        raise ValueError(f"{path}={text} has the wrong type: {error}") from None
+        raise ValueError(f"{path}={value} has the wrong type: {error}") from None
 
 
 def _value(text: str) -> Any:
@@ -284,6 +329,7 @@ def shared() -> ConfigDict:
     """Keys that every experiment has."""
     config = ConfigDict()
     config.seed = 0  # of weights, data order, sampling
+    config.root = ""  # folder that runs/ is in; empty is the current one
     config.workdir = ""  # the run folder; empty names it after what differs from the scale
     config.experiment = ""  # set by the config file
     config.scale = ""  # set from the argument

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# configs/ and experiments/ are not installed; the extensions live beside this file.
+# This checkout's configs/ and experiments/; the extensions live beside this file.
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

@@ -28,7 +28,7 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 # Wrong input: these end with one line. Everything else is a defect and shows its traceback.
 USER_ERRORS = (ValueError, OSError, NonFiniteError, UserError)
-CACHE_FOLDER = os.environ.get("JAX_COMPILATION_CACHE_DIR", "runs/.compilation_cache")
+CACHE_FOLDER = "runs/.compilation_cache"
 
 Settings = TypeVar("Settings")
 
@@ -47,13 +47,13 @@ def cli(main: Callable[[ConfigDict], Any], default: str) -> None:
             raise app.UsageError(f"unexpected argument {argv[1]!r}: settings start with --config.")
         reuse_freed_memory()
         guarded = guard_cpu_compiler()  # before anything asks for a device
-        enable_compilation_cache()
         # Orbax reports every file that it writes.
         logging.set_verbosity(logging.DEBUG if debug.value else logging.WARNING)
         if not isinstance(config.value, ConfigDict):  # a stand-in that fails when it is used
             sys.exit(
                 f"error: no config file {getattr(flags.FLAGS['config'], 'config_filename', '')!r}"
             )
+        enable_compilation_cache(config.value.root)
         try:
             signals.end_at_signals()
             if several.value:
@@ -136,8 +136,9 @@ def _one_line(error: Exception, argv: list[str]) -> str:
     return lines[-1].removeprefix("ValueError: ")
 
 
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, small ones too."""
-    jax.config.update("jax_compilation_cache_dir", os.path.abspath(CACHE_FOLDER))
+def enable_compilation_cache(root: str = "") -> None:
+    """Keeps compiled programs between runs, small ones too, below `root` or where the user says."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(root, CACHE_FOLDER))
+    jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.path.expanduser(folder)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

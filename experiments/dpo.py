@@ -54,6 +54,7 @@ from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
+from rlhf_jax.training.run import OnStep
 from rlhf_jax.training.step import create_state
 
 # The curves of sampled responses that show what DPO does to the policy.
@@ -208,7 +209,7 @@ def compare_on_pairs(
     return {name: bootstrap_interval(values) for name, values in outcomes.items()}
 
 
-def main(config: ConfigDict) -> None:
+def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     """Trains, compares with SFT and PPO-max and reports; resumes where an earlier run stopped."""
     distributed.require_one("DPO")
     settings = command.open_config("dpo", config, Settings)
@@ -278,7 +279,7 @@ def main(config: ConfigDict) -> None:
 
     show = ("loss/dpo", "dpo/accuracy", *(f"win_rate/{name}" for name in judges))
     inputs = stages.inputs(tokenizer, task, asked, date=date, models={"inputs.model": folder})
-    with settings.run(train.steps, "DPO", show, inputs) as run:
+    with settings.run(train.steps, "DPO", show, inputs, on_step=on_step) as run:
         # 4. log π_ref of both sides of every pair, once.
         cache = functools.partial(dpo.reference_log_probs, reference, sharding=sharding)
         ref_train = cache(run.workdir / "reference_train.npz", pairs, batches.once())

@@ -34,15 +34,28 @@ def draw(content: Mapping[str, Any], path: Path) -> Path:
     Raises:
       ValueError: no run of it has finished.
     """
-    figure = FIGURES[content["figure"]]
+    return save_figure(drawn(content), path)
+
+
+def title_of(content: Mapping[str, Any]) -> str:
+    """What a figure shows, at which scale, over how many seeds."""
     count = len(content["seeds"])
     title = f"Figure {content['figure']}: {content['title']} ({content['scale']}, {count} seeds)"
     if content["mixed"]:
         title += f"; runs of more than one {' and '.join(content['mixed'])}"
-    done = finished(content)
+    return title
+
+
+def drawn(content: Mapping[str, Any]) -> Figure:
+    """A figure from its JSON.
+
+    Raises:
+      ValueError: no run of it has finished.
+    """
+    figure, done = FIGURES[content["figure"]], finished(content)
     if not done:
         raise ValueError(f"nothing to draw: no run of figure {content['figure']} has finished")
-    return save_figure(DRAWINGS[figure.drawing](figure, done, title), path)
+    return DRAWINGS[figure.drawing](figure, done, title_of(content))
 
 
 def finished(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -299,32 +299,43 @@ def _mixed(series: Mapping[str, Any]) -> list[str]:
 
 def claims_table(contents: Sequence[Mapping[str, Any]]) -> str:
     """The verdicts of figures, as Markdown."""
+    rows = [
+        {"figure": content["figure"], **row, "verdict": f"**{row['verdict']}**"}
+        for content in contents
+        for row in claims_rows(content)
+    ]
+    return tabulate(rows, "keys", tablefmt="github", disable_numparse=True)
+
+
+def claims_rows(content: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The claims of a figure, each with what it asks, its numbers and its verdict."""
     rows = []
-    for content in contents:
-        for claim in content["claims"]:
-            values = ", ".join(
-                "failed" if isinstance(value, str) else f"{value:.3g}"
-                for value in claim["values"].values()
-            )
-            low, high = claim["interval"]
-            interval = "" if isinstance(low, str) else f" [{low:.3g}, {high:.3g}]"
-            rows.append(
-                (
-                    content["figure"],
-                    claim["sentence"],
-                    f"{claim['metric']}: {claim['threshold']}",
-                    f"{values}{interval}" if values else "no run",
-                    f"**{claim['verdict']}**",
-                )
-            )
-    headers = ("figure", "claim", "metric and threshold", "seeds [95% of the mean]", "verdict")
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    for claim in content["claims"]:
+        values = ", ".join(
+            "failed" if isinstance(value, str) else f"{value:.3g}"
+            for value in claim["values"].values()
+        )
+        low, high = claim["interval"]
+        interval = "" if isinstance(low, str) else f" [{low:.3g}, {high:.3g}]"
+        rows.append(
+            {
+                "claim": claim["sentence"],
+                "metric and threshold": f"{claim['metric']}: {claim['threshold']}",
+                "seeds [95% of the mean]": f"{values}{interval}" if values else "no run",
+                "verdict": claim["verdict"],
+            }
+        )
+    return rows
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The JSON files of a folder's figures, in the order of their numbers."""
+    return sorted(folder.glob("figure_*.json"), key=lambda path: int(path.stem.split("_")[1]))
 
 
 def write_claims(folder: Path) -> Path:
     """Writes `claims.md` from every figure's JSON in a folder."""
-    files = sorted(folder.glob("figure_*.json"), key=lambda path: int(path.stem.split("_")[1]))
-    contents = [read_json(path, "draw the figure again") for path in files]
+    contents = [read_json(path, "draw the figure again") for path in files_in(folder)]
     scales = ", ".join(sorted({content["scale"] for content in contents}))
     text = (
         f"# The paper's claims ({scales})\n\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,14 @@ def require_judges(names: tuple[str, ...], settings: Shared) -> dict[str, dict[s
     for name in names:
         kind, _, folder = name.partition(":")
         if name == LANGUAGE_MODEL:
-            stages.require(SMOLLM2)
-            found[name] = {"default_model": SMOLLM2}
+            model = os.path.join(settings.root, SMOLLM2)
+            stages.require(model)
+            found[name] = {"default_model": model}
         if kind in (REWARD_MODEL, GOLD):
             argument = "" if folder else gold_argument(settings.scale, settings.data.source)
+            argument = (
+                ",".join([argument, *common.root_argument(settings.root)]) if argument else ""
+            )
             folder = folder or model_folder(argument)
             check_apart(name, folder, data_of(folder, argument), settings)
             found[name] = reward_model_keywords(folder, argument, build=build)

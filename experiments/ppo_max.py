@@ -46,6 +46,7 @@ from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.rollback import retried, rollbacks
+from rlhf_jax.training.run import OnStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +230,7 @@ def derived_numbers(settings: Settings, prompts: Any, sharding: Sharding) -> dic
 
 
 @retried
-def main(config: ConfigDict) -> None:
+def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     """Trains, compares with SFT and reports; resumes where an earlier run stopped."""
     settings = command.open_config("ppo_max", config, Settings)
     if not folders.claim(settings, "PPO"):
@@ -315,7 +316,7 @@ def main(config: ConfigDict) -> None:
     show = ("reward/mean", *(f"win_rate/{name}" for name in judges), "policy/kl_ref_sequence")
     pinned = stages.inputs(tokenizer, task, text, date=date, models=models)
     monitor = settings.monitor()
-    with settings.run(train.iterations, "PPO", show, pinned, monitor) as run:
+    with settings.run(train.iterations, "PPO", show, pinned, monitor, on_step=on_step) as run:
         state = run.restore(state, *cursors)
         for iteration in run.steps():
             rollout = method.sample(state, next(prompts), iteration)  # line 2

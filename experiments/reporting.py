@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from rlhf_jax.evaluation.judges import Judge
 from rlhf_jax.evaluation.report import Target
 from rlhf_jax.rollouts.respond import Responses, win_rates
 from rlhf_jax.runtime import distributed, metrics
+from rlhf_jax.runtime.files import write_whole
 from rlhf_jax.runtime.run_info import processor
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.record import read_summary
@@ -26,6 +28,8 @@ from rlhf_jax.training.run import Run
 
 # What a reward model makes of held-out pairs, in its run folder.
 HELD_OUT = "held_out_pairs.npz"
+# File of a run with every held-out response.
+RESPONSES = "responses.jsonl"
 
 # Rows of the table: metric -> how it reads.
 ROWS = {
@@ -131,6 +135,29 @@ def reward_model_targets(settings: Any) -> list[Target]:
     ]
 
 
+def write_responses(path: Path, answers: Mapping[str, Responses]) -> None:
+    """Writes every held-out prompt with each policy's response and what the judges said of it.
+
+    One JSON object a line: `prompt`; `responses`, policy -> text; `judged`, judge -> policy ->
+    score.
+    """
+    first = next(iter(answers.values()))
+    lines = [
+        json.dumps(
+            {
+                "prompt": prompt,
+                "responses": {name: answer.responses[i] for name, answer in answers.items()},
+                "judged": {
+                    judge: {name: float(a.judged[judge][i]) for name, a in answers.items()}
+                    for judge in first.judged
+                },
+            }
+        )
+        for i, prompt in enumerate(first.prompts)
+    ]
+    write_whole(path, "".join(f"{line}\n" for line in lines))
+
+
 def figure_4(workdir: Path, answers: Mapping[str, Responses]) -> tuple[str, ...]:
     """Whether a run without KL penalty shows what the paper's Figure 4 shows of vanilla PPO.
 
@@ -233,7 +260,7 @@ def write(
     notes: tuple[str, ...] = (),
     summary: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes report.md, figures and summary.json, and prints the summary.
+    """Writes report.md, figures, every response and summary.json, and prints the summary.
 
     Args:
       settings: the settings of the run.
@@ -275,6 +302,7 @@ def write(
         seeds=(settings.seed,),
         wall_seconds=stage_seconds(settings) | {"this run": run.seconds},
     )
+    write_responses(run.workdir / RESPONSES, answers)
     report.print_summary(table, wins, title=title, targets=targets)
     run.finish(
         {

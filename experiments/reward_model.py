@@ -38,6 +38,7 @@ from rlhf_jax.runtime.metrics import read_metrics
 from rlhf_jax.runtime.settings import check
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
+from rlhf_jax.training.run import OnStep
 from rlhf_jax.training.step import create_state
 
 
@@ -213,16 +214,14 @@ def draw_figures(workdir: Path, chosen: np.ndarray, rejected: np.ndarray) -> Non
     plots.plot_accuracy(curves, workdir / "accuracy.png")
 
 
-def main(config: ConfigDict) -> None:
+def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     """Trains, normalises, evaluates and saves; resumes where an earlier run stopped."""
     settings = command.open_config("reward_model", config, Settings)
     if not folders.claim(settings, "reward model"):
         return
     train, sharding, task = settings.train, settings.sharding.make(), settings.task()
-    method, judges = (
-        settings.method(),
-        judging.load_judges(judge_names(settings.judges, task), settings),
-    )
+    method = settings.method()
+    judges = judging.load_judges(judge_names(settings.judges, task), settings)
 
     # 1. The SFT model with a new scalar head, and pairs that people have ranked.
     inputs, data = settings.inputs, settings.data
@@ -269,7 +268,7 @@ def main(config: ConfigDict) -> None:
     # 3. Train.
     show = ("loss/bradley_terry", "reward/accuracy", "eval/accuracy")
     pinned = stages.inputs(tokenizer, task, date=date, models={"inputs.model": folder})
-    with settings.run(train.steps, "reward model", show, pinned) as run:
+    with settings.run(train.steps, "reward model", show, pinned, on_step=on_step) as run:
         state = run.restore(state, batches)
         for step in run.steps():
             batch = next(batches)
@@ -288,9 +287,9 @@ def main(config: ConfigDict) -> None:
     # 4. Normalise to mean 0 and std 1 on reference responses, save.
     trained, normalized = tuning.model(state.model), lambda scores: scores
     if references:
-        pairs = once_pairs([EncodedPair(text, text, 0.0) for text in references], **batching)
+        texts = once_pairs([EncodedPair(text, text, 0.0) for text in references], **batching)
         normalized = reward_model.normalization(
-            reward_model.score_side(trained, pairs, 0, sharding)
+            reward_model.score_side(trained, texts, 0, sharding)
         )
     saved = stages.save_tuned(tuning, normalized(state.model), run.workdir, tokenizer, base=folder)
     score_bias = float(distributed.fetch(saved.bias[...]))

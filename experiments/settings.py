@@ -13,7 +13,7 @@ from rlhf_jax.rollouts.rollout import SamplingConfig
 from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import MODES, Sharding, make_mesh
 from rlhf_jax.tasks import Task, TaskConfig, make_task
-from rlhf_jax.training.run import CheckpointConfig, LogConfig, Run
+from rlhf_jax.training.run import CheckpointConfig, LogConfig, OnStep, Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,13 +212,14 @@ class PromptData(DataConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shared:
-    """Keys that every experiment has.
+    """Keys that every experiment has; folders are whole once `configs.common.resolve` is through.
 
     Raises:
       ValueError: a seed below 0, or a source that names no task or has not what it is asked for.
     """
 
     seed: int
+    root: str
     workdir: str
     experiment: str
     scale: str
@@ -245,6 +246,8 @@ class Shared:
         show: tuple[str, ...],
         inputs: Mapping[str, Any],
         monitor: CollapseMonitor | None = None,
+        *,
+        on_step: OnStep | None,
     ) -> Run:
         """The run in its folder; for `inputs` see `stages.inputs`."""
         return Run(
@@ -257,6 +260,7 @@ class Shared:
             log=self.log,
             checkpoint=self.checkpoint,
             monitor=monitor,
+            on_step=on_step,
         )
 
 

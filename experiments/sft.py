@@ -30,6 +30,7 @@ from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
+from rlhf_jax.training.run import OnStep
 from rlhf_jax.training.step import create_state
 
 
@@ -136,7 +137,7 @@ def trained_share(batches: Sequence[Mapping[str, np.ndarray]]) -> float:
     return trained / sum(batch["tokens"].size for batch in batches)
 
 
-def main(config: ConfigDict) -> None:
+def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     """Trains, evaluates and saves; resumes where an earlier run of the same config stopped."""
     settings = command.open_config("sft", config, Settings)
     if not folders.claim(settings, "SFT"):
@@ -189,7 +190,7 @@ def main(config: ConfigDict) -> None:
 
     # 3. Train.
     inputs = stages.inputs(tokenizer, task, date=date, models={"inputs.model": folder})
-    with settings.run(steps, "SFT", ("loss/lm", "eval/perplexity"), inputs) as run:
+    with settings.run(steps, "SFT", ("loss/lm", "eval/perplexity"), inputs, on_step=on_step) as run:
         state = run.restore(state, batches)
         for step in run.steps():
             state, metrics = train_step(state, sharding.put_batch(next(batches)))

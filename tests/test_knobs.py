@@ -23,6 +23,7 @@ ASIDE = {
     "scale": "given by the argument",
     "variants": "given by the argument",
     "workdir": "where results lie",
+    "root": "where run folders lie: tests/test_configs.py",
     "inputs.build": "who makes what is missing",
     "log.*": "what is written besides",
     "checkpoint.*": "when a state is kept",

@@ -139,7 +139,16 @@ def test_what_makes_no_sense_is_refused_by_its_key(experiment):
 def test_words_that_name_nothing_are_refused_by_their_key(experiment):
     """At the start, not when they are first used; what names folders and texts may be anything."""
     plain = common.resolve(get(experiment, "tiny")).to_dict()
-    free = {"workdir", "experiment", "scale", "variants", "label", "judges", "log.wandb_project"}
+    free = {
+        "root",
+        "workdir",
+        "experiment",
+        "scale",
+        "variants",
+        "label",
+        "judges",
+        "log.wandb_project",
+    }
     free |= {"data.instruction"}
     for key, before in leaves(get(experiment, "tiny")).items():
         words = isinstance(before, str) or (isinstance(before, tuple) and before[:1] == ("movie",))

@@ -6,7 +6,7 @@ Figures are made without pyplot: no window opens and no global state of matplotl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,9 @@ Log = Mapping[str, np.ndarray]  # columns as from `read_metrics`
 
 # Okabe & Ito 2008: told apart by people with any common colour vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_LINE_STYLES = ("-", "--", ":", "-.")
+_LINE_STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
+# Runs that can be told apart: each colour in each style of line.
+MAX_RUNS = len(COLORS) * len(_LINE_STYLES)
 _SMOOTH_FROM = 100  # points
 
 
@@ -67,6 +69,25 @@ DPO_PANELS = (
     ),
 )
 
+REWARD_MODEL_PANELS = (
+    Panel(
+        "Pair accuracy",
+        "share of pairs",
+        {"reward/accuracy": "train", "eval/accuracy": "held out"},
+        baseline=0.5,
+    ),
+    Panel("Bradley-Terry loss", "nats per pair", {"loss/bradley_terry": ""}),
+    Panel("Margin", "chosen − rejected score", {"reward/margin": ""}),
+    Panel("LM loss", "nats per token", {"loss/lm": ""}),
+    Panel("Gradient norm", "norm", {"optim/grad_norm": ""}),
+)
+
+SFT_PANELS = (
+    Panel("LM loss", "nats per token", {"loss/lm": ""}),
+    Panel("Held-out perplexity", "perplexity", {"eval/perplexity": ""}),
+    Panel("Gradient norm", "norm", {"optim/grad_norm": ""}),
+)
+
 
 def draw_panels(
     runs: Mapping[str, Sequence[Log]],
@@ -77,6 +98,9 @@ def draw_panels(
     columns: int = 3,
 ) -> Figure:
     """Makes a figure with one set of axes for each panel that any run has data for.
+
+    Colours tell runs apart, and dashes the metrics within a panel. Of more runs than there are
+    colours the next ones are dashed, and each metric has axes of its own.
 
     Args:
       runs: label -> the logs of one setting, one per seed, each as from `read_metrics`.
@@ -89,11 +113,13 @@ def draw_panels(
       The figure, not yet saved.
 
     Raises:
-      ValueError: nothing to draw, or more runs than there are colours.
+      ValueError: nothing to draw, or more than `MAX_RUNS` runs.
     """
-    if len(runs) > len(COLORS):
-        raise ValueError(f"at most {len(COLORS)} runs can be told apart, got {len(runs)}")
+    if len(runs) > MAX_RUNS:
+        raise ValueError(f"at most {MAX_RUNS} runs can be told apart, got {len(runs)}")
     panels = [one for panel in panels for one in _each_of_group(panel, runs)]
+    if len(runs) > len(COLORS):
+        panels = [one for panel in panels for one in _each_metric(panel)]
     shown = [panel for panel in panels if _has_data(panel, runs)]
     if not shown:
         wanted = sorted({name for panel in panels for name in panel.metrics})
@@ -125,12 +151,23 @@ def _each_of_group(panel: Panel, runs: Mapping[str, Sequence[Log]]) -> list[Pane
     ]
 
 
+def _each_metric(panel: Panel) -> list[Panel]:
+    """A panel for each metric of a panel that has several."""
+    if len(panel.metrics) == 1:
+        return [panel]
+    return [
+        panel._replace(title=f"{panel.title}: {label or name}", metrics={name: ""})
+        for name, label in panel.metrics.items()
+    ]
+
+
 def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Sequence[Log]], xlabel: str) -> None:
     for run, logs in enumerate(runs.values()):
         for index, (name, label) in enumerate(panel.metrics.items()):
             # One run: colours tell metrics apart. Several: colours tell runs, dashes metrics.
             color = COLORS[(run if len(runs) > 1 else index) % len(COLORS)]
-            style = _LINE_STYLES[index % len(_LINE_STYLES)] if len(runs) > 1 else "-"
+            dashes = index + run // len(COLORS) if len(runs) > 1 else 0
+            style = _LINE_STYLES[dashes % len(_LINE_STYLES)]
             _draw_metric(axes, logs, name, label, color, style)
     axes.set_title(panel.title, fontsize=10)
     axes.set_ylabel(panel.ylabel, fontsize=9)
@@ -224,7 +261,14 @@ def _add_run_legend(figure: Figure, labels: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2) for i in range(len(labels))
+        Line2D(
+            [],
+            [],
+            color=COLORS[i % len(COLORS)],
+            linestyle=_LINE_STYLES[i // len(COLORS)],
+            linewidth=2,
+        )
+        for i in range(len(labels))
     ]
     columns = min(len(labels), 4)
     legend = figure.legend(

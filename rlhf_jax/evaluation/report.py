@@ -144,7 +144,7 @@ def seeds_table(workdirs: Sequence[str | os.PathLike[str]]) -> str:
     first = reports[0]["summary"]
     summary = {
         policy: {
-            metric: _range([r["summary"].get(policy, {}).get(metric) for r in reports])
+            metric: over_seeds([r["summary"].get(policy, {}).get(metric) for r in reports])
             for metric in row
         }
         for policy, row in first.items()
@@ -156,17 +156,22 @@ def seeds_table(workdirs: Sequence[str | os.PathLike[str]]) -> str:
             name: [r["win_rates"].get(name, {}).get("win_rate") for r in reports] for name in names
         }
         rows = [["", "win rate (ties one half)"]]
-        tables.append(_table(rows + [[name, _range(values)] for name, values in rates.items()]))
+        tables.append(_table(rows + [[name, over_seeds(values)] for name, values in rates.items()]))
     return "\n\n".join(tables)
 
 
-def _range(values: Sequence[Any]) -> str:
-    """Mean [lowest, highest] of numbers from report.json."""
+def over_seeds(values: Sequence[Any]) -> str:
+    """Mean [lowest, highest] of numbers from report.json, as text; a dash where one is missing.
+
+    Of a single number only that.
+    """
     numbers = [value["value"] if isinstance(value, dict) else value for value in values]
     try:
         array = [float(number) for number in numbers]
     except (TypeError, ValueError):
         return _MISSING
+    if len(array) == 1:
+        return _number(array[0])
     return format_value(Interval(sum(array) / len(array), min(array), max(array)))
 
 

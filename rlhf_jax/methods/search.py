@@ -94,7 +94,9 @@ def aggregate(scores: Sequence[float], method: str) -> float:
         raise ValueError(f"scores must be probabilities, got {list(scores)}")
     if not scores:
         return 1.0
-    return {PRODUCT: math.prod, MIN: min, LAST: lambda s: s[-1]}[method](scores)
+    if method == PRODUCT:
+        return math.prod(scores)
+    return min(scores) if method == MIN else scores[-1]
 
 
 def best_of_n(scores: Sequence[float]) -> int:

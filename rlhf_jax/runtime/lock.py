@@ -7,6 +7,7 @@ import datetime
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 try:
@@ -68,6 +69,20 @@ def release(folder: str | Path) -> None:
         with contextlib.suppress(OSError):
             fcntl.flock(opened, fcntl.LOCK_UN)
         os.close(opened)
+
+
+@contextlib.contextmanager
+def released_after() -> Iterator[None]:
+    """Lets others have, at its end, every folder that was claimed within and is held still.
+
+    For a process that lives on after a run has failed, such as that of a notebook.
+    """
+    before = set(_held)
+    try:
+        yield
+    finally:
+        for folder in set(_held) - before:
+            release(folder)
 
 
 def holder(folder: str | Path) -> str:

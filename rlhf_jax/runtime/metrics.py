@@ -134,11 +134,7 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       FileNotFoundError: no such file.
       ValueError: a line that is not a metrics line (a last line that was cut short is skipped).
     """
-    path = Path(path)
-    path = path / METRICS_FILE if path.is_dir() else path
-    rows: dict[int, dict[str, Any]] = {}
-    for _, row in _parse_lines(path):
-        rows.setdefault(row["step"], {}).update(row)
+    rows = _by_step(path)
     steps = sorted(rows)
     names = dict.fromkeys(name for step in steps for name in rows[step] if name != "step")
     columns: dict[str, np.ndarray] = {"step": np.array(steps, dtype=np.int64)}
@@ -146,6 +142,30 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         values = [float(rows[step].get(name, math.nan)) for step in steps]
         columns[name] = np.array(values, dtype=np.float64)
     return columns
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, float]]]:
+    """Reads the same file step by step: each with what it logged, `time` left out.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a line that is not a metrics line (a last line that was cut short is skipped).
+    """
+    aside = ("step", "time")
+    return [
+        (step, {name: float(value) for name, value in row.items() if name not in aside})
+        for step, row in sorted(_by_step(path).items())
+    ]
+
+
+def _by_step(path: str | os.PathLike[str]) -> dict[int, dict[str, Any]]:
+    """Step -> its lines, merged."""
+    path = Path(path)
+    path = path / METRICS_FILE if path.is_dir() else path
+    rows: dict[int, dict[str, Any]] = {}
+    for _, row in _parse_lines(path):
+        rows.setdefault(row["step"], {}).update(row)
+    return rows
 
 
 def logged(log: Mapping[str, np.ndarray], name: str) -> np.ndarray:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from typing import Any
 import rlhf_jax
 from rlhf_jax.runtime.metrics import finite_or_name
 
+# What is noted as the command of a run, where it is not that of the process.
+_command: ContextVar[str] = ContextVar("command", default="")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
 
 
@@ -37,7 +41,7 @@ def run_info(config: Mapping[str, Any]) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": _command.get() or shlex.join(["python", *sys.orig_argv[1:]]),
         "platform": platform.platform(),
         "versions": versions,
         "devices": {
@@ -50,6 +54,16 @@ def run_info(config: Mapping[str, Any]) -> dict[str, Any]:
         "git": git_state(Path(__file__).resolve()),
         "config": to_json(config),
     }
+
+
+@contextlib.contextmanager
+def noted_as(command: str) -> Iterator[None]:
+    """Runs that begin within note this command; for those that no command line has started."""
+    token = _command.set(command)
+    try:
+        yield
+    finally:
+        _command.reset(token)
 
 
 def processor() -> str:

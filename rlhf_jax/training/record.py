@@ -16,7 +16,7 @@ from rlhf_jax.runtime.files import read_json, write_whole
 from rlhf_jax.runtime.run_info import run_info
 
 # What may change when a run goes on: it does not change the numbers, or says so in the run folder.
-FREE = ("log.", "checkpoint.", "sharding.", "collapse.")
+FREE = ("log.", "checkpoint.", "sharding.", "collapse.", "root")
 # The section of config.json with the digests of what a run reads.
 INPUTS = "inputs"
 
@@ -24,7 +24,8 @@ INPUTS = "inputs"
 def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Writes config.json, or compares with it: a folder holds one run of one config.
 
-    Process 0 writes, once all processes have looked.
+    Process 0 writes, once all processes have looked. Folders below `root`, the settings' folder of
+    all runs, are compared as they are seen from there: a run goes on from wherever it is started.
 
     Raises:
       ValueError: the folder holds a run with other settings, or config.json is damaged.
@@ -33,7 +34,7 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     distributed.barrier("the run folder has been looked at")
     settings = json.loads(json.dumps(settings, default=str))  # as they come back from disk
     if there:
-        before, now = (_flat(c) for c in (read_config(path)["config"], settings))
+        before, now = (_from_root(c) for c in (read_config(path)["config"], settings))
         changed = sorted(
             k for k in before | now if before.get(k) != now.get(k) and not k.startswith(FREE)
         )
@@ -106,6 +107,13 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("config"), dict):
         raise ValueError(f"{path} is not that of a run: choose another --config.workdir")
     return config
+
+
+def _from_root(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their whole names, with folders relative to `root`."""
+    flat = _flat(settings)
+    within = f"{flat['root']}/" if flat.get("root") else ""
+    return {k: v.removeprefix(within) if isinstance(v, str) else v for k, v in flat.items()}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -52,14 +52,14 @@ def note_rollback(workdir: str | Path, event: Collapse, step: int) -> None:
     distributed.barrier("the rollback is noted")
 
 
-def retried(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def retried(main: Callable[..., Any]) -> Callable[..., Any]:
     """An experiment that runs again, and so resumes, each time that it was rolled back."""
 
     @functools.wraps(main)
-    def run(config: Any) -> Any:
+    def run(*arguments: Any) -> Any:
         while True:
             try:
-                return main(config)
+                return main(*arguments)
             except RolledBack as event:
                 print(event)
             gc.collect()  # the models of the try before

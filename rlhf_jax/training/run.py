@@ -17,7 +17,13 @@ from rlhf_jax.evaluation.collapse import EVENT, ROLLBACK, STOP, WITNESSES, Colla
 from rlhf_jax.runtime import distributed, lock, signals
 from rlhf_jax.runtime.files import write_whole
 from rlhf_jax.runtime.host_memory import release_freed_memory
-from rlhf_jax.runtime.metrics import METRICS_FILE, MetricsWriter, check_finite, read_metrics
+from rlhf_jax.runtime.metrics import (
+    METRICS_FILE,
+    MetricsWriter,
+    check_finite,
+    read_metrics,
+    read_rows,
+)
 from rlhf_jax.runtime.progress import Progress, progress
 from rlhf_jax.runtime.run_info import to_json
 from rlhf_jax.runtime.settings import check
@@ -58,6 +64,10 @@ class CheckpointConfig:
         check(self, every="[0, inf)", keep="[1, inf)")
 
 
+# What is called with a step and its metrics.
+OnStep = Callable[[int, dict[str, float]], Any]
+
+
 class Stopped(Exception):
     """The run was asked to stop and has saved its state."""
 
@@ -84,6 +94,9 @@ class Run:
       log: where metrics go besides metrics.jsonl.
       checkpoint: when states are saved.
       monitor: watches the metrics for a collapse of the policy; None where nothing is watched.
+      on_step: called with every step and its metrics once these are there, which is while the next
+        step computes; in a run that is resumed first with the steps that were logged before. What
+        it raises ends the run, which then resumes from its last checkpoint.
     """
 
     def __init__(
@@ -98,6 +111,7 @@ class Run:
         log: LogConfig = LogConfig(),  # frozen
         checkpoint: CheckpointConfig = CheckpointConfig(),  # frozen
         monitor: CollapseMonitor | None = None,
+        on_step: OnStep | None = None,
     ):
         self.workdir = Path(workdir)
         self.total = total
@@ -108,6 +122,7 @@ class Run:
         self._log, self._checkpoint = log, checkpoint
         self._desc, self._show = desc, show
         self._monitor = monitor
+        self._on_step = on_step
         self._collapse: Collapse | None = None
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._shown: dict[str, float] = {}
@@ -195,6 +210,9 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Step numbers that are left; raises `Stopped` after a signal, once the state is saved."""
         with self._open_logs() as self._bar, self._stop:
+            if self._on_step is not None and self._writer is not None:
+                for row in read_rows(self.workdir):
+                    self._on_step(*row)
             begun = time.time()
             for step in range(self._next, self.total):
                 yield step
@@ -246,6 +264,8 @@ class Run:
             self._writer.write(step, fetched)
         check_finite(fetched, step)
         self._shown |= {n.split("/")[-1]: fetched[n] for n in self._show if n in fetched}
+        if self._on_step is not None:
+            self._on_step(step, fetched)
 
     def _watched(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """What the monitor makes of a step, as metrics; remembers a collapse for `checkpoint`."""

@@ -10,7 +10,9 @@ import pytest
 from rlhf_jax.evaluation.panels import (
     COLORS,
     DPO_PANELS,
+    MAX_RUNS,
     PPO_PANELS,
+    REWARD_MODEL_PANELS,
     Panel,
     draw_panels,
     new_figure,
@@ -102,9 +104,23 @@ def test_nothing_to_draw_names_the_metrics():
 
 
 def test_more_runs_than_colours():
-    logs = {str(i): [_log(3, "reward/mean")] for i in range(len(COLORS) + 1)}
-    with pytest.raises(ValueError, match=f"at most {len(COLORS)} runs .* got {len(logs)}"):
+    logs = {str(i): [_log(3, "reward/mean")] for i in range(MAX_RUNS + 1)}
+    with pytest.raises(ValueError, match=f"at most {MAX_RUNS} runs .* got {len(logs)}"):
         draw_panels(logs, PPO_PANELS)
+
+
+def test_more_runs_than_colours_differ_in_dashes_and_metrics_have_their_own_axes():
+    names = ("reward/accuracy", "eval/accuracy", "loss/bradley_terry")
+    logs = {str(i): [_log(3, *names)] for i in range(MAX_RUNS)}
+    figure = draw_panels(logs, REWARD_MODEL_PANELS)
+    titles = ["Pair accuracy: train", "Pair accuracy: held out", "Bradley-Terry loss"]
+    assert [axes.get_title() for axes in figure.axes] == titles
+    for axes in figure.axes:
+        curves = [line for line in axes.lines if line.get_color() != "grey"]
+        looks = [(line.get_color(), line.get_linestyle()) for line in curves]
+        assert len(set(looks)) == MAX_RUNS == len(looks)
+    (legend,) = figure.legends
+    assert [(h.get_color(), h.get_linestyle()) for h in legend.get_lines()] == looks
 
 
 def test_runs_share_axes_and_have_colours_and_a_legend():

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments import claims, figures
+from experiments import claims, paper_figures
 from experiments.claims import CLAIMS, Claim, Curves
 
 
@@ -34,7 +34,7 @@ def test_every_claim_has_one_bound_a_source_and_runs_of_its_figure():
     for one in CLAIMS:
         assert one.at_least is not None or one.at_most is not None, one.sentence
         assert "Figure" in one.source and one.threshold
-        labels = [series.label for series in figures.FIGURES[one.figure].series]
+        labels = [series.label for series in paper_figures.FIGURES[one.figure].series]
         assert set(one.series) <= set(labels), one.sentence
 
 

@@ -68,17 +68,19 @@ def test_a_killed_run_resumes_in_a_new_process_with_the_same_numbers(tmp_path):
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-def test_ctrl_c_outside_of_the_loop_is_one_line_and_programs_are_kept(tmp_path):
+@pytest.mark.parametrize("root", ["", "elsewhere"])
+def test_ctrl_c_outside_of_the_loop_is_one_line_and_programs_are_kept(tmp_path, root):
+    root = tmp_path / root if root else ROOT
     program = (
         "import jax\n"
         "from experiments import command\n"
         "def main(config):\n"
         "    print(jax.config.jax_compilation_cache_dir)\n"
         "    raise KeyboardInterrupt\n"
-        "command.cli(main, default='configs/sft.py:tiny')"
+        "command.cli(main, default='configs/sft.py:tiny')\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, *([] if root == ROOT else [f"--config.root={root}"])],
         cwd=ROOT,
         env={k: v for k, v in environment(tmp_path).items() if k != "JAX_COMPILATION_CACHE_DIR"},
         capture_output=True,
@@ -89,7 +91,7 @@ def test_ctrl_c_outside_of_the_loop_is_one_line_and_programs_are_kept(tmp_path):
     assert result.stderr.strip() == (
         "interrupted: the same command resumes from the last checkpoint"
     )
-    assert Path(result.stdout.splitlines()[-1]) == ROOT / "runs" / ".compilation_cache"
+    assert Path(result.stdout.splitlines()[-1]) == root / "runs" / ".compilation_cache"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import ppo_max as configs
-from experiments import ppo_max
+from experiments import notebook, ppo_max
 from rlhf_jax.methods import ppo_max as method
 from rlhf_jax.methods.ppo_max import PPOMax
 from rlhf_jax.models.files import hf_weights
@@ -44,6 +44,22 @@ def test_run_writes_what_it_promises(finished):
     text = (finished / "report.md").read_text()
     for word in ("PPO-max against SFT", "KL to SFT per sequence", "distinct-2", "## Samples"):
         assert word in text
+
+
+def test_a_notebook_opens_the_run_with_every_response(finished):
+    result = notebook.open_run(finished)
+    rows = [json.loads(line) for line in (finished / "responses.jsonl").read_text().splitlines()]
+    assert len(result.samples) == len(rows) == 16
+    first, row = result.samples[0], rows[0]
+    assert list(first) == ["prompt", "SFT", "PPO-max", "SFT, vader", "PPO-max, vader"]
+    assert row["responses"] == {name: first[name] for name in ("SFT", "PPO-max")}
+    assert any(sample["SFT"] != sample["PPO-max"] for sample in result.samples)
+    mean = np.mean([sample["PPO-max, vader"] for sample in result.samples])
+    assert mean == pytest.approx(result.numbers["judge score (VADER, -1 to 1)"], abs=1e-6)
+    wins = [sample["PPO-max, vader"] > sample["SFT, vader"] for sample in result.samples]
+    assert np.mean(wins) == result.summary["win_rates"]["vader"]["win"]
+    assert f"{first['prompt']}" in (finished / "report.md").read_text().replace("\\", "")
+    assert set(result.pictures) == {"training"}
 
 
 def test_first_minibatch_of_every_iteration_is_on_policy(finished):

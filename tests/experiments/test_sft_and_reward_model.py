@@ -168,6 +168,11 @@ def test_missing_model_is_built_only_where_asked(tmp_path):
     assert stages.require("org/hub-name", stage="sft", argument="tiny")
     with pytest.raises(FileNotFoundError, match=r"runs/sft/none/model is missing: run `python -m"):
         stages.require("runs/sft/none/model", stage="sft", argument="none")
+    # Also where runs/ is not in the current folder; the command can be typed as it is shown.
+    below, argument = f"{tmp_path}/my folder/runs/sft/none/model", f"tiny,root={tmp_path}/my folder"
+    with pytest.raises(FileNotFoundError, match=r"/none/model is missing") as caught:
+        stages.require(below, stage="sft", argument=argument)
+    assert f"--config 'configs/sft.py:{argument}'`" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -21,18 +21,20 @@ from tests.models.test_gguf import assert_same, random_model, write_gguf
 CHAT = ("sharding.devices=1", "lora.rank=4", "data.instruction=Write a review.")
 
 
-def test_a_gguf_from_a_package_is_converted_once(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("root", ["", "below"])
+def test_a_gguf_from_a_package_is_converted_once(tmp_path, monkeypatch, capsys, root):
     model = random_model()
     file = tmp_path / "model.gguf"
     write_gguf(file, model, tmp_path)
-    folder = "runs/pretrained/made-up/model"
+    place = "runs/pretrained/made-up/model"
+    folder = str(tmp_path / root / place) if root else place
     asked = []
 
     def read_member(package, member):
         asked.append((package, member))
         return file.read_bytes()
 
-    monkeypatch.setitem(stages.PRETRAINED, folder, "a-package")
+    monkeypatch.setitem(stages.PRETRAINED, place, "a-package")
     monkeypatch.setattr(archives, "read_member", read_member)
     monkeypatch.chdir(tmp_path)
     for _ in range(2):

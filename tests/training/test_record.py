@@ -49,6 +49,20 @@ def test_what_has_changed_is_named_cause_first(path, change, message):
     assert path.read_text() == before
 
 
+def test_folders_are_compared_as_seen_from_the_root(tmp_path):
+    """A run of the command line goes on in a notebook elsewhere, and the other way round."""
+    path = tmp_path / "config.json"
+    begun = {"root": "", "workdir": "runs/x", "inputs": {"model": "runs/sft/model"}}
+    check_settings(path, begun)
+    placed = {"root": "/me", "workdir": "/me/runs/x", "inputs": {"model": "/me/runs/sft/model"}}
+    check_settings(path, placed)
+    other = placed | {"inputs": {"model": "/you/runs/sft/model"}}
+    with pytest.raises(ValueError, match=r"inputs.model was 'runs/sft/model', now '/you"):
+        check_settings(path, other)
+    without = {key: value for key, value in begun.items() if key != "root"}  # of an earlier version
+    check_settings(path, without)
+
+
 def test_a_run_that_was_killed_before_its_inputs_were_known_takes_them_now(tmp_path):
     with Run(tmp_path, total=1, settings={"seed": 0}):
         pass

@@ -282,7 +282,8 @@ def _holds(equation: tuple[str, str]) -> bool | None:
     """Whether an equation holds, the result rounded up or down included; None if unreadable."""
     left, result = equation
     parts = re.findall(rf"{_NUMBER}|[-+*/x×÷]", left.replace(" ", ""))
-    numbers, operations = [], []
+    numbers: list[Fraction] = []
+    operations: list[str] = []
     for part in parts:
         if re.fullmatch(_NUMBER, part) and len(numbers) == len(operations):
             numbers.append(Fraction(part.replace(",", "")))
