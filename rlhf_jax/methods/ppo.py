@@ -21,8 +21,14 @@ from rlhf_jax.runtime.settings import check
 
 OBJECTIVES = ("clip", "penalty", "surrogate", "policy_gradient", "trpo")
 DENOMINATORS = ("old", "reference")
-# Of the rewards of an iteration, percent: logged as reward/q05 and so on.
-QUANTILES = (5, 25, 50, 75, 95)
+# Of the rewards of an iteration.
+QUANTILES = {
+    "reward/q05": 0.05,
+    "reward/q25": 0.25,
+    "reward/q50": 0.50,
+    "reward/q75": 0.75,
+    "reward/q95": 0.95,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,10 +223,10 @@ def experience_metrics(experience: Experience) -> dict[str, jax.Array]:
     """Means over the real tokens of a buffer, before any update."""
     where = experience.rollout.response_mask
     values, scores = experience.evaluation.values, experience.evaluation.scores
-    quantiles = jnp.quantile(scores, jnp.array(QUANTILES) / 100)
+    quantiles = jnp.quantile(scores, jnp.array(list(QUANTILES.values())))
     return {
         "reward/std": scores.std(),
-        **{f"reward/q{q:02d}": quantiles[i] for i, q in enumerate(QUANTILES)},
+        **dict(zip(QUANTILES, quantiles, strict=True)),
         "reward/shaped": losses.masked_sum(experience.rewards, where=where, axis=-1).mean(),
         "critic/return": losses.masked_mean(experience.returns, where=where),
         "critic/advantage": losses.masked_mean(experience.advantages, where=where),
