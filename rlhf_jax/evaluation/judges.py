@@ -18,6 +18,8 @@ import numpy as np
 from rlhf_jax.runtime.errors import MissingPackageError
 
 VADER, LANGUAGE_MODEL = "vader", "language_model"
+# Of sums, see `rlhf_jax.evaluation.verifier`.
+VERIFIER = "verifier"
 # A reward model of the user's choice, and the one that no policy is to be trained against.
 REWARD_MODEL, GOLD = "reward_model", "gold"
 # What `make_judge` takes, as it is listed to users: alone, and with the model that it needs.
@@ -28,6 +30,7 @@ _WITH_MODEL = {
 }
 NAMES = (
     VADER,
+    VERIFIER,
     LANGUAGE_MODEL,
     _WITH_MODEL[LANGUAGE_MODEL],
     _WITH_MODEL[REWARD_MODEL],
@@ -75,9 +78,9 @@ def make_judge(name: str, /, *, default_model: str = "", **settings: Any) -> Jud
     """Makes a judge from its name, as a config or a command line gives it.
 
     Args:
-      name: "vader"; "language_model" or "gold" for `default_model`; or "language_model:",
-        "reward_model:" or "gold:" and a folder or a name on the Hugging Face hub. The last two are
-        reward models alike: "gold" is one that no policy was trained against.
+      name: "vader" or "verifier"; "language_model" or "gold" for `default_model`; or
+        "language_model:", "reward_model:" or "gold:" and a folder or a name on the Hugging Face
+        hub. The last two are reward models alike: "gold" is one that no policy was trained against.
       default_model: Folder or hub name of the model where the name has none.
       **settings: Keywords of the judge's class.
 
@@ -88,6 +91,11 @@ def make_judge(name: str, /, *, default_model: str = "", **settings: Any) -> Jud
     if name == VADER:
         _check_settings(name, VaderJudge, settings)
         return VaderJudge(**settings)
+    if name == VERIFIER:
+        from rlhf_jax.evaluation.verifier import VerifierJudge
+
+        _check_settings(name, VerifierJudge, settings)
+        return VerifierJudge()
     kind, _, model = name.partition(":")
     if kind not in _WITH_MODEL:
         raise ValueError(f"unknown judge {name!r}; choose one of {', '.join(NAMES)}")

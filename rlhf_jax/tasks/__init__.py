@@ -7,6 +7,7 @@ pairs = task.preferences(tokenizer, "train", max_length=512, count=1000)
 """
 
 from rlhf_jax.data.examples import Examples
+from rlhf_jax.tasks.arithmetic import Arithmetic
 from rlhf_jax.tasks.harm import Harm
 from rlhf_jax.tasks.hh import HH
 from rlhf_jax.tasks.jsonl import JSONLines
@@ -23,5 +24,6 @@ TASKS |= {
     "jsonl": JSONLines,
     "harm": Harm,
     "llamafactory": LlamaFactory,
+    "arithmetic": Arithmetic,
     "mix": Mix,
 }

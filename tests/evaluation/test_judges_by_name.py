@@ -127,7 +127,7 @@ def test_the_fingerprint_follows_model_question_and_settings(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("Vader", {}, "unknown judge 'Vader'; choose one of vader, language_model, language_mod"),
+        ("Vader", {}, "unknown judge 'Vader'; choose one of vader, verifier, language_mod"),
         ("vader:x", {}, "unknown judge 'vader:x'; choose one of vader"),
         ("", {}, "unknown judge ''; choose one of vader"),
         ("vader", {"dtype": "float32"}, "'vader' has no setting 'dtype'; it has none"),

@@ -74,20 +74,20 @@ class Sizes:
     Attributes:
       min_terms: the fewest numbers of a sum.
       max_terms: the most.
-      largest: the largest number.
+      max_digits: of a number; those of one problem have as many each.
     """
 
     min_terms: int = 4
     max_terms: int = 6
-    largest: int = 19
+    max_digits: int = 2
 
     def __post_init__(self):
         if not 2 <= self.min_terms <= self.max_terms:
             raise ValueError(
                 f"sums of {self.min_terms} to {self.max_terms} numbers: needs 2 <= min <= max"
             )
-        if self.largest < 1:
-            raise ValueError(f"largest={self.largest} must be at least 1")
+        if self.max_digits < 1:
+            raise ValueError(f"max_digits={self.max_digits} must be at least 1")
 
 
 def load_problems(kind: str, split: str, count: int, sizes: Sizes = Sizes()) -> list[Problem]:
@@ -121,7 +121,7 @@ def load_problems(kind: str, split: str, count: int, sizes: Sizes = Sizes()) -> 
             break
     raise ValueError(
         f"{kind} has only {len(found):,} different problems of split {split!r} "
-        f"with {sizes.min_terms} to {sizes.max_terms} numbers up to {sizes.largest}"
+        f"with {sizes.min_terms} to {sizes.max_terms} numbers of {sizes.max_digits} digits at most"
     )
 
 
@@ -129,14 +129,10 @@ def _stream(kind: str, sizes: Sizes) -> Iterator[Problem]:
     make = {CHAIN_SUM: _chain_sum, GSM_SYMBOLIC: _word_problem}[kind]
     settings: dict[str, Any] = {}
     if kind == CHAIN_SUM:
-        digits = len(str(sizes.largest))
-        settings = {"min_terms": sizes.min_terms, "max_terms": sizes.max_terms}
-        settings |= {"min_digits": 1, "max_digits": digits}
+        settings = {"min_digits": 1, **dataclasses.asdict(sizes)}
     for seed in itertools.count():
         for entry in _gym().create_dataset(kind, seed=seed, size=_BLOCK, **settings):
-            problem = make(entry, sizes)
-            if problem is not None:
-                yield problem
+            yield make(entry)
 
 
 def _gym() -> Any:
@@ -149,18 +145,25 @@ def _gym() -> Any:
     return reasoning_gym
 
 
-def _chain_sum(entry: Any, sizes: Sizes) -> Problem | None:
-    expression = entry["metadata"]["expression"]
-    numbers = [int(number) for number in re.findall(r"\d+", expression)]
-    if max(numbers) > sizes.largest:
+def _chain_sum(entry: Any) -> Problem:
+    problem = sum_problem(entry["metadata"]["expression"])
+    if problem is None or problem.answer != entry["answer"]:
+        raise ValueError(f"reasoning-gym gives a sum that cannot be read: {entry['question']!r}")
+    return problem
+
+
+def sum_problem(expression: str) -> Problem | None:
+    """The problem of a sum such as `4 - 1 + 7`; None where it is none.
+
+    >>> sum_problem("4 - 1").steps
+    ('= 3\\n', '#### 3')
+    """
+    numbers = _terms(expression)
+    if not numbers:
         return None
     steps = [f"= {rest}\n" for rest in reductions(expression)]
-    return Problem(
-        CHAIN_SUM,
-        f"{expression} =",
-        entry["answer"],
-        (*steps, f"{ANSWER}{entry['answer']}"),
-    )
+    answer = str(sum(numbers))
+    return Problem(CHAIN_SUM, f"{expression} =", answer, (*steps, f"{ANSWER}{answer}"))
 
 
 def reductions(expression: str) -> list[str]:
@@ -178,8 +181,7 @@ def reductions(expression: str) -> list[str]:
     return found
 
 
-def _word_problem(entry: Any, sizes: Sizes) -> Problem:
-    del sizes
+def _word_problem(entry: Any) -> Problem:
     lines = [line.strip() for line in entry["metadata"]["answer_cot"].splitlines() if line.strip()]
     question = entry["question"].removesuffix(
         " Give the result as your final answer. Do not include units."

@@ -1,0 +1,62 @@
+"""Solve arithmetic problems in steps: every step and the answer can be verified.
+
+`arithmetic` is sums of several numbers, `arithmetic:gsm_symbolic` word problems; see
+`data.sets.arithmetic`. A verifier judges sums; the answer of a word problem does not follow from
+its text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rlhf_jax.data.convert import every_row, rows_of_kind
+from rlhf_jax.data.schemas import DropCounts, Kind, Row
+from rlhf_jax.data.sets import arithmetic
+from rlhf_jax.tasks.task import Task, TaskConfig
+
+# Problems of a split where `data.limit` does not say otherwise.
+NUM_PROBLEMS = {"train": 20_000, "validation": 1_000, "test": 1_000, "all": 22_000}
+
+
+class Arithmetic(Task):
+    """Problems with one right solution each, from reasoning-gym."""
+
+    reads = ("limit",)
+
+    def __init__(self, config: TaskConfig):
+        super().__init__(config)
+        self.kind = self.where or arithmetic.CHAIN_SUM
+        if self.kind not in arithmetic.KINDS:
+            raise ValueError(
+                f"source={config.source!r} must be arithmetic or one of "
+                f"{', '.join(f'arithmetic:{kind}' for kind in arithmetic.KINDS)}"
+            )
+        self.judges = ("verifier",) if self.kind == arithmetic.CHAIN_SUM else ()
+
+    def rows(self, kind: Kind, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
+        """Yields problems with their solution, or as prompts; see `Task.rows`.
+
+        Raises:
+          ValueError: preferences are asked for, or reasoning-gym is not installed.
+        """
+        if kind == "preference":
+            raise ValueError(
+                f"source={self.config.source!r} has no preferences: its answers are right or wrong"
+            )
+        rows = [
+            {"prompt": problem.question, "response": "".join(problem.steps)}
+            for problem in self.problems(split)
+        ]
+        if kind == "prompt":
+            rows = [{"prompt": row["prompt"]} for row in rows]
+        return rows_of_kind(rows, kind, split, drops, belongs=every_row)
+
+    def problems(self, split: str) -> list[arithmetic.Problem]:
+        """The problems of a split; at most `data.limit` where it is set."""
+        limit, most = self.config.limit, NUM_PROBLEMS[split]
+        return arithmetic.load_problems(self.kind, split, min(limit, most) if limit else most)
+
+    def fingerprint(self, split: str) -> list[Any]:
+        """Returns the kind, and how many."""
+        return [self.kind, NUM_PROBLEMS[split], self.config.limit]
