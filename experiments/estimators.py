@@ -468,7 +468,13 @@ def _shown(interval: Sequence[Any]) -> str:
 
 def report(content: Mapping[str, Any]) -> str:
     """The tables, as Markdown."""
-    parts = []
+    parts = [
+        "# Estimators of the policy gradient\n\n"
+        "Thresholds stand in `experiments/estimator_claims.py` and were committed before the "
+        f"measurement. Biases are against {REFERENCE}, over the square of its expected gradient; "
+        "95% intervals by a bootstrap over prompts. [The figures](../figures.md#estimators-of-the-"
+        "policy-gradient) have what the columns mean."
+    ]
     for name, run in content["runs"].items():
         about_it, options = run["measured"], run["options"]
         rows = [
