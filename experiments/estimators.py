@@ -162,7 +162,7 @@ def fixed_rewards(
         scores = losses.scale_rewards(scores, moments)
     rewards, _ = shape_rewards(
         rollout,
-        evaluation.replace(scores=scores),
+        Evaluation(evaluation.ref_log_probs, scores, evaluation.values),
         moments,
         config=dataclasses.replace(config, transform="none"),
         discount=1.0,  # of a transform that is done
@@ -296,7 +296,7 @@ def train_critic(
 
 def measure(folder: Path, options: Options) -> None:
     """Measures the estimators on the policy of a run, and keeps what comes out in its folder."""
-    begun = time.monotonic()
+    begun, info = time.monotonic(), run_info(dataclasses.asdict(options))
     # 1. The run, and a critic that is trained on responses of its policy.
     settings, method, state, prompts = load(folder, options)
     state = train_critic(method, state, prompts)
@@ -351,7 +351,7 @@ def measure(folder: Path, options: Options) -> None:
     # 4. What is kept.
     means, squares = (np.concatenate(part) for part in zip(*parts, strict=True))
     moments = GradientMoments.of(tuple(choices), REFERENCE, means, squares)
-    info = run_info(dataclasses.asdict(options)) | {
+    info |= {
         "measured": about(seen, settings.advantage.discount)
         | {"parameters": count, "sampler_error": max(errors)},
         "minutes": (time.monotonic() - begun) / 60,
