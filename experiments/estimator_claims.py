@@ -34,13 +34,16 @@ def estimators(discount: float) -> dict[str, AdvantageConfig]:
     Args:
       discount: γ of the run.
     """
-    plain = ("total_return", UNIT, REFERENCE, "td", "rloo", "batch_mean", "grpo")
-    found = {name: AdvantageConfig(method=name, discount=discount) for name in plain}
-    found["k_step"] = AdvantageConfig(method="k_step", k=4, discount=discount)
-    for lambda_ in LAMBDAS:
-        config = AdvantageConfig(method="gae", lambda_=lambda_, discount=discount)
-        found[f"gae_{lambda_:g}"] = config
-    return found
+
+    def of(method: str, **settings: Any) -> AdvantageConfig:
+        return AdvantageConfig(method=method, discount=discount, **settings)
+
+    return {
+        **{name: of(name) for name in ("total_return", UNIT, REFERENCE)},
+        **{f"gae_{lambda_:g}": of("gae", lambda_=lambda_) for lambda_ in reversed(LAMBDAS)},
+        "k_step": of("k_step", k=4),
+        **{name: of(name) for name in ("td", "batch_mean", "rloo", "grpo")},
+    }
 
 
 # λ of GAE -> estimator. GAE is δ_t for λ = 0 and R_t − V_t for λ = 1, which are measured by name.
@@ -112,7 +115,7 @@ def _same(name: str) -> EstimatorClaim:
     return EstimatorClaim(
         f"Φ = {name} has the same expected gradient.",
         _SLIDE,
-        f"|E g − E g_ref|² / |E g_ref|², where ref is {REFERENCE}",
+        f"‖E g − E g_ref‖² / ‖E g_ref‖², where ref is {REFERENCE}",
         lambda seed: seed.of("bias", name),
         at_most=0.1,
     )
@@ -193,14 +196,14 @@ CLAIMS = (
     EstimatorClaim(
         "λ = 0 is biased.",
         _GAE,
-        "|E g − E g_ref|² / |E g_ref|² at λ = 0",
+        "‖E g − E g_ref‖² / ‖E g_ref‖² at λ = 0",
         lambda seed: seed.of("bias", CURVE[0.0]),
         at_least=0.1,
     ),
     EstimatorClaim(
         "The bias of GAE falls with λ.",
         _GAE,
-        "smallest drop of |E g − E g_ref|² / |E g_ref|² from a λ to the next",
+        "smallest drop of ‖E g − E g_ref‖² / ‖E g_ref‖² from a λ to the next",
         lambda seed: _smallest_drop(seed.curve("bias")),
         at_least=-0.01,
     ),

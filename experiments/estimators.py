@@ -70,7 +70,6 @@ COLUMNS = {
     "scale": "scale",
     "cosine": "cosine",
     "noise": "noise / signal",
-    "break_even": "break-even batch",
 }
 
 
@@ -445,7 +444,7 @@ def collect(paths: Sequence[Path]) -> dict[str, Any]:
                     quantity: percentile_interval(seeds[name].of(quantity, one))
                     for quantity in numbers
                 }
-                for one in moments.names
+                for one in estimators(1.0)
             },
         }
     return to_json(
@@ -463,7 +462,21 @@ def _shown(interval: Sequence[Any]) -> str:
     if any(isinstance(end, str) for end in interval):
         return "not told from 0"
     value, low, high = (0.0 if abs(end) < 5e-7 else end for end in interval)
-    return f"{value:.3g}" if low == value == high else f"{value:.3g} [{low:.2g}, {high:.2g}]"
+    if low == value == high:
+        return _digits(value)
+    return f"{_digits(value)} [{_digits(low)}, {_digits(high)}]"
+
+
+def _digits(value: float) -> str:
+    """Three digits that count, and never a power of ten for a large number."""
+    return f"{float(f'{value:.3g}'):,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _break_even(numbers: Mapping[str, Any]) -> str:
+    """The batch from which on the reference is better; of what is biased and scatters less."""
+    low = numbers["bias"][1]
+    biased = not isinstance(low, str) and low > 1e-6
+    return _shown(numbers["break_even"]) if biased else "–"
 
 
 def report(content: Mapping[str, Any]) -> str:
@@ -478,7 +491,7 @@ def report(content: Mapping[str, Any]) -> str:
     for name, run in content["runs"].items():
         about_it, options = run["measured"], run["options"]
         rows = [
-            (one, *(_shown(numbers[quantity]) for quantity in COLUMNS))
+            (one, *(_shown(numbers[quantity]) for quantity in COLUMNS), _break_even(numbers))
             for one, numbers in run["estimators"].items()
         ]
         parts.append(
@@ -487,7 +500,12 @@ def report(content: Mapping[str, Any]) -> str:
             f"{about_it['explained_variance']:.0%} of the variance of the returns "
             f"({run['hardware']}, {run['minutes']:.0f} minutes, commit "
             f"{str(run['commit']['commit'])[:9]}).\n\n"
-            + tabulate(rows, ("Φ_t", *COLUMNS.values()), tablefmt="github", disable_numparse=True)
+            + tabulate(
+                rows,
+                ("Φ_t", *COLUMNS.values(), "break-even batch"),
+                tablefmt="github",
+                disable_numparse=True,
+            )
         )
     rows = [
         (
