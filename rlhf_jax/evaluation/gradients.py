@@ -187,10 +187,10 @@ class GradientMoments:
 def between_prompts(products: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """An inner product of two expected gradients, without what a gradient has with its own noise.
 
-        ⟨E g, E h⟩ ≈ Σ_{p≠q} w_p w_q K_pq / Σ_{p≠q} w_p w_q
+        m = Σ_{p≠q} w_p w_q K_pq / Σ_{p≠q} w_p w_q
 
-    No product of a prompt with itself enters, so that the noise of the two factors is independent
-    and the number is unbiased; it may be negative.
+    estimates ⟨E g, E h⟩ from K_pq = ⟨ḡ_p, h̄_q⟩. No product of a prompt with itself enters, so that
+    the noise of the two factors is independent and the number is unbiased; it may be negative.
 
     Args:
       products: K, `[..., P, P]`.
