@@ -156,7 +156,7 @@ def peak_gib() -> float:
 
 def run_once(work: Work, responses: int) -> dict[str, float]:
     """Reads so many responses at least, and measures it."""
-    release_freed_memory()
+    release_freed_memory(0.0)
     reset_peak()
     begun, read, tokens = time.perf_counter(), 0, 0
     while read < responses:
