@@ -216,7 +216,7 @@ def report(rounds: Sequence[dict[str, dict[str, float]]]) -> str:
         for method in METHODS:
             values = [one[method][quantity] for one in rounds]
             mean = math.fsum(values) / len(values)
-            row.append(f"{mean:.3g} [{min(values):.3g}, {max(values):.3g}]")
+            row.append(f"{mean:.4g} [{min(values):.4g}, {max(values):.4g}]")
         rows.append(row)
     table = tabulate(rows, ("", "DPO", "PPO-max"), tablefmt="github", disable_numparse=True)
     lines = [
