@@ -70,7 +70,7 @@ def gold_argument(scale: str, source: str = "reviews") -> str:
     """
     argument = f"{common.scale_of_stage('reward_model', scale)},gold"
     trained_on = reward_model_configs.get_config(argument).data.source
-    if source != trained_on:
+    if type(make_task(TaskConfig(source))) is not type(make_task(TaskConfig(trained_on))):
         raise ValueError(
             f"the judge 'gold' has learned from {trained_on}, and data.source={source!r} is "
             "another task: judges=('reward_model:FOLDER',) names a reward model of your own"
