@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from rlhf_jax.runtime import lock
-from rlhf_jax.runtime.signals import GracefulStop
+from rlhf_jax.runtime.signals import SIGNALS, GracefulStop
 from rlhf_jax.training.run import CheckpointConfig, Run, Stopped
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +97,18 @@ def printing_less():
 
 command.cli(lambda config: globals()[phase](), default="configs/sft.py:tiny")
 """
+
+
+@pytest.fixture(autouse=True)
+def heeded():
+    """What this process ignores, as one that a shell has put behind, its children would ignore."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def start(phase: str, folder: Path, **settings) -> subprocess.Popen:
