@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from experiments import command, dpo, folders, ppo_max, reward_model, sft, stages
+from experiments import command, dpo, folders, judging, ppo_max, reward_model, sft, stages
 from rlhf_jax.runtime import lock
 from tests import dry
 
@@ -23,7 +23,7 @@ def no_work(monkeypatch):
         raise Began
 
     monkeypatch.setattr(stages, "require", began)
-    monkeypatch.setattr(stages, "load_judges", began)
+    monkeypatch.setattr(judging, "load_judges", began)
     monkeypatch.setattr(sft, "train_bpe", began)
 
 
