@@ -206,6 +206,7 @@ def unread_at(knobs: Knobs, argument: str = "") -> dict:
     return common.unread.unread((*common.UNREAD, *module.UNREAD), knobs.keys(argument))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_key_changes_what_a_run_shows(knobs, experiment):
     runs, dead = knobs(experiment), []
@@ -221,6 +222,7 @@ def test_every_key_changes_what_a_run_shows(knobs, experiment):
     assert dead == [], "nothing differs: nobody reads them"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_unread_keys_are_refused_and_read_where_the_refusal_says(knobs, experiment):
     runs = knobs(experiment)

@@ -33,6 +33,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other C libraries")
 def test_buffers_of_the_next_call_cause_no_page_faults():
     faults = {mode: int(printed(CALLS, mode)) for mode in ("as it is", "reuse")}

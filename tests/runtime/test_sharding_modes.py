@@ -277,6 +277,7 @@ def _name(block: str) -> str:
     return found[1] if found else ""
 
 
+@pytest.mark.slow
 def test_frozen_models_are_gathered_layer_by_layer():
     """The gathers are in the loop over layers, one layer large; whole stacks never appear."""
     how = make_sharding("zero2")
@@ -307,6 +308,7 @@ def test_frozen_models_are_gathered_layer_by_layer():
     tiny.close(result, plain, 1e-5)
 
 
+@pytest.mark.slow
 def test_zero3_keeps_no_gathered_weights_for_the_backward_pass():
     """Without rematerialisation too: residuals of a step hold one layer's weights, not all."""
     how = make_sharding("zero3")
