@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -255,8 +256,13 @@ def at_the_end(statistics: Mapping[str, Mapping[str, float]]) -> dict[str, dict[
 
 def samples(folder: Path) -> list[dict[str, str]]:
     """The first answers to test prompts, each cut at `LETTERS`."""
-    shown = read_json(folder / "report.json", "run it again")["samples"][:SAMPLES]
-    return [{name: text[:LETTERS] for name, text in sample.items()} for sample in shown]
+    with (folder / reporting.RESPONSES).open() as lines:
+        rows = [json.loads(line) for line in itertools.islice(lines, SAMPLES)]
+    return [
+        {"prompt": row["prompt"][:LETTERS]}
+        | {who: text[:LETTERS] for who, text in row["responses"].items()}
+        for row in rows
+    ]
 
 
 def differences(folder: Path) -> np.ndarray:

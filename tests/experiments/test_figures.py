@@ -52,7 +52,7 @@ def finish(job, steps=20, commit="abc", hardware="two cores", prompts=0):
             "git": {"commit": commit},
             "command": "x",
         },
-        "report": {"hardware": hardware, "samples": [{"prompt": "It", "PPO": "is" * 200}]},
+        "report": {"hardware": hardware},
         "summary": {
             "seconds": 60.0,
             "win_rates": {"language_model": WINS},
@@ -64,6 +64,9 @@ def finish(job, steps=20, commit="abc", hardware="two cores", prompts=0):
         files["config"]["processor"] = hardware
         chosen, rejected = np.array([1.0, 2.0, 3.0, 0.0]), np.array([0.0, 0.5, 1.0, 2.0])
         np.savez(job.folder / reporting.HELD_OUT, chosen=chosen, rejected=rejected)
+    else:
+        row = {"prompt": "It", "responses": {"SFT": "is", "PPO": "is" * 200}, "judged": {}}
+        (job.folder / reporting.RESPONSES).write_text(5 * (json.dumps(row) + "\n"))
     for name, content in files.items():
         (job.folder / f"{name}.json").write_text(json.dumps(content))
 
@@ -136,6 +139,7 @@ def test_json_picture_and_claims_from_finished_runs(capsys):
     assert (seed["status"], seed["minutes"], seed["commit"]) == ("finished", 1.0, "commit1")
     assert seed["curves"]["reward/mean"]["value"][-1] == 3.0
     assert seed["collapses"] == []
+    assert seed["samples"] == 3 * [{"prompt": "It", "SFT": "is", "PPO": 80 * "is"}]
     assert "seed=S" in content["series"]["vanilla"]["command"]
     assert (folder / "figure_4.png").stat().st_size > 10_000
     text = (folder / "claims.md").read_text()
