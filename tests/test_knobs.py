@@ -248,6 +248,7 @@ def test_guards_refuse_by_their_name(knobs, experiment):
             knobs(experiment).seen(key, value)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_change_leaves_the_same_notes(tmp_path):
     """The control, on runs of its own: what jax traced before may name a program's parts anew."""
     for experiment in EXPERIMENTS:

@@ -44,6 +44,7 @@ def scores_of(judge, rows):
     return [one(row) for row in rows]
 
 
+@pytest.mark.slow
 def test_a_score_is_the_models_for_bos_text_eos(judge):
     tokenizer = judge.tokenizer
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -57,6 +58,7 @@ def test_a_score_is_the_models_for_bos_text_eos(judge):
     assert judge([]).shape == (0,)
 
 
+@pytest.mark.slow
 def test_texts_are_encoded_as_the_task_encodes_what_a_reward_model_learns_from(tmp_path):
     for instruction in ("", INSTRUCTION):
         tokenizer = byte_tokenizer(chat=bool(instruction))

@@ -184,6 +184,7 @@ def weight_shapes() -> list[tuple[int, ...]]:
 PARAMETERS = 2 * 42 * 16 + 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 20 + 2 * 16) + 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["zero0", "zero1", "zero2", "zero3"])
 def test_bytes_per_device_are_what_the_mode_promises(mode):
     """Exact, and the report says the same. Two moments; counters are whole."""
@@ -201,6 +202,7 @@ def test_bytes_per_device_are_what_the_mode_promises(mode):
     assert parts["parameters"] == (4 * PARAMETERS // 8 if mode == "zero3" else 4 * PARAMETERS)
 
 
+@pytest.mark.slow
 def test_bytes_per_device_over_two_axes():
     """Mode `tensor`: matrices are halved, and their optimizer state is split four more times."""
     state = policy_step("tensor").state
