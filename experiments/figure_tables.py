@@ -31,9 +31,9 @@ def spread(values: Sequence[float]) -> str:
     if not values:
         return NONE
     mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.3g}"
-    return f"{mean:.3g} [{min(values):.3g}, {max(values):.3g}]"
+    # A KL of rounding errors is 0.
+    shown = [f"{round(value, 6) + 0.0:.3g}" for value in (mean, min(values), max(values))]
+    return shown[0] if len(values) == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
 def steps(seed: Mapping[str, Any]) -> str:
@@ -86,6 +86,34 @@ def _measured(seeds: Sequence[Mapping[str, Any]], which: str) -> list[str]:
     ]
 
 
+def overview(*contents: Mapping[str, Any]) -> str:
+    """The policies of several figures side by side, each once, SFT first; a row for each metric.
+
+    Args:
+      *contents: JSON of figures whose runs are of PPO, over the same seeds.
+    """
+    done = {label: seeds for content in contents for label, seeds in finished(content).items()}
+    first = list(next(iter(done.values())).values())
+    judges = list(first[0]["win_rates"])
+    columns = {"SFT": _measured(first, "SFT")}
+    columns |= {label: _measured(list(seeds.values()), "policy") for label, seeds in done.items()}
+    rows = [
+        (
+            f"wins against SFT by `{judge}`, %",
+            NONE,
+            *(
+                spread([100 * seed["win_rates"][judge]["win_rate"] for seed in seeds.values()])
+                for seeds in done.values()
+            ),
+        )
+        for judge in judges
+    ]
+    rows += [
+        (name, *(column[i] for column in columns.values())) for i, name in enumerate(STATISTICS)
+    ]
+    return tabulate(rows, ("", *columns), tablefmt="github", disable_numparse=True)
+
+
 def reward_model_table(content: Mapping[str, Any]) -> str:
     """A row for each seed: accuracies in percent, and the differences of held-out pairs."""
     rows = []
@@ -95,13 +123,26 @@ def reward_model_table(content: Mapping[str, Any]) -> str:
             rows.append(
                 (
                     f"{label}, seed {name}",
-                    *(f"{100 * curves[metric]['value'][-1]:.1f}" for metric in curves),
+                    f"{100 * _late(curves['reward/accuracy']['value']):.1f}",
+                    f"{100 * curves['eval/accuracy']['value'][-1]:.1f}",
                     f"{100 * differences['right']:.1f}",
                     f"{differences['mean']:.2f}",
                 )
             )
-    headers = ("", *list(curves), "test pairs above 0, %", "mean difference")
+    headers = (
+        "",
+        "train accuracy, last sixth of the steps, %",
+        "held-out accuracy, %",
+        "test pairs above 0, %",
+        "mean difference",
+    )
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _late(values: Sequence[float]) -> float:
+    """Mean of the last sixth: a batch has few pairs."""
+    late = values[-max(1, len(values) // 6) :]
+    return sum(late) / len(late)
 
 
 def lost_of_peak(

@@ -128,7 +128,7 @@ ACCURACY = Panel(
     baseline=0.5,
 )
 QUANTILES = Panel(
-    "Reward", "reward model score", {name: f"{name[-2:]}%" for name in claims.QUANTILES}
+    "Reward", "reward model score", {name: f"{int(name[-2:])}%" for name in claims.QUANTILES}
 )
 # Judged twice as often as the others: how far had the judge fallen when the monitor spoke?
 VANILLA = Series("vanilla", ("vanilla",), evaluations=2 * EVALUATIONS)

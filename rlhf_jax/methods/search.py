@@ -117,7 +117,7 @@ def best_of_n(scores: Sequence[float]) -> int:
 def weighted_vote(answers: Sequence[Hashable | None], weights: Sequence[float]) -> Hashable | None:
     """The answer whose solutions weigh most together (Uesato et al. 2022, section 2.4).
 
-        a* = argmax_a sum over the solutions y that answer a of w(y)
+        argmax_a Σ_y w(y) [y answers a]
 
     Args:
       answers: of N solutions; None where a solution has none, which votes for nothing.
@@ -148,7 +148,7 @@ def majority(answers: Sequence[Hashable | None]) -> Hashable | None:
 def pass_at_k(right: int, samples: int, k: int) -> float:
     """Chance that at least one of k samples is right (Chen et al. 2021, equation 1).
 
-        1 - C(n - c, k) / C(n, k)
+        1 − C(n − c, k) / C(n, k)
 
     Args:
       right: c, of the samples.

@@ -36,6 +36,7 @@ def content(**seeds):
 def test_spread_is_mean_and_extremes():
     assert figure_tables.spread([1.0, 2.0, 6.0]) == "3 [1, 6]"
     assert figure_tables.spread([0.1234]) == "0.123"
+    assert figure_tables.spread([-6e-8, 5e-8]) == "0 [0, 0]"
     assert figure_tables.spread([]) == figure_tables.NONE
 
 
@@ -73,11 +74,15 @@ def test_page_of_a_reward_model():
         "status": "finished",
         "minutes": 1.0,
         "hardware": "x",
-        "curves": {"eval/accuracy": {"step": [0, 9], "value": [0.5, 0.75]}},
+        "curves": {
+            "reward/accuracy": {"step": list(range(12)), "value": [0.5] * 10 + [0.8, 0.9]},
+            "eval/accuracy": {"step": [0, 9], "value": [0.5, 0.75]},
+        },
         "differences": {"right": 0.7, "mean": 1.5},
     }
     text = figure_tables.page(content(**{"0": one}))
-    assert "| vanilla, seed 0 | 75.0            | 70.0" in text
+    row = next(line for line in text.splitlines() if "vanilla, seed 0" in line)
+    assert [cell.strip() for cell in row.split("|")][2:6] == ["85.0", "75.0", "70.0", "1.50"]
 
 
 def test_nothing_finished():
@@ -88,3 +93,10 @@ def test_nothing_finished():
 def test_tables_in_the_documentation_are_those_of_the_numbers(path):
     numbers = json.loads(path.read_text())
     assert path.with_suffix(".md").read_text() == figure_tables.page(copy.deepcopy(numbers))
+
+
+def test_the_table_of_the_readme_is_that_of_the_numbers():
+    figures = [json.loads((DOCS / f"figure_{name}.json").read_text()) for name in (10, 4)]
+    table = figure_tables.overview(*figures)
+    for page in (DOCS.parents[1] / "README.md", DOCS.parent / "results.md"):
+        assert table in page.read_text(), page

@@ -260,9 +260,10 @@ def test_runs_are_compared_as_results_folders_and_seeds(fake):
 
 def test_figures_are_opened_with_their_claims_beside_the_paper():
     opened = notebook.open_figures(ROOT / "docs" / "figures")
-    assert list(opened) == ["4", "7"]
+    written = (ROOT / "docs" / "figures").glob("figure_*.json")
+    assert list(opened) == sorted((path.stem.split("_")[1] for path in written), key=int)
     assert all(one.picture.png.startswith(PNG) for one in opened.values())
-    assert opened["4"].title == "Figure 4: Vanilla PPO (quickstart, 3 seeds)"
+    assert opened["4"].title.startswith("Figure 4: Vanilla PPO (quickstart, 3 seeds)")
     assert {row["verdict"] for row in opened["7"].claims} >= {"reproduced", "not reproduced"}
     rows = {(row["series"], row["metric"]): row for row in opened["4"].readings}
     reward = rows["vanilla", "reward/mean"]

@@ -200,7 +200,7 @@ def split_steps(text: str) -> list[str]:
 
 
 def final_answer(text: str) -> str | None:
-    """The number behind the last `#### `, without commas and a trailing full stop; or None."""
+    """The number in a last line `#### ANSWER`, without commas and a full stop behind; or None."""
     match = re.search(rf"^{ANSWER}({_NUMBER})\.?\s*$", text.rstrip("\n").rsplit("\n", 1)[-1])
     return match.group(1).replace(",", "") if match else None
 
