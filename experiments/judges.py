@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tabulate
 
 from configs.common import SMOLLM2
@@ -121,7 +122,10 @@ def measure(judge: Judge, options: argparse.Namespace, rated: list[reviews.Revie
     print(f"\n{measured.line()}\n  {judge.describe()}")
     print(f"  {result['seconds_per_text']:.4f} s a text")
     if options.fool:
-        long = [text for text in texts if len(text.split()) > OPENING_WORDS][: options.fool]
+        # Drawn: neighbours in the files are rated alike.
+        order = np.random.default_rng(options.seed).permutation(len(texts))
+        drawn = [texts[i] for i in order if len(texts[i].split()) > OPENING_WORDS]
+        long = drawn[: options.fool]
         fooled = how_fooled(judge, long, seed=options.seed)
         result["fooled"] = [dataclasses.asdict(row) for row in fooled]
         print(f"\n{judge.name}, {len(long)} texts of each kind:\n\n{table(fooled)}\n")
