@@ -12,6 +12,7 @@ import numpy as np
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.evaluation.log_odds import first_tokens, log_odds
 from rlhf_jax.evaluation.statistics import repetition
+from rlhf_jax.evaluation.text_batches import each_once
 from rlhf_jax.models.files import hf_files, hf_weights
 from rlhf_jax.runtime import digests
 
@@ -170,11 +171,9 @@ class LanguageModelJudge:
         Raises:
           ValueError: `texts` is one string instead of a sequence of them.
         """
-        # A policy that has collapsed writes one text again and again: it is read once.
-        different = list(dict.fromkeys(texts))
-        place = {text: i for i, text in enumerate(different)}
+        different, index = each_once(texts)
         values, cut = (
-            numbers[[place[text] for text in texts]]
+            numbers[index]
             for numbers in log_odds(
                 self.model,
                 self.tokenizer,

@@ -19,7 +19,7 @@ from rlhf_jax.data.encode import encode_response
 from rlhf_jax.data.templates import ChatTokenizer
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.evaluation.language_model import digest_of_folder, short_name
-from rlhf_jax.evaluation.text_batches import padded, plan
+from rlhf_jax.evaluation.text_batches import each_once, padded, plan
 from rlhf_jax.models.files import hf_weights
 from rlhf_jax.models.heads import ScalarModel
 
@@ -107,11 +107,8 @@ class RewardModelJudge:
         Raises:
           ValueError: `texts` is one string instead of a sequence of them.
         """
-        if isinstance(texts, str):
-            raise ValueError("texts must be a sequence of strings, got one: wrap it in [...]")
-        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        index = np.array([place[text] for text in texts], np.int64)
-        rows, limit = self._encoded(list(place)), self._max_length
+        different, index = each_once(texts)
+        rows, limit = self._encoded(different), self._max_length
         cut = np.array([len(row) > limit for row in rows], bool)[index]
         rows = [row if len(row) <= limit else [*row[: limit - 1], row[-1]] for row in rows]
         values = np.zeros(len(rows), np.float64)

@@ -7,6 +7,24 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 
+def each_once(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Different texts, for a policy that has collapsed writes one again and again.
+
+    Args:
+      texts: N texts.
+
+    Returns:
+      The M different ones in their order, and int64 [N], the place of each text among them.
+
+    Raises:
+      ValueError: `texts` is one string instead of a sequence of them.
+    """
+    if isinstance(texts, str):
+        raise ValueError("texts must be a sequence of strings, got one: wrap it in [...]")
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    return list(place), np.array([place[text] for text in texts], np.int64)
+
+
 def plan(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[np.ndarray, int, int]]:
     """Batches of similar lengths, the longest first.
 

@@ -185,6 +185,8 @@ def test_equal_texts_are_read_once_and_score_alike(folder, monkeypatch):
     scores = judge(["good", "bad", "good", "good"])
     assert read == [["good", "bad"]] and judge.num_read == 4
     assert scores[0] == scores[2] == scores[3] != scores[1]
+    with pytest.raises(ValueError, match="texts must be a sequence of strings"):
+        judge("good")
 
 
 @pytest.mark.parametrize("cost", [-1.0, float("inf"), float("nan")])
