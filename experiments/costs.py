@@ -278,4 +278,4 @@ if __name__ == "__main__":
     except subprocess.CalledProcessError as error:
         sys.exit(f"error: a worker ended with status {error.returncode}; its message is above")
     except command.USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {command.told(error)}")

@@ -633,4 +633,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except command.USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {command.told(error)}")

@@ -24,6 +24,8 @@ STATISTICS = {
     "ends by itself": "response/eos_rate",
 }
 NONE = "–"
+# Label -> seed -> what its run left, as `finished` gives it.
+Done = Mapping[str, Mapping[str, Any]]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -48,32 +50,48 @@ def policy_table(content: Mapping[str, Any]) -> str:
       content: of the JSON of a figure whose runs are of PPO.
     """
     done = finished(content)
-    judges = list(
-        dict.fromkeys(j for seeds in done.values() for s in seeds.values() for j in s["win_rates"])
-    )
-    starts = {n: seed for seeds in done.values() for n, seed in seeds.items()}
-    rows = [
-        ("SFT", NONE, *[NONE] * len(judges), *_measured(list(starts.values()), "SFT")),
-        *(
-            (
-                label,
-                ", ".join(steps(seed) for seed in seeds.values()),
-                *(
-                    spread([100 * seed["win_rates"][judge]["win_rate"] for seed in seeds.values()])
-                    for judge in judges
-                ),
-                *_measured(list(seeds.values()), "policy"),
-            )
-            for label, seeds in done.items()
-        ),
-    ]
-    headers = (
-        "",
-        "collapses at iteration",
-        *(f"wins against SFT by `{judge}`, %" for judge in judges),
-        *STATISTICS,
-    )
+    judges = _judges(done)
+    when = {
+        label: ", ".join(steps(seed) for seed in seeds.values()) for label, seeds in done.items()
+    }
+    rows = [(label, when.get(label, NONE), *cells) for label, cells in _cells(done).items()]
+    headers = ("", "collapses at iteration", *judges.values(), *STATISTICS)
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def overview(*contents: Mapping[str, Any]) -> str:
+    """The policies of several figures side by side, each once, SFT first; a row for each metric.
+
+    Args:
+      *contents: JSON of figures whose runs are of PPO, over the same seeds.
+    """
+    done = {label: seeds for content in contents for label, seeds in finished(content).items()}
+    columns = _cells(done)
+    names = (*_judges(done).values(), *STATISTICS)
+    rows = zip(names, *columns.values(), strict=True)
+    return tabulate(rows, ("", *columns), tablefmt="github", disable_numparse=True)
+
+
+def _judges(done: Done) -> dict[str, str]:
+    """Judge -> what its column is called."""
+    seeds = (seed for one in done.values() for seed in one.values())
+    return {
+        judge: f"wins against SFT by `{judge}`, %" for seed in seeds for judge in seed["win_rates"]
+    }
+
+
+def _cells(done: Done) -> dict[str, tuple[str, ...]]:
+    """SFT and each series -> win rates against SFT, then `STATISTICS`, over seeds."""
+    judges = _judges(done)
+    starts = {name: seed for seeds in done.values() for name, seed in seeds.items()}
+    cells = {"SFT": (*[NONE] * len(judges), *_measured(list(starts.values()), "SFT"))}
+    for label, seeds in done.items():
+        wins = (
+            spread([100 * seed["win_rates"][judge]["win_rate"] for seed in seeds.values()])
+            for judge in judges
+        )
+        cells[label] = (*wins, *_measured(list(seeds.values()), "policy"))
+    return cells
 
 
 def _measured(seeds: Sequence[Mapping[str, Any]], which: str) -> list[str]:
@@ -84,34 +102,6 @@ def _measured(seeds: Sequence[Mapping[str, Any]], which: str) -> list[str]:
         )
         for name in STATISTICS.values()
     ]
-
-
-def overview(*contents: Mapping[str, Any]) -> str:
-    """The policies of several figures side by side, each once, SFT first; a row for each metric.
-
-    Args:
-      *contents: JSON of figures whose runs are of PPO, over the same seeds.
-    """
-    done = {label: seeds for content in contents for label, seeds in finished(content).items()}
-    first = list(next(iter(done.values())).values())
-    judges = list(first[0]["win_rates"])
-    columns = {"SFT": _measured(first, "SFT")}
-    columns |= {label: _measured(list(seeds.values()), "policy") for label, seeds in done.items()}
-    rows = [
-        (
-            f"wins against SFT by `{judge}`, %",
-            NONE,
-            *(
-                spread([100 * seed["win_rates"][judge]["win_rate"] for seed in seeds.values()])
-                for seeds in done.values()
-            ),
-        )
-        for judge in judges
-    ]
-    rows += [
-        (name, *(column[i] for column in columns.values())) for i, name in enumerate(STATISTICS)
-    ]
-    return tabulate(rows, ("", *columns), tablefmt="github", disable_numparse=True)
 
 
 def reward_model_table(content: Mapping[str, Any]) -> str:
