@@ -130,8 +130,9 @@ def _stream(kind: str, sizes: Sizes) -> Iterator[Problem]:
     settings: dict[str, Any] = {}
     if kind == CHAIN_SUM:
         settings = {"min_digits": 1, **dataclasses.asdict(sizes)}
-    for seed in itertools.count():
-        for entry in _gym().create_dataset(kind, seed=seed, size=_BLOCK, **settings):
+    # The gym draws item i of a dataset with the seed of the dataset plus i.
+    for block in itertools.count():
+        for entry in _gym().create_dataset(kind, seed=block * _BLOCK, size=_BLOCK, **settings):
             yield make(entry)
 
 
