@@ -158,7 +158,7 @@ def from_prm800k(row: Row, drops: DropCounts | None = None) -> Solution | None:
     elsewhere is kept up to there. Steps have no line break in PRM800K, and get one each.
 
     `right` is True where labelling ended with a solution and no step is rated -1, False where it
-    ended with an error; None where the path breaks off, or ratings and ending do not agree.
+    ended with an error; None where the path breaks off, or a step of a solution is rated -1.
 
     Source: Lightman et al. 2023 (arXiv 2305.20050); https://github.com/openai/prm800k, README.
 
