@@ -13,7 +13,13 @@ from rlhf_jax.data.schemas import Row
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
-    """Yields the rows of a JSON-lines file, one by one.
+    """Yields the rows of a JSON-lines file, one by one; see `numbered_rows`."""
+    for _, row in numbered_rows(path):
+        yield row
+
+
+def numbered_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yields the rows of a JSON-lines file with the number of their line, from 1.
 
     Raises:
       FileNotFoundError: no such file.
@@ -26,7 +32,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
         with opener(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _parsed(line, f"{path}, line {number}")
+                    yield number, _parsed(line, f"{path}, line {number}")
     except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ValueError(
             f"{path} cannot be read: {error} (half a download, or a pointer of Git LFS: fetch the "

@@ -14,6 +14,7 @@ from rlhf_jax.tasks.jsonl import JSONLines
 from rlhf_jax.tasks.llamafactory import LlamaFactory
 from rlhf_jax.tasks.mix import Mix
 from rlhf_jax.tasks.reviews import Reviews
+from rlhf_jax.tasks.steps import PRM800K, MathShepherd, Solutions, Stepwise
 from rlhf_jax.tasks.task import TASKS, Task, TaskConfig, make_task
 
 __all__ = ["TASKS", "Examples", "Task", "TaskConfig", "make_task"]
@@ -25,5 +26,9 @@ TASKS |= {
     "harm": Harm,
     "llamafactory": LlamaFactory,
     "arithmetic": Arithmetic,
+    "prm800k": PRM800K,
+    "math_shepherd": MathShepherd,
+    "stepwise": Stepwise,
+    "solutions": Solutions,
     "mix": Mix,
 }

@@ -24,6 +24,7 @@ from rlhf_jax.data.convert import texts_of
 from rlhf_jax.data.digests import rows_digest
 from rlhf_jax.data.examples import Examples, StreamedExamples
 from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, EncodedPrompt, Kind, Row
+from rlhf_jax.data.solutions import Solution
 from rlhf_jax.data.splits import HALVES, check_split
 from rlhf_jax.runtime import distributed
 
@@ -113,6 +114,21 @@ class Task(abc.ABC):
         Raises:
           ValueError: the source has no rows of the kind, or a row is wrong.
         """
+
+    def solutions(self, split: str, drops: DropCounts) -> Iterator[Solution]:
+        """Yields solutions whose steps are rated, for process supervision; all of a split.
+
+        Args:
+          split: "train", "validation", "test" or "all".
+          drops: counts what is left out.
+
+        Raises:
+          ValueError: the source has none, or a row is wrong.
+        """
+        raise ValueError(
+            f"source={self.config.source!r} has no labelled steps: give prm800k:FOLDER, "
+            "math_shepherd:FILE, stepwise:FILE or solutions:FILE"
+        )
 
     def check_gap(self) -> None:
         """Refuses to draw pairs of texts that are rated alike.
