@@ -406,6 +406,17 @@ def optimizer(learning_rate: float, schedule: str, warmup_fraction: float, b2: f
     return keys
 
 
+def sampling(max_new_tokens: int) -> ConfigDict:
+    """How responses are drawn."""
+    keys = ConfigDict()
+    keys.max_new_tokens = max_new_tokens  # a response that has not ended by then is cut
+    keys.temperature = 1.0  # of sampling and of the policy that is optimised
+    keys.top_p = 1.0  # nucleus mass; 1 is off
+    keys.top_k = 0  # candidates; 0 is off
+    keys.repetition_penalty = 1.0  # divides logits of tokens seen; 1 is off
+    return keys
+
+
 def eval_sampling() -> ConfigDict:
     """How responses are drawn for measurements; here all as in `sampling`."""
     keys = ConfigDict()

@@ -68,12 +68,7 @@ def _quickstart() -> ConfigDict:
     config.train.epochs = 1  # how often an iteration goes over its buffer
     config.train.critic_pretrain_iterations = 10  # at the start, the critic alone
     config.train.critic_init = "reward_model"  # or "policy" with a zero head, or "none"
-    config.sampling = ConfigDict()
-    config.sampling.max_new_tokens = 32  # a response that has not ended by then is cut
-    config.sampling.temperature = 1.0  # of sampling and of the policy that is optimised
-    config.sampling.top_p = 1.0  # nucleus mass; 1 is off
-    config.sampling.top_k = 0  # candidates; 0 is off
-    config.sampling.repetition_penalty = 1.0  # divides logits of tokens seen; 1 is off
+    config.sampling = common.sampling(32)
     config.reward = ConfigDict()
     # "none", "scale", "scale_discounted" or "normalize", by running moments.
     config.reward.transform = "normalize"

@@ -15,6 +15,7 @@ Variants:
   pretrain    other text (editorials and tweets) instead of the task's: a model without SFT, for
               the ablation `policy_pretrained` of ppo_max
   harm        answers to harmful prompts that everybody found harmless, opt-in: `smollm2,harm`
+  arithmetic  sums in steps, each with what remains of the sum; at `smollm2` word problems
 """
 
 from ml_collections import ConfigDict
@@ -116,6 +117,17 @@ def _harm(config: ConfigDict) -> None:
     config.eval.every = min(config.eval.every, 6)
 
 
+def _arithmetic(config: ConfigDict) -> None:
+    scratch = not config.inputs.model
+    config.data.source = "arithmetic" if scratch else "arithmetic:gsm_symbolic"
+    config.data.update(domains=(), instruction="", max_length=128 if scratch else 320)
+    if scratch:
+        config.tokenizer.vocab_size = 280  # bytes, and the few words of sums
+        config.train.row_length = 128
+    else:
+        config.train.row_length = 320
+
+
 SCALES = {
     "tiny": _tiny,
     "quickstart": _quickstart,
@@ -123,7 +135,7 @@ SCALES = {
     "paper_en": _paper_en,
     "paper_zh": _paper_zh,
 }
-VARIANTS = {"pretrain": _pretrain, "harm": _harm}
+VARIANTS = {"pretrain": _pretrain, "harm": _harm, "arithmetic": _arithmetic}
 # A pretrained model has its own sizes and tokenizer.
 UNREAD = (
     Unread("sizes.* tokenizer.*", unless="inputs.model", is_=EMPTY),

@@ -8,7 +8,7 @@ its step; that of the last step at the stop token, where a reader knows that not
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,7 +31,8 @@ class EncodedSolution(NamedTuple):
       tokens: int32 [T].
       response: bool [T], True on the tokens of the solution.
       ends: int32 [S], index of the last token of each step.
-      labels: int32 [S], class of each step: its rating plus one, or `UNRATED`.
+      labels: int32 [S], class of each step: its rating plus one, or `UNRATED`, as behind the first
+        wrong one (Lightman et al. 2023, section 2.6).
       right: whether the final answer is right, 0 or 1; NaN where nobody knows.
     """
 
@@ -92,6 +93,8 @@ def encode_solution(
     drops.keep()
     drops.truncate(kept < len(ends))
     labels = [UNRATED if label is None else label + 1 for label in solution.labels[:kept]]
+    if solution.first_error >= 0:  # what comes behind it is neither right nor wrong
+        labels[solution.first_error + 1 :] = [UNRATED] * len(labels[solution.first_error + 1 :])
     return EncodedSolution(
         tokens[:length],
         np.arange(length) >= len(prompt),
@@ -102,14 +105,15 @@ def encode_solution(
 
 
 def encode_solutions(
-    solutions: Sequence[Solution], tokenizer: ChatTokenizer, *, max_length: int, drops: DropCounts
+    solutions: Sequence[Solution], tokenizer: Any, *, max_length: int, drops: DropCounts
 ) -> list[EncodedSolution]:
-    """Encodes solutions, without those that are dropped.
+    """Encodes solutions, without those that are dropped; the tokenizer is one of transformers.
 
     Raises:
       ValueError: none is left.
     """
-    found = [encode_solution(one, tokenizer, max_length, drops) for one in solutions]
+    chat = ChatTokenizer(tokenizer)
+    found = [encode_solution(one, chat, max_length, drops) for one in solutions]
     kept = [one for one in found if one is not None]
     if not kept:
         raise ValueError(f"no solution is left: {drops.summary()}")
@@ -124,7 +128,6 @@ class SolutionBatches(PackedBatches):
       labels   [B, T] int32   class of the step that ends with the token, or `UNRATED`
       right    [B, T] float32 whether the final answer of the token's solution is right; NaN where
                               nobody knows, and on padding
-      index    [B, T] int32   which solution ends a step here, -1 elsewhere
 
     Args:
       solutions: encoded.
@@ -150,7 +153,7 @@ class SolutionBatches(PackedBatches):
     def _collate(self, item: list[list[int]]) -> Arrays:
         batch = super()._collate(item)
         shape = batch["tokens"].shape
-        labels, index = (np.full(shape, UNRATED, np.int32) for _ in range(2))
+        labels = np.full(shape, UNRATED, np.int32)
         right = np.full(shape, np.nan, np.float32)
         filler: list[list[int]] = [[]] * (self._shape.rows - len(item))
         for row, members in enumerate(self._mine(item + filler)):
@@ -158,7 +161,6 @@ class SolutionBatches(PackedBatches):
             for member in members:
                 one = self._solutions[member]
                 labels[row, start + one.ends] = one.labels
-                index[row, start + one.ends] = member
                 right[row, start : start + len(one.tokens)] = one.right
                 start += len(one.tokens)
-        return batch | {"labels": labels, "right": right, "index": index}
+        return batch | {"labels": labels, "right": right}

@@ -116,6 +116,13 @@ class Transformer(nnx.Module):
         logits = jnp.matmul(flat, kernel, preferred_element_type=jnp.float32)
         return logits.reshape(*hidden.shape[:-1], kernel.shape[-1])
 
+    def logits_of(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Float32 logits `[..., N]` of N `tokens` alone, from hidden states `[..., D]`."""
+        kernel = self._embedding()[tokens].T
+        if not self.config.tie_embeddings:
+            kernel = self._lm_head()[:, tokens]
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
     def _embedding(self) -> jax.Array:
         return gathered(self.embedding[...], "embedding")
 

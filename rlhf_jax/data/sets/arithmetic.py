@@ -77,9 +77,9 @@ class Sizes:
       max_digits: of a number; those of one problem have as many each.
     """
 
-    min_terms: int = 4
-    max_terms: int = 6
-    max_digits: int = 2
+    min_terms: int = 3
+    max_terms: int = 5
+    max_digits: int = 1
 
     def __post_init__(self):
         if not 2 <= self.min_terms <= self.max_terms:

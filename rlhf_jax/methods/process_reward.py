@@ -1,0 +1,322 @@
+"""Reward models of steps (PRM) and of outcomes (ORM): a language model whose token is a class.
+
+After the last token of a step the model is asked for one of three label tokens: wrong, neutral,
+right (Lightman et al. 2023, section 2.6). An outcome model is asked the same at every token of a
+solution, with the outcome as its target and two of the tokens (Cobbe et al. 2021, section 4.2). So
+either is an ordinary language model on file, with no head of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rlhf_jax.data.encode import encode_prompt
+from rlhf_jax.data.step_labels import RATINGS, UNRATED, encode_steps
+from rlhf_jax.data.templates import ChatTokenizer
+from rlhf_jax.losses import outcome_loss, step_label_loss, step_scores
+from rlhf_jax.losses.process import NEGATIVE, POSITIVE
+from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
+from rlhf_jax.methods.search import Partial
+from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.rollouts.answers import buckets_to
+from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime.settings import check
+from rlhf_jax.runtime.sharding import Sharding
+from rlhf_jax.training.step import make_train_step
+
+PROCESS, OUTCOME = "process", "outcome"
+SUPERVISIONS = (PROCESS, OUTCOME)
+NEUTRALS = ("positive", "negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessRewardConfig:
+    """What a reward model of solutions learns.
+
+    Attributes:
+      supervision: "process", a class of each step; or "outcome", one for all tokens of a solution.
+      neutral: whether a neutral step counts as right, "positive", or not, "negative", in a score.
+      tokens: texts of the label tokens: wrong, neutral, right; one token each.
+    """
+
+    supervision: str = PROCESS
+    neutral: str = "positive"
+    tokens: tuple[str, ...] = ("-", "?", "+")
+
+    def __post_init__(self):
+        check(self, supervision=SUPERVISIONS, neutral=NEUTRALS)
+        if len(self.tokens) != RATINGS or len(set(self.tokens)) != RATINGS:
+            raise ValueError(
+                f"loss.tokens={self.tokens} must be {RATINGS} different texts: wrong, neutral, "
+                "right"
+            )
+
+    def token_ids(self, tokenizer: Any) -> tuple[int, ...]:
+        """The ids of the label tokens.
+
+        Raises:
+          ValueError: a text is not one token, or two are the same token.
+        """
+        chat = ChatTokenizer(tokenizer)
+        ids = [chat.encode(text, first=False) for text in self.tokens]
+        for text, found in zip(self.tokens, ids, strict=True):
+            if len(found) != 1:
+                raise ValueError(
+                    f"loss.tokens has {text!r}, which is {len(found)} tokens of this tokenizer: "
+                    "choose texts of one token each"
+                )
+        if len({found[0] for found in ids}) != RATINGS:
+            raise ValueError(f"loss.tokens={self.tokens} are not {RATINGS} different tokens")
+        return tuple(found[0] for found in ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class SolutionTrainConfig:
+    """Batches of a run, all global.
+
+    Attributes:
+      steps: updates.
+      minibatch: rows of an update, into which solutions are packed.
+      row_length: tokens of a row.
+      microbatches: parts of a minibatch whose gradients are computed one after the other.
+    """
+
+    steps: int
+    minibatch: int
+    row_length: int
+    microbatches: int = 1
+
+    def __post_init__(self):
+        check(
+            self,
+            steps="[1, inf)",
+            minibatch="[1, inf)",
+            row_length="[1, inf)",
+            microbatches="[1, inf)",
+        )
+        if self.minibatch % self.microbatches:
+            raise ValueError(
+                f"train.minibatch={self.minibatch} must be divisible by "
+                f"train.microbatches={self.microbatches}"
+            )
+
+
+def class_logits(model: Transformer, hidden: jax.Array, token_ids: Sequence[int]) -> jax.Array:
+    """Logits `[..., 3]` of the label tokens, from hidden states `[..., D]`."""
+    return model.logits_of(hidden, jnp.asarray(token_ids))
+
+
+def outcome_logit(logits: jax.Array) -> jax.Array:
+    """z `[...]` of p(right) = σ(z), from logits `[..., 3]`: right against wrong."""
+    return logits[..., POSITIVE] - logits[..., NEGATIVE]
+
+
+def prepare(batch: dict[str, jax.Array], *, config: ProcessRewardConfig) -> dict[str, jax.Array]:
+    """Adds what is trained `[B, T]`, and its weights in the mean over the whole batch.
+
+    Steps behind the first wrong one have no label, see `data.step_labels`. Of an outcome model
+    every token of a solution counts.
+    """
+    if config.supervision == PROCESS:
+        trained = batch["labels"] != UNRATED
+    else:
+        trained = batch["loss_mask"] & ~jnp.isnan(batch["right"])
+    return batch | {
+        "trained": trained,
+        "weights": reduction_weights("token_mean", trained),
+    }
+
+
+def loss_fn(
+    model: Transformer,
+    batch: dict[str, jax.Array],
+    *,
+    config: ProcessRewardConfig,
+    token_ids: tuple[int, ...],
+) -> tuple[jax.Array, dict]:
+    """Mean over labelled steps of −log p(label), or over tokens of the outcome loss.
+
+    Args:
+      model: the language model.
+      batch: of `SolutionBatches`, with what `prepare` adds.
+      config: which of both.
+      token_ids: of the labels, three.
+    """
+    logits = class_logits(model, model(batch["tokens"], batch["segments"]), token_ids)
+    trained, weights = batch["trained"], batch["weights"]
+    if config.supervision == PROCESS:
+        losses = step_label_loss(logits, batch["labels"], where=trained)
+        # Right or not, with neutral steps on the side that scores put them.
+        bar = POSITIVE if config.neutral == "negative" else POSITIVE - 1
+        correct = (step_scores(logits, neutral=config.neutral) > 0.5) == (batch["labels"] >= bar)
+    else:
+        z, right = outcome_logit(logits), jnp.where(trained, batch["right"], 0.0)
+        # One token each: packed rows hold several solutions, each with an outcome of its own.
+        losses = outcome_loss(z[..., None], right, where=trained[..., None])[..., 0]
+        correct = (z > 0) == (right > 0.5)
+    loss = weighted_sum(losses, weights)
+    accuracy = weighted_sum(jnp.where(trained, correct, False).astype(jnp.float32), weights)
+    return loss, {"loss/step_labels": loss, "steps/accuracy": accuracy}
+
+
+def make_step(
+    config: ProcessRewardConfig,
+    train: SolutionTrainConfig,
+    optimizer: optax.GradientTransformation,
+    sharding: Sharding,
+    *,
+    token_ids: tuple[int, ...],
+    trunk: Any = None,
+) -> Callable[..., Any]:
+    """`step(state, batch) -> (state, metrics)`, see `training.step.make_train_step`."""
+    return make_train_step(
+        functools.partial(loss_fn, config=config, token_ids=token_ids),
+        optimizer,
+        sharding,
+        microbatches=train.microbatches,
+        prepare=functools.partial(prepare, config=config),
+        trunk=trunk,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "token_ids"))
+def probabilities(
+    model: Transformer,
+    tokens: jax.Array,
+    segments: jax.Array,
+    *,
+    config: ProcessRewardConfig,
+    token_ids: tuple[int, ...],
+) -> jax.Array:
+    """P(right) `[B, T]` float32 read at every token; of a PRM it means something at step ends."""
+    logits = class_logits(model, model(tokens, segments), token_ids)
+    if config.supervision == OUTCOME:
+        return jax.nn.sigmoid(outcome_logit(logits))
+    return step_scores(logits, neutral=config.neutral)
+
+
+def score_steps(
+    model: Transformer,
+    encoded: Sequence[tuple[np.ndarray, np.ndarray]],
+    sharding: Sharding,
+    *,
+    config: ProcessRewardConfig,
+    token_ids: tuple[int, ...],
+    pad_id: int,
+    rows: int = 128,
+) -> list[np.ndarray]:
+    """P(right) at the last token of each step, of any number of solutions in batches of few shapes.
+
+    Args:
+      model: PRM or ORM.
+      encoded: tokens [T] and step ends [S] of each, from `data.step_labels.encode_steps`.
+      sharding: where batches go.
+      config: what the model learned.
+      token_ids: of the labels.
+      pad_id: written into padding.
+      rows: of a batch.
+
+    Returns:
+      float32 [S] for each.
+    """
+    found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(encoded)
+    lengths = [len(tokens) for tokens, _ in encoded]
+    if not encoded:
+        return found
+    edges = buckets_to(max(lengths), 32)
+    for length, members in zip(edges, _by_bucket(lengths, edges), strict=True):
+        for start in range(0, len(members), rows):
+            some = members[start : start + rows]
+            tokens = np.full((rows, length), pad_id, np.int32)
+            segments = np.zeros((rows, length), np.int32)
+            for row, i in enumerate(some):
+                tokens[row, : lengths[i]], segments[row, : lengths[i]] = encoded[i][0], 1
+            placed = sharding.put_whole({"tokens": tokens, "segments": segments})
+            values = distributed.fetch(
+                probabilities(
+                    model, placed["tokens"], placed["segments"], config=config, token_ids=token_ids
+                )
+            )
+            for row, i in enumerate(some):
+                found[i] = values[row, encoded[i][1]]
+    return found
+
+
+def _by_bucket(lengths: Sequence[int], edges: Sequence[int]) -> list[list[int]]:
+    members: list[list[int]] = [[] for _ in edges]
+    for i, length in enumerate(lengths):
+        members[int(np.searchsorted(edges, length))].append(i)
+    return members
+
+
+class StepScorer:
+    """The `Score` of a search: P(right) of each step, by a PRM or an ORM.
+
+    It reads texts: steps are encoded by the scorer's own tokenizer, so that policy and scorer need
+    not share one.
+
+    Args:
+      model: PRM or ORM.
+      tokenizer: the scorer's, of transformers.
+      prompts: what the partial solutions answer: texts or messages, by the number of the problem.
+      sharding: where batches go.
+      config: what the model learned.
+      max_length: the most tokens; of a longer solution the steps that do not fit score 0.
+      rows: of a batch.
+
+    Raises:
+      ValueError: a prompt is longer than `max_length`, or a label text is not one token.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Any,
+        prompts: Sequence[Any],
+        sharding: Sharding,
+        *,
+        config: ProcessRewardConfig,
+        max_length: int,
+        rows: int = 128,
+    ):
+        chat = ChatTokenizer(tokenizer)
+        found = [encode_prompt(prompt, chat, max_length) for prompt in prompts]
+        if any(prompt is None for prompt in found):
+            raise ValueError(f"a prompt is longer than max_length={max_length} of the scorer")
+        self._model, self._tokenizer, self._prompts = model, chat, found
+        self._sharding, self._config = sharding, config
+        self._max_length, self._rows = max_length, rows
+        self._token_ids = config.token_ids(tokenizer)
+        self._pad_id = tokenizer.pad_token_id
+
+    def __call__(self, partials: Sequence[Partial]) -> list[list[float]]:
+        """Scores every step of each partial solution."""
+        encoded = []
+        for one in partials:
+            texts = [step.text for step in one.steps]
+            tokens, ends = encode_steps(
+                self._prompts[one.problem], texts, self._tokenizer, ended=one.ended
+            )
+            fits = ends < self._max_length
+            encoded.append((tokens[: self._max_length], ends[fits]))
+        scores = score_steps(
+            self._model,
+            encoded,
+            self._sharding,
+            config=self._config,
+            token_ids=self._token_ids,
+            pad_id=self._pad_id,
+            rows=self._rows,
+        )
+        return [
+            [*map(float, score), *[0.0] * (len(one.steps) - len(score))]
+            for one, score in zip(partials, scores, strict=True)
+        ]
