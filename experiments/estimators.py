@@ -29,7 +29,7 @@ from tabulate import tabulate
 from experiments import command, estimator_claims, folders, ppo_max, stages
 from experiments.estimator_claims import CLAIMS, CURVE, REFERENCE, UNIT, Measured, estimators
 from rlhf_jax import losses
-from rlhf_jax.data.batches import each_repeated, prompt_batches
+from rlhf_jax.data.batches import prompt_batches
 from rlhf_jax.data.templates import stop_tokens
 from rlhf_jax.evaluation.gradients import (
     CountSketch,
@@ -329,7 +329,7 @@ def measure(folder: Path, options: Options) -> None:
     seen: list[dict[str, np.ndarray]] = []
     errors = []
     for index, batch in enumerate(buffers(prompts, options, method.config.train.rollout_batch)):
-        rollout = method.sample(state, batch, alone + index)
+        rollout = method.sample(state, batch, alone + index, samples=options.samples)
         evaluation = method.score(state, rollout)[0].evaluation
         rewards, (means, squares, error) = gradients(
             policy, rollout, evaluation, state.moments, state.kl_coef, sketch
@@ -361,14 +361,13 @@ def measure(folder: Path, options: Options) -> None:
 def buffers(
     prompts: Iterator[dict[str, np.ndarray]], options: Options, rows: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Prompts of `rows` responses at a time, each as often as it has samples."""
+    """Prompts of `rows` responses at a time."""
     each = rows // options.samples
     left = options.prompts
     while left:
         batch = next(prompts)
         for start in range(0, min(rows, left), each):
-            some = {name: array[start : start + each] for name, array in batch.items()}
-            yield each_repeated(some, options.samples)
+            yield {name: array[start : start + each] for name, array in batch.items()}
         left -= min(rows, left)
 
 

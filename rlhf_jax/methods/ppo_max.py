@@ -286,8 +286,13 @@ class PPOMax:
     ):
         self.config, self._sharding = config, sharding
         self._policy, self._reference, self._reward_model = policy, reference, reward_model
-        self.generate = make_generate(
-            config.sampling, eos_ids=eos_ids, pad_id=pad_id, sharding=sharding
+        generate = functools.partial(
+            make_generate, config.sampling, eos_ids=eos_ids, pad_id=pad_id, sharding=sharding
+        )
+        # One response to each prompt, as evaluations ask for.
+        self.generate = generate()
+        self._generate = functools.cache(
+            lambda samples: self.generate if samples == 1 else generate(samples=samples)
         )
         self._score = make_score(config, sharding)
         self._take = jax.jit(take, out_shardings=sharding.batch)
@@ -321,12 +326,33 @@ class PPOMax:
         """The policy to decode with."""
         return self._policy.sampling_model(state.policy.model)
 
-    def sample(self, state: PPOState, prompts: dict[str, np.ndarray], iteration: int) -> Rollout:
-        """Line 2: responses to prompts `{"tokens", "mask"}` `[prompts_per_iteration, P]`."""
-        asked = each_repeated(prompts, self.config.train.samples_per_prompt)
-        batch = self._sharding.put_batch(asked)
+    def sample(
+        self,
+        state: PPOState,
+        prompts: dict[str, np.ndarray],
+        iteration: int,
+        *,
+        samples: int | None = None,
+    ) -> Rollout:
+        """Line 2: responses to prompts.
+
+        Args:
+          state: whose policy answers.
+          prompts: `{"tokens", "mask"}` `[B, P]`.
+          iteration: counted from 0; each draws from a key of its own.
+          samples: responses to a prompt, which the policy reads once; None is
+            `train.samples_per_prompt`.
+
+        Returns:
+          The rollout of B x samples rows, those of a prompt adjacent.
+        """
+        samples = self.config.train.samples_per_prompt if samples is None else samples
+        # A few prompts with many samples may be spread by responses only.
+        if len(prompts["tokens"]) % (self._sharding.data // self._sharding.shares):
+            prompts, samples = each_repeated(prompts, samples), 1
+        batch = self._sharding.put_batch(prompts)
         key = jax.random.fold_in(self._sample_key, iteration)
-        return self.generate(self.policy(state), batch["tokens"], batch["mask"], key)
+        return self._generate(samples)(self.policy(state), batch["tokens"], batch["mask"], key)
 
     def score(self, state: PPOState, rollout: Rollout) -> tuple[Experience, PPOState]:
         """Lines 3 and 4: rewards and advantages, and the state with the new reward moments."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,7 +65,13 @@ class PPORun:
         self.policy = self._state(language, optimizers[0])
         has_critic = config.train.critic_init != "none"
         self.critic = self._state(scalar, optimizers[1]) if has_critic else None
-        self.generate = make_generate(config.sampling, eos_ids=(2,), pad_id=0, sharding=sharding)
+        generate = functools.partial(
+            make_generate, config.sampling, eos_ids=(2,), pad_id=0, sharding=sharding
+        )
+        self.samples = config.train.samples_per_prompt
+        self.generate = generate(samples=self.samples)
+        # Evaluations ask as many prompts as there are responses, each once.
+        self.generate_once = self.generate if self.samples == 1 else generate()
         self.score = make_score(config, sharding)
         self.rollout, self.experience = self._data()
 
@@ -83,14 +90,14 @@ class PPORun:
     def _whole(self, tree: Any) -> Any:
         return jax.tree.map(lambda x: self._array(x.shape, x.dtype, whole=True), tree)
 
-    def _prompts(self) -> tuple[Any, ...]:
-        shape = (self.rows, self.prompt_length)
+    def _prompts(self, samples: int = 1) -> tuple[Any, ...]:
+        shape = (self.rows // samples, self.prompt_length)
         key = self._whole(jax.eval_shape(lambda: jax.random.key(0)))
         return self._array(shape, jnp.int32), self._array(shape, jnp.bool_), key
 
     def _data(self) -> tuple[Any, Any]:
         """A rollout and its experience."""
-        rollout = jax.eval_shape(self.generate, self.policy.model, *self._prompts())
+        rollout = jax.eval_shape(self.generate, self.policy.model, *self._prompts(self.samples))
         rollout = self._rows(rollout, self.rows)
         experience, _ = jax.eval_shape(self.score, *self._score_arguments(rollout))
         return rollout, self._rows(experience, self.rows)
@@ -118,13 +125,13 @@ class PPORun:
         """The start, every program of an iteration, and sampling from the reference."""
         yield self._start()
         tokens = self.config.sampling.max_new_tokens
-        for name, model, calls in (
-            ("generate", self.policy.model, 1),
-            ("generate (reference)", self.reference, 0),
+        for name, generate, model, samples, calls in (
+            ("generate", self.generate, self.policy.model, self.samples, 1),
+            ("generate (reference)", self.generate_once, self.reference, 1, 0),
         ):
-            arguments = (model, *self._prompts())
+            arguments = (model, *self._prompts(samples))
             yield Program(
-                name, self.generate, arguments, calls, self._decode_traffic(), steps=tokens - 1
+                name, generate, arguments, calls, self._decode_traffic(), steps=tokens - 1
             )
         yield Program("score", self.score, self._score_arguments(self.rollout))
         minibatch = self._rows(self.experience, self.config.train.minibatch)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -72,7 +72,7 @@ class Rollout:
       mask: `[B, P + G]` bool, True on real tokens; EOS is real.
       log_probs: `[B, G]` float32, log π of each response token at the sampling temperature.
       entropies: `[B, G]` float32, entropy of the policy at each response position, in nats.
-      ended: `[B]` bool, whether the response contains EOS.
+      ended: `[B]` bool, whether the response contains EOS; True on rows without a prompt.
     """
 
     tokens: jax.Array
@@ -107,10 +107,13 @@ def make_generate(
     *,
     eos_ids: tuple[int, ...],
     pad_id: int,
+    samples: int = 1,
     sharding: Sharding | None = None,
 ) -> Callable[..., Rollout]:
     """`generate` jitted with its settings bound: one program for each shape of prompts."""
-    bound = functools.partial(generate, config=config, eos_ids=eos_ids, pad_id=pad_id)
+    bound = functools.partial(
+        generate, config=config, eos_ids=eos_ids, pad_id=pad_id, samples=samples
+    )
     return jax.jit(bound if sharding is None else sharding.bind(bound))
 
 
@@ -138,11 +141,16 @@ def generate(
     config: SamplingConfig,
     eos_ids: tuple[int, ...],
     pad_id: int,
+    samples: int = 1,
 ) -> Rollout:
-    """Samples one response per prompt; stops when every sequence has ended.
+    """Samples responses to prompts; stops when every sequence has ended.
 
-    Jit it once with `config`, `eos_ids` and `pad_id` bound: it compiles one program per shape of
-    `prompts`, and the cache is as long as this shape needs.
+    Jit it once with its settings bound: it compiles one program per shape of `prompts`, and the
+    cache is as long as this shape needs.
+
+    Several samples of a prompt are those of a batch in which it stands as many times, from the
+    same key and up to rounding; but the model reads the prompt once. A row without any prompt
+    token fills up a batch: nothing is drawn for it, and it counts as ended.
 
     Args:
       model: the policy.
@@ -152,14 +160,24 @@ def generate(
       config: sampling settings.
       eos_ids: tokens that end a response. They are part of it: stopping is an action to be learned.
       pad_id: token written after the end.
+      samples: responses to each prompt, S.
 
     Returns:
-      The rollout, with log-probabilities from the same pass that drew the tokens.
+      The rollout of B · S rows, those of a prompt adjacent, with log-probabilities from the same
+      pass that drew the tokens.
+
+    Raises:
+      ValueError: fewer than one sample.
     """
-    batch, prompt_length = prompts.shape
-    length = config.max_new_tokens
+    if samples < 1:
+        raise ValueError(f"samples={samples} must be at least 1")
+    prompt_length, length = prompts.shape[1], config.max_new_tokens
+    prefilled = model.prefill(prompts, prompt_mask, cache_length=prompt_length + length)
+    (hidden, cache), prompts, prompt_mask = _each_repeated(
+        (prefilled, prompts, prompt_mask), samples
+    )
+    batch = prompts.shape[0]
     real_prompt_tokens = prompt_mask.sum(axis=-1)
-    hidden, cache = model.prefill(prompts, prompt_mask, cache_length=prompt_length + length)
     penalized = config.repetition_penalty != 1.0
     rows = jnp.arange(batch)
 
@@ -212,7 +230,7 @@ def generate(
         hidden=hidden,
         cache=cache,
         rope=model.rope(real_prompt_tokens),
-        ended=jnp.zeros((batch,), bool),
+        ended=real_prompt_tokens == 0,
         tokens=jnp.full((batch, length), pad_id, jnp.int32),
         mask=jnp.zeros((batch, length), bool),
         log_probs=zeros,
@@ -232,3 +250,14 @@ def generate(
         entropies=carry.entropies,
         ended=carry.ended,
     )
+
+
+def _each_repeated(tree: Any, times: int) -> Any:
+    """Every row of every array `times` times in a row, as `data.batches.each_repeated` does it."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        # Not `jnp.repeat`: a broadcast is split over devices as its rows are.
+        copies = jnp.broadcast_to(x[:, None], (x.shape[0], times, *x.shape[1:]))
+        return copies.reshape(-1, *x.shape[1:])
+
+    return tree if times == 1 else jax.tree.map(leaf, tree)
