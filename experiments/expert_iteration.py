@@ -166,9 +166,7 @@ def improve(
     return Improvement(expert_iteration.final_answer(prompts, attempts, rng), tokens)
 
 
-def outcome_scores(
-    scorer: StepScorer, attempts: Sequence[Sequence[Attempt]]
-) -> list[list[float]]:
+def outcome_scores(scorer: StepScorer, attempts: Sequence[Sequence[Attempt]]) -> list[list[float]]:
     """P(right) of each attempt at its last token; -inf of one that was cut or is empty."""
     scores = solving.step_scores_of(scorer, attempts)
     return [[one[-1] if one else -np.inf for one in some] for some in scores]
@@ -182,7 +180,7 @@ def searched(
     scorer: StepScorer,
     number: int,
 ) -> Improvement:
-    """The solution to each problem whose every step a process reward model chose (greedy search)."""
+    """The solution to each problem whose every step a process reward model chose (greedy)."""
     key = jax.random.fold_in(jax.random.key(settings.seed), number)
     step_policy = StepPolicy(
         policy,
@@ -299,8 +297,8 @@ def write_report(
         disable_numparse=True,
     )
     parts = [
-        f"# Expert iteration ({settings.improve.method})\n\n{table}\n\nThe best round by validation "
-        f"is {best}.\n\n{test}\n\n## First attempts\n"
+        f"# Expert iteration ({settings.improve.method})\n\n{table}\n\nThe best round by "
+        f"validation is {best}.\n\n{test}\n\n## First attempts\n"
     ]
     for number, problem in enumerate(problems[:SHOWN]):
         parts.append(f"\n`{problem.question}` {problem.answer}\n")
@@ -354,9 +352,7 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
         models["inputs.scorer"] = stages.require(
             settings.inputs.scorer,
             stage="process_reward",
-            argument=common.stage_argument(
-                "process_reward", settings, *scorer_variants(method)
-            ),
+            argument=common.stage_argument("process_reward", settings, *scorer_variants(method)),
             build=settings.inputs.build,
         )
         questions = [problem.question for problem in problems["train"]]

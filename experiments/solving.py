@@ -12,15 +12,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from rlhf_jax.rollouts.answers import Answer, sample_answers
 
 from experiments import folders, stages
 from experiments.settings import Shared
 from rlhf_jax.data.encode import encode_prompt
 from rlhf_jax.data.sets import arithmetic
 from rlhf_jax.data.sets.arithmetic import Problem
+from rlhf_jax.data.templates import ChatTokenizer
+from rlhf_jax.methods.process_reward import ProcessRewardConfig, StepScorer
 from rlhf_jax.methods.search import Partial, Step
 from rlhf_jax.methods.solving import Attempt, attempt
+from rlhf_jax.rollouts.answers import Answer, sample_answers
+from rlhf_jax.rollouts.rescore import answers_log_probs
 from rlhf_jax.rollouts.rollout import SamplingConfig
 from rlhf_jax.runtime import digests
 from rlhf_jax.runtime.files import write_whole
@@ -320,6 +323,4 @@ def step_scores_of(
             ]
         )
     )
-    return [
-        [next(scored) if one.ended and one.steps else [] for one in some] for some in attempts
-    ]
+    return [[next(scored) if one.ended and one.steps else [] for one in some] for some in attempts]

@@ -288,9 +288,12 @@ class StepScorer:
         rows: int = 128,
     ):
         chat = ChatTokenizer(tokenizer)
-        found = [encode_prompt(prompt, chat, max_length) for prompt in prompts]
-        if any(prompt is None for prompt in found):
-            raise ValueError(f"a prompt is longer than max_length={max_length} of the scorer")
+        found = []
+        for prompt in prompts:
+            encoded = encode_prompt(prompt, chat, max_length)
+            if encoded is None:
+                raise ValueError(f"a prompt is longer than max_length={max_length} of the scorer")
+            found.append(encoded)
         self._model, self._tokenizer, self._prompts = model, chat, found
         self._sharding, self._config = sharding, config
         self._max_length, self._rows = max_length, rows
