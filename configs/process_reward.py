@@ -55,9 +55,9 @@ def _quickstart() -> ConfigDict:
 
 def _tiny() -> ConfigDict:
     config = _quickstart()
-    config.data.update(problems=8, validation_problems=4, test_problems=4, max_length=96)
-    config.samples.update(per_problem=2, rows=8)
-    config.sampling.max_new_tokens = 12
+    config.data.update(problems=24, validation_problems=8, test_problems=8, max_length=96)
+    config.samples.update(per_problem=4, rows=32)
+    config.sampling.max_new_tokens = 48
     config.labels.completions = 2
     config.train.update(steps=6, minibatch=8, microbatches=2, row_length=96)
     config.eval.every = 3

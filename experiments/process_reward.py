@@ -182,7 +182,7 @@ def labelled_solutions(
         as_solution(problem, one)
         for problem, some in zip(problems, attempts, strict=True)
         for one in some
-        if one.ended and one.steps
+        if one.steps
     ]
     if settings.labels.method == EXACT or split != "train":
         return Labelled(exact)
@@ -209,8 +209,8 @@ def estimated(
         print(f"{settings.labels.completions} completions of each of {len(encoded):,} beginnings")
         return solver.answers(policy, encoded, settings.labels.completions, key)
 
-    whole = [[one for one in some if one.ended and one.steps] for some in attempts]
-    values = monte_carlo.step_values(problems, whole, complete)
+    there = [[one for one in some if one.steps] for some in attempts]
+    values = monte_carlo.step_values(problems, there, complete)
     labels = [
         monte_carlo.hard_labels(one, above=settings.labels.above) for some in values for one in some
     ]
@@ -221,7 +221,8 @@ def estimated(
         if label is not None
     ]
     solutions = [
-        dataclasses.replace(one, labels=mine) for one, mine in zip(exact, labels, strict=True)
+        dataclasses.replace(one, labels=mine if one.right is not None else (*mine[:-1], None))
+        for one, mine in zip(exact, labels, strict=True)
     ]
     return Labelled(solutions, float(np.mean(agree)))
 

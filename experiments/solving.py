@@ -265,7 +265,13 @@ def sampled(
 
 
 def load_scorer(
-    folder: str, prompts: Sequence[Any], settings: Shared, max_length: int, sharding: Sharding
+    folder: str,
+    prompts: Sequence[Any],
+    settings: Shared,
+    max_length: int,
+    sharding: Sharding,
+    *,
+    neutral: str = "",
 ) -> StepScorer:
     """A reward model of solutions that `experiments.process_reward` trained.
 
@@ -275,6 +281,7 @@ def load_scorer(
       settings: of the run that asks it.
       max_length: tokens of the longest prompt with a solution.
       sharding: where batches go.
+      neutral: how a neutral step counts; empty is as the model was trained.
 
     Raises:
       ValueError: the folder lies in no run of `experiments.process_reward`.
@@ -287,12 +294,13 @@ def load_scorer(
             "known"
         )
     stages.check_lengths({"data.max_length": max_length}, folder)
+    method = typed(ProcessRewardConfig, record["loss"])
     return StepScorer(
         stages.load_policy(folder, settings.model, sharding, frozen=True),
         stages.load_tokenizer(folder, date=folders.date(settings.workdir)),
         prompts,
         sharding,
-        config=typed(ProcessRewardConfig, record["loss"]),
+        config=dataclasses.replace(method, neutral=neutral or method.neutral),
         max_length=max_length,
     )
 

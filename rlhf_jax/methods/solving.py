@@ -81,11 +81,15 @@ def attempt(
 
 
 def as_solution(problem: Problem, one: Attempt) -> Solution:
-    """An attempt with the verifier's labels, for a process reward model."""
-    labels = tuple(
-        None if right is None else POSITIVE if right else NEGATIVE for right in one.labels
-    )
-    return Solution(problem.question, one.steps, labels, one.right)
+    """An attempt with the verifier's labels, for a process reward model.
+
+    Of one that was cut off nobody knows what the last step would have been, nor the outcome.
+    """
+    labels = [None if right is None else POSITIVE if right else NEGATIVE for right in one.labels]
+    if not one.ended and labels:
+        labels[-1] = None
+    right = one.right if one.ended else None
+    return Solution(problem.question, one.steps, tuple(labels), right)
 
 
 def canonical(answer: str | None) -> str | None:
