@@ -238,7 +238,7 @@ class TestPRM800K:
                 prm_row(offer(("a", 1), chosen=1)),
                 r"label.steps\[0\].chosen_completion=1 must be the index of one of 1 completions",
             ),
-            (prm_row(offer(("a", 1), chosen=True)), r".*chosen_completion=True must be the index"),
+            (prm_row(offer(("a", 1), chosen=False)), r".*chosen_completion=False must be the ind"),
             (prm_row(offer(("a", 1), chosen=-1)), r".*chosen_completion=-1 must be the index"),
             (
                 prm_row(offer(("a", 1), chosen=0), offer(("b", 2), chosen=0)),
