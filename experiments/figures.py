@@ -16,7 +16,6 @@ import concurrent.futures
 import dataclasses
 import itertools
 import json
-import math
 import os
 import re
 import subprocess
@@ -34,6 +33,7 @@ from experiments.drawing import draw
 from experiments.paper_figures import FIGURES, ITERATIONS, REWARD_MODEL, SECONDS, Series
 from rlhf_jax.evaluation.collapse import find_collapses
 from rlhf_jax.evaluation.panels import Panel
+from rlhf_jax.evaluation.plots import histogram_edges
 from rlhf_jax.runtime.errors import UserError
 from rlhf_jax.runtime.files import make_folder, read_json, write_whole
 from rlhf_jax.runtime.metrics import read_metrics
@@ -276,11 +276,8 @@ def differences(folder: Path) -> np.ndarray:
 
 def histogram(values: np.ndarray, bins: int = 40) -> dict[str, Any]:
     """For the JSON: edges, of which one is 0, counts, the mean, the share above 0."""
-    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
-    width = (high - low) / bins or 1.0
-    edges = width * np.arange(math.floor(low / width), math.ceil(high / width) + 1)
-    # Rounding may put the extremes outside.
-    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+    edges = histogram_edges(values, bins)
+    counts, _ = np.histogram(values, edges)
     return {
         "edges": [float(f"{edge:.6g}") for edge in edges],
         "counts": counts.tolist(),

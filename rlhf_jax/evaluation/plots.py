@@ -141,11 +141,7 @@ def draw_reward_histogram(
     difference = np.asarray(chosen_scores, float) - np.asarray(rejected_scores, float)
     if not np.isfinite(difference).all():
         raise ValueError("scores must be finite to be drawn")
-    low, high = min(difference.min(), 0.0), max(difference.max(), 0.0)
-    width = max(high - low, 1e-6) / bins
-    edges = (width * np.arange(np.floor(low / width), np.floor(high / width) + 2)).tolist()
-    # Rounding may put the lowest value outside the first edge.
-    difference = np.maximum(difference, edges[0])
+    edges = histogram_edges(difference, bins).tolist()
     sides = {
         "rejected scores higher": (difference < 0, COLORS[1]),
         "tie": (difference == 0, "grey"),
@@ -166,6 +162,27 @@ def draw_reward_histogram(
     axes.set_title(f"{title}: {heading}" if title else heading, fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     without_math(axes)
+
+
+def histogram_edges(values: np.ndarray, bins: int = 40) -> np.ndarray:
+    """Edges of bars of one width that hold all values; one edge is 0, so no bar mixes two signs.
+
+    Args:
+      values: finite, float [N].
+      bins: about how many bars lie between the lowest value, the highest, and 0.
+
+    Returns:
+      [M + 1], rising. A value of 0 is in the bar on the right of 0.
+
+    >>> histogram_edges(np.array([-1.0, 0.5]), bins=3)
+    array([-1. , -0.5,  0. ,  0.5,  1. ])
+    """
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    width = max(high - low, 1e-6) / bins
+    edges = width * np.arange(np.floor(low / width), np.floor(high / width) + 2)
+    # Rounding may put the extremes outside.
+    edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)
+    return edges
 
 
 def draw_accuracy(axes: Axes, curves: Mapping[str, tuple[Any, Any]], *, title: str = "") -> None:

@@ -136,6 +136,11 @@ class TestOwnRows:
         with pytest.raises(ValueError, match="labels is missing; found: prompt, rating, steps"):
             list(read_solutions(tmp_path / "some.jsonl"))
 
+    def test_an_error_is_one_line_whatever_the_row_holds(self, tmp_path):
+        write_jsonl(tmp_path / "some.jsonl", [{"prompt": "q", "two\nlines": 1}])
+        with pytest.raises(ValueError, match=r"found: prompt, two\\nlines$"):
+            list(read_solutions(tmp_path / "some.jsonl"))
+
     def test_without_steps_or_text_they_are_counted(self, tmp_path):
         some = [Solution("q", (), ()), Solution("q", ("a\n", " \n"), (1, 1)), SUM]
         write_solutions(tmp_path / "some.jsonl", some)
@@ -238,7 +243,7 @@ class TestPRM800K:
                 prm_row(offer(("a", 1), chosen=1)),
                 r"label.steps\[0\].chosen_completion=1 must be the index of one of 1 completions",
             ),
-            (prm_row(offer(("a", 1), chosen=True)), r".*chosen_completion=True must be the index"),
+            (prm_row(offer(("a", 1), chosen=False)), r".*chosen_completion=False must be the ind"),
             (prm_row(offer(("a", 1), chosen=-1)), r".*chosen_completion=-1 must be the index"),
             (
                 prm_row(offer(("a", 1), chosen=0), offer(("b", 2), chosen=0)),

@@ -21,6 +21,7 @@ from rlhf_jax.evaluation.plots import (
     compare_runs,
     draw_accuracy,
     draw_reward_histogram,
+    histogram_edges,
     plot_accuracy,
     plot_dpo,
     plot_ppo,
@@ -276,6 +277,25 @@ def test_histogram_of_equal_differences(value):
     bars = [bar for container in axes.containers for bar in container]
     assert sum(bar.get_height() for bar in bars) == 3
     assert len(bars) < 100
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e9])
+def test_histogram_edges_hold_every_value_and_zero(scale):
+    rng = np.random.default_rng(0)
+    # Many, since rounding puts the extremes outside of some.
+    for center in [-9.0, 0.0, 9.0] * 100:
+        values = scale * rng.normal(center, 1, size=20)
+        edges = histogram_edges(values, bins=10)
+        assert edges[0] <= values.min() and edges[-1] >= values.max() and 0.0 in edges
+        assert 10 <= len(edges) - 1 <= 12
+        np.testing.assert_allclose(np.diff(edges), np.diff(edges)[0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
+def test_ties_are_on_the_right_of_zero(value):
+    edges = histogram_edges(np.array([0.0, value]))
+    counts, _ = np.histogram([0.0], edges)
+    assert edges[:-1][counts > 0].tolist() == [0.0]
 
 
 def test_histogram_of_bad_scores():

@@ -1,6 +1,5 @@
 """Sources of rated steps: splits that share no problem, right documents, what is refused."""
 
-import gzip
 import json
 
 import pytest
@@ -133,8 +132,7 @@ def test_files_that_are_not_there_are_not_needed(folder, tmp_path):
 
 
 def test_of_a_file_and_its_gzipped_twin_one_is_read(folder):
-    text = (folder / "phase1_test.jsonl").read_bytes()
-    (folder / "phase1_test.jsonl.gz").write_bytes(gzip.compress(text))
+    write_jsonl(folder / "phase1_test.jsonl.gz", [prm_row("an older copy")])
     assert len(solutions(f"prm800k:{folder}", "test")) == 30
 
 
