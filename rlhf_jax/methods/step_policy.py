@@ -95,7 +95,7 @@ class StepPolicy:
         for problem, prompt in enumerate(prompts):
             if not 1 <= len(prompt) < max_length:
                 raise ValueError(
-                    f"prompt {problem} has {len(prompt)} tokens, and must have at least 1 and fewer "
+                    f"prompt {problem} has {len(prompt)} tokens: it needs at least 1, and fewer "
                     f"than max_length={max_length}, so that a step has room"
                 )
         self.model = model

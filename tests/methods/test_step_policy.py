@@ -21,7 +21,7 @@ OTHER = ["= 16 - 4\n", "= 12\n", "#### 12"]
 
 
 def line(prompt: str, steps: list[str]) -> list[int]:
-    return sum(map(encode, [prompt, *steps]), [])
+    return [i for text in (prompt, *steps) for i in encode(text)]
 
 
 @functools.cache
