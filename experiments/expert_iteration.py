@@ -218,17 +218,8 @@ def distil(
     sharding: Sharding,
     number: int,
 ) -> tuple[Any, dict[str, float]]:
-    """Fine-tunes on the pool; returns the model, and what the last update measured.
-
-    Raises:
-      ValueError: there is nothing to fine-tune on.
-    """
+    """Fine-tunes on the pool; returns the model, and what the last update measured."""
     train, drops = settings.train, DropCounts()
-    if not examples:
-        raise ValueError(
-            "no attempt was kept, so there is nothing to distil: the policy solves none of the "
-            "problems; fine-tune it longer, raise samples.per_problem, or take easier problems"
-        )
     documents = encode_rows(
         "sft",
         expert_iteration.as_rows(examples),
@@ -396,7 +387,11 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
                 examples = expert_iteration.pool(read_pool(run.workdir, number))
                 # Distillation: fine-tuning on everything that was found so far.
                 start = before if settings.improve.start == LATEST else first
-                policy, metrics = distil(settings, start, examples, tokenizer, sharding, number)
+                policy = before
+                if examples:
+                    policy, metrics = distil(settings, start, examples, tokenizer, sharding, number)
+                else:
+                    print(f"round {number}: no attempt was kept, and the policy stays as it is")
                 stages.save(policy, run.workdir / "rounds" / str(number), tokenizer)
                 metrics["improve/kept"] = float(len(found.examples))
                 metrics["improve/pool"] = float(len(examples))

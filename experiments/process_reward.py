@@ -380,10 +380,14 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
             if run.is_due(step, settings.eval.every):
                 current = scores_of(tuning.model(state.model), encoded["validation"])
                 held_out = measure(settings, encoded["validation"], current)
-                metrics["eval/step_accuracy"] = held_out["step_accuracy"]
-                metrics["eval/first_error_f1"] = held_out["first_error_f1"]
-                metrics["eval/outcome_accuracy"] = held_out["outcome_accuracy"]
-                metrics["eval/calibration_error"] = held_out["calibration_error"]
+                known = {
+                    "eval/step_accuracy": held_out["step_accuracy"],
+                    "eval/first_error_f1": held_out["first_error_f1"],
+                    "eval/outcome_accuracy": held_out["outcome_accuracy"],
+                    "eval/calibration_error": held_out["calibration_error"],
+                }
+                # Where no solution has an error, or each has one, there is no F1.
+                metrics |= {name: value for name, value in known.items() if np.isfinite(value)}
             run.log(step, metrics)
             run.checkpoint(step, state, batches)
 

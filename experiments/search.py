@@ -330,12 +330,12 @@ def draw(path: Path, table: Sequence[Result]) -> None:
     figure = new_figure(1, 2, width=10, height=4)
     for axis, of in zip(figure.axes, ("n", "tokens"), strict=True):
         for number, name in enumerate(NAMES):
-            points = sorted((getattr(one, of), one) for one in table if one.name == name)
-            x, y = [p for p, _ in points], [one.accuracy for _, one in points]
+            points = sorted((one for one in table if one.name == name), key=lambda one: one.n)
+            x, y = [getattr(one, of) for one in points], [one.accuracy for one in points]
             color = COLORS[number % len(COLORS)]
             axis.plot(x, y, "o-" if len(x) > 1 else "s", color=color, label=NAMES[name], ms=4)
             if len(x) > 1:
-                low, high = [one.low for _, one in points], [one.high for _, one in points]
+                low, high = [one.low for one in points], [one.high for one in points]
                 axis.fill_between(x, low, high, color=color, alpha=0.1)
         axis.set_xscale("log", base=2)
         axis.set_xlabel("solutions" if of == "n" else "tokens sampled for a problem")
