@@ -15,9 +15,9 @@ import numpy as np
 
 from experiments import folders, stages
 from experiments.settings import Shared
-from rlhf_jax.data.encode import encode_prompt
 from rlhf_jax.data.sets import arithmetic
 from rlhf_jax.data.sets.arithmetic import Problem
+from rlhf_jax.data.step_labels import encode_whole_prompt
 from rlhf_jax.data.templates import ChatTokenizer
 from rlhf_jax.methods.process_reward import ProcessRewardConfig, StepScorer
 from rlhf_jax.methods.search import Partial, Step
@@ -106,14 +106,16 @@ class Solver:
         """
         longest = self.max_length - self.sampling.max_new_tokens
         chat = ChatTokenizer(self.tokenizer)
-        found = [encode_prompt(one.question, chat, self.max_length) for one in problems]
-        for problem, prompt in zip(problems, found, strict=True):
-            if prompt is None or len(prompt) > longest:
+        found = []
+        for problem in problems:
+            prompt = encode_whole_prompt(problem.question, chat, longest + 1)
+            if prompt is None:
                 raise ValueError(
                     f"a problem is longer than data.max_length={self.max_length} less "
                     f"sampling.max_new_tokens={self.sampling.max_new_tokens}: "
                     f"{problem.question[:60]!r}"
                 )
+            found.append(prompt)
         return found
 
     def answers(

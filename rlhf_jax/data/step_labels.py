@@ -15,13 +15,14 @@ import numpy as np
 from rlhf_jax.data.batches import PackedBatches
 from rlhf_jax.data.encode import encode_prompt
 from rlhf_jax.data.packing import Arrays
-from rlhf_jax.data.schemas import DropCounts, Encoded
+from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPrompt, Message
 from rlhf_jax.data.solutions import Solution
 from rlhf_jax.data.templates import ChatTokenizer
 
 # At a token that ends no step, or a step that nobody rated.
 UNRATED = -1
 RATINGS = 3
+_ANY_LENGTH = 2**30
 
 
 class EncodedSolution(NamedTuple):
@@ -41,6 +42,14 @@ class EncodedSolution(NamedTuple):
     ends: np.ndarray
     labels: np.ndarray
     right: float
+
+
+def encode_whole_prompt(
+    prompt: str | Sequence[Message], tokenizer: ChatTokenizer, max_length: int
+) -> EncodedPrompt | None:
+    """Encodes a prompt; None where it leaves no room for a step: part of it is another problem."""
+    whole = encode_prompt(prompt, tokenizer, _ANY_LENGTH)
+    return whole if whole is not None and len(whole) < max_length else None
 
 
 def encode_steps(
@@ -76,7 +85,7 @@ def encode_solution(
       max_length: the most tokens.
       drops: counts what is kept, cut and dropped.
     """
-    prompt = encode_prompt(solution.prompt, tokenizer, max_length)
+    prompt = encode_whole_prompt(solution.prompt, tokenizer, max_length)
     if prompt is None:
         drops.drop("prompt longer than max_length")
         return None

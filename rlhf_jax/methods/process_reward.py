@@ -18,8 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax.data.encode import encode_prompt
-from rlhf_jax.data.step_labels import RATINGS, UNRATED, encode_steps
+from rlhf_jax.data.step_labels import (
+    RATINGS,
+    UNRATED,
+    encode_steps,
+    encode_whole_prompt,
+)
 from rlhf_jax.data.templates import ChatTokenizer
 from rlhf_jax.losses import outcome_loss, step_label_loss, step_scores
 from rlhf_jax.losses.process import NEGATIVE, POSITIVE
@@ -290,7 +294,7 @@ class StepScorer:
         chat = ChatTokenizer(tokenizer)
         found = []
         for prompt in prompts:
-            encoded = encode_prompt(prompt, chat, max_length)
+            encoded = encode_whole_prompt(prompt, chat, max_length)
             if encoded is None:
                 raise ValueError(f"a prompt is longer than max_length={max_length} of the scorer")
             found.append(encoded)
