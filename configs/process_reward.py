@@ -25,11 +25,11 @@ def _quickstart() -> ConfigDict:
     config.inputs.build = True  # run the stage before where its model is missing
     config.data = common.task("arithmetic")
     config.data.max_length = 128  # tokens of a problem with a solution
-    config.data.problems = 1_500  # to train on; of labelled solutions, how many of these
+    config.data.problems = 6_000  # to train on; of labelled solutions, how many of these
     config.data.validation_problems = 100  # held out, for the curves
     config.data.test_problems = 300  # held out, for the report
     config.samples = ConfigDict()
-    config.samples.per_problem = 8  # solutions that the policy writes to each problem
+    config.samples.per_problem = 4  # solutions that the policy writes to each problem
     config.samples.rows = 512  # the most that are drawn at a time
     config.sampling = common.sampling(96)
     config.labels = ConfigDict()
@@ -41,14 +41,14 @@ def _quickstart() -> ConfigDict:
     config.loss.neutral = "positive"  # how a neutral step counts in a score, or "negative"
     config.loss.tokens = ("-", "?", "+")  # what is said of a step: wrong, neutral, right
     config.train = ConfigDict()
-    config.train.steps = 300  # updates
+    config.train.steps = 800  # updates
     config.train.minibatch = 32  # rows of an update
     config.train.microbatches = 1  # parts of a minibatch, one after the other
     config.train.row_length = 128  # tokens of a row, into which solutions are packed
-    config.optimizer = common.optimizer(1e-3, "cosine", warmup_fraction=0.1, b2=0.98)
+    config.optimizer = common.optimizer(2e-3, "cosine", warmup_fraction=0.1, b2=0.98)
     config.optimizer.weight_decay = 0.1
     config.eval = ConfigDict()
-    config.eval.every = 50  # updates between two measurements on held-out solutions
+    config.eval.every = 100  # updates between two measurements on held-out solutions
     config.eval.threshold = 0.5  # a step whose chance to be right is lower counts as wrong
     return config
 

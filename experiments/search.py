@@ -436,14 +436,14 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
             run.checkpoint(seed, place)
 
     # 3. Tables and curves over all seeds.
-    made = [
+    seeds = [
         read_json(run.workdir / f"seed_{seed}.json", "remove the run folder")
         for seed in range(total)
     ]
-    table = results(made)
+    table = results(seeds)
     others = [name for name in NAMES if name not in ("pass_at_1", "majority", "oracle")]
-    pairs = [against(made, name, "majority", most) for name in others]
-    pairs.append(against(made, "prm_vote", "orm_vote", most))
+    pairs = [against(seeds, name, "majority", most) for name in others]
+    pairs.append(against(seeds, "prm_vote", "orm_vote", most))
     content = {"results": [dataclasses.asdict(one) for one in table], "differences": pairs}
     write_whole(run.workdir / "search.json", json.dumps(to_json(content), indent=1) + "\n")
     write_report(run.workdir / "report.md", table, pairs)
