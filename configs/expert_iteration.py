@@ -12,13 +12,14 @@ Variants (Uesato et al. 2022, section 2.4; without one: an attempt whose final a
   prm         a search over steps that a process reward model guides
   control     as many random attempts at the same problems as the final answer would keep
   continued   each round goes on with the weights of the round before
+  reviews     openings of reviews in place of problems, the best of 8 by the reward model (RAFT)
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
 from configs.process_reward import of_source
-from configs.unread import Unread, among
+from configs.unread import Unread, among, no
 
 
 def _quickstart() -> ConfigDict:
@@ -39,7 +40,8 @@ def _quickstart() -> ConfigDict:
     config.sampling = common.sampling(96)
     config.improve = ConfigDict()
     config.improve.rounds = 3
-    # What is kept: "final_answer", "all_right", "orm", "prm", or "control".
+    # What is kept: "final_answer", "all_right", "orm", "prm" or "control"; of other prompts
+    # "reward_model".
     config.improve.method = "final_answer"
     # Weights that a round's fine-tuning begins with: those of round 0, "first", or of the round
     # before, "last".
@@ -54,7 +56,8 @@ def _quickstart() -> ConfigDict:
     config.optimizer = common.optimizer(5e-4, "cosine", warmup_fraction=0.1, b2=0.98)
     config.optimizer.weight_decay = 0.1
     config.eval = ConfigDict()
-    config.eval.samples = 8  # attempts at each held-out problem
+    config.eval.samples = 8  # attempts at each held-out problem; other prompts have one answer
+    config.judges = ()  # of answers to other prompts; () asks the task
     return config
 
 
@@ -90,6 +93,16 @@ def _method(name: str) -> common.Change:
     return change
 
 
+def _reviews(config: ConfigDict) -> None:
+    tiny = config.scale == "tiny"
+    config.improve.method = "reward_model"
+    config.data.update(source="reviews", max_length=96 if tiny else 64)
+    config.sampling.max_new_tokens = 8 if tiny else 32
+    if not tiny:
+        config.data.update(problems=2_000, validation_problems=256, test_problems=512)
+        config.train.row_length = 64
+
+
 def _continued(config: ConfigDict) -> None:
     config.improve.start = "last"
 
@@ -101,28 +114,33 @@ VARIANTS = {
     "prm": _method("prm"),
     "control": _method("control"),
     "continued": _continued,
+    "reviews": _reviews,
 }
 UNREAD = (
-    Unread("inputs.scorer", unless="improve.method", is_=among("orm", "prm")),
+    Unread("inputs.scorer", unless="improve.method", is_=among("orm", "prm", "reward_model")),
     Unread("improve.max_steps", unless="improve.method", is_=among("prm")),
+    Unread("judges", unless="improve.method", is_=among("reward_model")),
+    Unread("eval.samples", unless="improve.method", is_=no("reward_model")),
 )
 
 
 def derive(config: ConfigDict) -> None:
     """The folders of the stages before."""
-    inputs = config.inputs
-    inputs.policy = inputs.policy or common.stage_folder(
-        "sft", config, of_source(config.data.source)
-    )
-    if config.improve.method in ("orm", "prm") and not inputs.scorer:
-        inputs.scorer = common.stage_folder(
-            "process_reward", config, *scorer_variants(config.improve.method)
-        )
+    inputs, stage = config.inputs, scorer_stage(config.improve.method)
+    sft = of_source(config.data.source)
+    inputs.policy = inputs.policy or common.stage_folder("sft", config, sft)
+    if stage:
+        inputs.scorer = inputs.scorer or common.stage_folder(stage[0], config, *stage[1:])
 
 
-def scorer_variants(method: str) -> tuple[str, ...]:
-    """The variants of the reward model that a method asks."""
-    return ("outcome",) if method == "orm" else ()
+def scorer_stage(method: str) -> tuple[str, ...]:
+    """The experiment that makes the reward model of a method, and its variants; () for none."""
+    stages = {
+        "orm": ("process_reward", "outcome"),
+        "prm": ("process_reward",),
+        "reward_model": ("reward_model",),
+    }
+    return stages.get(method, ())
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

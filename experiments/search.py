@@ -38,7 +38,6 @@ from rlhf_jax.methods import search
 from rlhf_jax.methods.process_reward import NEUTRALS, StepScorer
 from rlhf_jax.methods.search import AGGREGATIONS, LAST, Found, step_search
 from rlhf_jax.methods.solving import Attempt, canonical
-from rlhf_jax.methods.step_policy import StepPolicy
 from rlhf_jax.rollouts.rollout import SamplingConfig
 from rlhf_jax.runtime import distributed
 from rlhf_jax.runtime.files import read_json, write_whole
@@ -222,17 +221,7 @@ def one_seed(
     )
     key = jax.random.fold_in(jax.random.key(settings.seed), seed)
     for number, name in enumerate(SEARCHES):
-        step_policy = StepPolicy(
-            policy,
-            solver.encode(problems),
-            solver.tokenizer,
-            sampling=settings.sampling,
-            key=jax.random.fold_in(key, number),
-            max_length=settings.data.max_length,
-            rows=settings.samples.rows,
-            is_final=lambda text: arithmetic.final_answer(text) is not None,
-            sharding=solver.sharding,
-        )
+        step_policy = solver.step_policy(policy, problems, jax.random.fold_in(key, number))
         beams = 1 if name == "greedy" else config.beams
         found = run(propose=step_policy, beams=beams, width=most // beams, diverse=name == "dvts")
         right[name][str(most)] = [

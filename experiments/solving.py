@@ -22,6 +22,7 @@ from rlhf_jax.data.templates import ChatTokenizer
 from rlhf_jax.methods.process_reward import ProcessRewardConfig, StepScorer
 from rlhf_jax.methods.search import Partial, Step
 from rlhf_jax.methods.solving import Attempt, attempt
+from rlhf_jax.methods.step_policy import StepPolicy
 from rlhf_jax.rollouts.answers import Answer, sample_answers
 from rlhf_jax.rollouts.rescore import answers_log_probs
 from rlhf_jax.rollouts.rollout import SamplingConfig
@@ -171,6 +172,20 @@ class Solver:
             for problem, answers in zip(problems, drawn, strict=True)
         ]
         return attempts, float(np.mean(moved))
+
+    def step_policy(self, policy: Any, problems: Sequence[Problem], key: jax.Array) -> StepPolicy:
+        """A policy that proposes the steps of solutions to problems."""
+        return StepPolicy(
+            policy,
+            self.encode(problems),
+            self.tokenizer,
+            sampling=self.sampling,
+            key=key,
+            max_length=self.max_length,
+            rows=self.rows,
+            is_final=lambda text: arithmetic.final_answer(text) is not None,
+            sharding=self.sharding,
+        )
 
     def kept(
         self,

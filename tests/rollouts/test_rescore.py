@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.rollouts.answers import sample_answers
-from rlhf_jax.rollouts.rescore import answers_log_probs
+from rlhf_jax.rollouts.rescore import answers_log_probs, answers_scores
 from rlhf_jax.rollouts.rollout import SamplingConfig
 from rlhf_jax.runtime.sharding import Sharding, make_mesh
 from tests import scripted, tiny
@@ -35,3 +35,29 @@ def test_under_the_model_that_drew_them_it_is_what_the_sampler_said(temperature)
         tiny.language_model(CONFIG, seed=5), PROMPTS, drawn, rows=4, **arguments
     )
     assert np.abs(np.array(other) - said).min() > 1e-2
+
+
+def test_scores_are_those_of_the_reward_model_whatever_the_batch():
+    scorer = tiny.scalar_model(CONFIG)
+    drawn = sample_answers(
+        tiny.language_model(CONFIG),
+        PROMPTS,
+        TOKENIZER,
+        samples=2,
+        sampling=SamplingConfig(6),
+        key=jax.random.key(1),
+        rows=4,
+    )
+    found = answers_scores(
+        scorer,
+        PROMPTS,
+        drawn,
+        pad_id=TOKENIZER.pad_token_id,
+        rows=4,
+        sharding=Sharding(make_mesh(1), "zero2"),
+    )
+    for prompt, answers, scores in zip(PROMPTS, drawn, found, strict=True):
+        for answer, score in zip(answers, scores, strict=True):
+            tokens = np.concatenate([prompt, answer.tokens])[None].astype(np.int32)
+            alone = scorer.scores(tokens, np.ones_like(tokens))
+            assert score == pytest.approx(float(alone[0]), abs=1e-4)
