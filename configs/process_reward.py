@@ -9,6 +9,7 @@ Scales:
 Variants:
   outcome     an outcome reward model: was the final answer right, asked at every token
   rollouts    labels by completing each step (Math-Shepherd) in place of the verifier's
+  last_token  the label of a step is asked at its last token alone, as in the paper
   human       labels by people: data.source=prm800k:FOLDER, or another source of labelled steps
 """
 
@@ -39,6 +40,8 @@ def _quickstart() -> ConfigDict:
     config.loss = ConfigDict()
     config.loss.supervision = "process"  # a class of each step; "outcome" is one for all tokens
     config.loss.neutral = "positive"  # how a neutral step counts in a score, or "negative"
+    # Whether the label of a step is asked at all of its tokens, or, as in the paper, at the last.
+    config.loss.every_token = True
     config.loss.tokens = ("-", "?", "+")  # what is said of a step: wrong, neutral, right
     config.train = ConfigDict()
     config.train.steps = 800  # updates
@@ -86,17 +89,21 @@ def _rollouts(config: ConfigDict) -> None:
     config.labels.method = "rollouts"
 
 
+def _last_token(config: ConfigDict) -> None:
+    config.loss.every_token = False
+
+
 def _human(config: ConfigDict) -> None:
     config.labels.method = "human"
     config.data.source = "prm800k:data/prm800k"
 
 
 SCALES = {"tiny": _tiny, "quickstart": _quickstart, "smollm2": _smollm2}
-VARIANTS = {"outcome": _outcome, "rollouts": _rollouts, "human": _human}
+VARIANTS = {"outcome": _outcome, "rollouts": _rollouts, "human": _human, "last_token": _last_token}
 UNREAD = (
     Unread("samples.* sampling.*", unless="labels.method", is_=among("exact", "rollouts")),
     Unread("labels.completions labels.above", unless="labels.method", is_=among("rollouts")),
-    Unread("loss.neutral", unless="loss.supervision", is_=among("process")),
+    Unread("loss.neutral loss.every_token", unless="loss.supervision", is_=among("process")),
 )
 
 

@@ -337,6 +337,7 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
         length=train.row_length,
         seed=settings.seed,
         pad_id=tokenizer.pad_token_id,
+        every_token=method.every_token,
     )
 
     # 2. Optimizer and the compiled step.

@@ -134,7 +134,8 @@ class SolutionBatches(PackedBatches):
 
     Each batch is that of `PackedBatches`, with `loss_mask` True on the tokens of solutions, and
 
-      labels   [B, T] int32   class of the step that ends with the token, or `UNRATED`
+      labels   [B, T] int32   class of the step that ends with the token, or `UNRATED`; with
+                              `every_token` of the step that the token is in
       right    [B, T] float32 whether the final answer of the token's solution is right; NaN where
                               nobody knows, and on padding
 
@@ -144,6 +145,7 @@ class SolutionBatches(PackedBatches):
       length: tokens T of a row.
       seed: of the shuffling.
       pad_id: written into padding.
+      every_token: whether the label of a step stands at all of its tokens.
     """
 
     def __init__(
@@ -154,10 +156,11 @@ class SolutionBatches(PackedBatches):
         length: int,
         seed: int,
         pad_id: int,
+        every_token: bool = False,
     ):
         documents = [Encoded(one.tokens, one.response) for one in solutions]
         super().__init__(documents, batch_size=batch_size, length=length, seed=seed, pad_id=pad_id)
-        self._solutions = solutions
+        self._solutions, self._every_token = solutions, every_token
 
     def _collate(self, item: list[list[int]]) -> Arrays:
         batch = super()._collate(item)
@@ -170,6 +173,11 @@ class SolutionBatches(PackedBatches):
             for member in members:
                 one = self._solutions[member]
                 labels[row, start + one.ends] = one.labels
+                if self._every_token:
+                    begins = int(np.argmax(one.response))
+                    lengths = np.diff(one.ends, prepend=begins - 1)
+                    said = slice(start + begins, start + len(one.tokens))
+                    labels[row, said] = np.repeat(one.labels, lengths)
                 right[row, start : start + len(one.tokens)] = one.right
                 start += len(one.tokens)
         return batch | {"labels": labels, "right": right}

@@ -48,11 +48,15 @@ class ProcessRewardConfig:
     Attributes:
       supervision: "process", a class of each step; or "outcome", one for all tokens of a solution.
       neutral: whether a neutral step counts as right, "positive", or not, "negative", in a score.
+      every_token: whether a PRM is asked for the label of a step at all of its tokens, as an ORM is
+        for the outcome, or only at the last one (Lightman et al. 2023). It is scored at the last one
+        either way; the others are many times as many labels, and show it where a step goes wrong.
       tokens: texts of the label tokens: wrong, neutral, right; one token each.
     """
 
     supervision: str = PROCESS
     neutral: str = "positive"
+    every_token: bool = False
     tokens: tuple[str, ...] = ("-", "?", "+")
 
     def __post_init__(self):
