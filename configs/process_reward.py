@@ -42,6 +42,7 @@ def _quickstart() -> ConfigDict:
     config.loss.neutral = "positive"  # how a neutral step counts in a score, or "negative"
     # Whether the label of a step is asked at all of its tokens, or, as in the paper, at the last.
     config.loss.every_token = True
+    config.loss.lm_coef = 1.0  # weight of the LM loss on solutions that are right in every step
     config.loss.tokens = ("-", "?", "+")  # what is said of a step: wrong, neutral, right
     config.train = ConfigDict()
     config.train.steps = 800  # updates

@@ -136,6 +136,7 @@ class SolutionBatches(PackedBatches):
 
       labels   [B, T] int32   class of the step that ends with the token, or `UNRATED`; with
                               `every_token` of the step that the token is in
+      traced   [B, T] bool    tokens of solutions that are right, and no step of which is wrong
       right    [B, T] float32 whether the final answer of the token's solution is right; NaN where
                               nobody knows, and on padding
 
@@ -166,7 +167,7 @@ class SolutionBatches(PackedBatches):
         batch = super()._collate(item)
         shape = batch["tokens"].shape
         labels = np.full(shape, UNRATED, np.int32)
-        right = np.full(shape, np.nan, np.float32)
+        right, traced = np.full(shape, np.nan, np.float32), np.zeros(shape, bool)
         filler: list[list[int]] = [[]] * (self._shape.rows - len(item))
         for row, members in enumerate(self._mine(item + filler)):
             start = 0
@@ -179,5 +180,7 @@ class SolutionBatches(PackedBatches):
                     said = slice(start + begins, start + len(one.tokens))
                     labels[row, said] = np.repeat(one.labels, lengths)
                 right[row, start : start + len(one.tokens)] = one.right
+                faultless = one.right == 1.0 and (one.labels > 0).all()
+                traced[row, start : start + len(one.tokens)] = one.response & faultless
                 start += len(one.tokens)
-        return batch | {"labels": labels, "right": right}
+        return batch | {"labels": labels, "right": right, "traced": traced}

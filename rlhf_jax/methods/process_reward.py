@@ -25,10 +25,11 @@ from rlhf_jax.data.step_labels import (
     encode_whole_prompt,
 )
 from rlhf_jax.data.templates import ChatTokenizer
-from rlhf_jax.losses import outcome_loss, step_label_loss, step_scores
+from rlhf_jax.losses import language_model_loss, outcome_loss, step_label_loss, step_scores
 from rlhf_jax.losses.process import NEGATIVE, POSITIVE
 from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
 from rlhf_jax.methods.search import Partial
+from rlhf_jax.models.heads import log_probs_of
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.rollouts.answers import buckets_to
 from rlhf_jax.runtime import distributed
@@ -49,18 +50,22 @@ class ProcessRewardConfig:
       supervision: "process", a class of each step; or "outcome", one for all tokens of a solution.
       neutral: whether a neutral step counts as right, "positive", or not, "negative", in a score.
       every_token: whether a PRM is asked for the label of a step at all of its tokens, as an ORM is
-        for the outcome, or only at the last one (Lightman et al. 2023). It is scored at the last one
-        either way; the others are many times as many labels, and show it where a step goes wrong.
+        for the outcome, or only at the last one (Lightman et al. 2023). It is scored at the last
+        one either way; the others are many times as many labels.
+      lm_coef: weight of the language-model loss on solutions that are right in every step; 0 is
+        off. Who is to see an error has to know what is right (Cobbe et al. 2021, section 4.2, train
+        both at once).
       tokens: texts of the label tokens: wrong, neutral, right; one token each.
     """
 
     supervision: str = PROCESS
     neutral: str = "positive"
     every_token: bool = False
+    lm_coef: float = 0.0
     tokens: tuple[str, ...] = ("-", "?", "+")
 
     def __post_init__(self):
-        check(self, supervision=SUPERVISIONS, neutral=NEUTRALS)
+        check(self, supervision=SUPERVISIONS, neutral=NEUTRALS, lm_coef="[0, 1e6]")
         if len(self.tokens) != RATINGS or len(set(self.tokens)) != RATINGS:
             raise ValueError(
                 f"loss.tokens={self.tokens} must be {RATINGS} different texts: wrong, neutral, "
@@ -140,6 +145,7 @@ def prepare(batch: dict[str, jax.Array], *, config: ProcessRewardConfig) -> dict
     return batch | {
         "trained": trained,
         "weights": reduction_weights("token_mean", trained),
+        "lm_weights": reduction_weights("token_mean", batch["traced"][:, 1:]),
     }
 
 
@@ -150,7 +156,7 @@ def loss_fn(
     config: ProcessRewardConfig,
     token_ids: tuple[int, ...],
 ) -> tuple[jax.Array, dict]:
-    """Mean over labelled steps of −log p(label), or over tokens of the outcome loss.
+    """Mean over labelled steps of −log p(label), or over tokens of the outcome loss; see the config.
 
     Args:
       model: the language model.
@@ -158,7 +164,8 @@ def loss_fn(
       config: which of both.
       token_ids: of the labels, three.
     """
-    logits = class_logits(model, model(batch["tokens"], batch["segments"]), token_ids)
+    hidden = model(batch["tokens"], batch["segments"])
+    logits = class_logits(model, hidden, token_ids)
     trained, weights = batch["trained"], batch["weights"]
     if config.supervision == PROCESS:
         losses = step_label_loss(logits, batch["labels"], where=trained)
@@ -172,7 +179,13 @@ def loss_fn(
         correct = (z > 0) == (right > 0.5)
     loss = weighted_sum(losses, weights)
     accuracy = weighted_sum(jnp.where(trained, correct, False).astype(jnp.float32), weights)
-    return loss, {"loss/step_labels": loss, "steps/accuracy": accuracy}
+    metrics = {"loss/step_labels": loss, "steps/accuracy": accuracy}
+    if not config.lm_coef:
+        return loss, metrics
+    log_probs, _ = log_probs_of(model, hidden[:, :-1], batch["tokens"][:, 1:])
+    nll = language_model_loss(log_probs, where=batch["traced"][:, 1:], per_token=True)
+    metrics["loss/lm"] = weighted_sum(nll, batch["lm_weights"])
+    return loss + config.lm_coef * metrics["loss/lm"], metrics
 
 
 def make_step(
