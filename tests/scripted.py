@@ -40,6 +40,17 @@ class Record:
 
 
 @flax.struct.dataclass
+class First:
+    """A cache: the first token of each row, `[B]`."""
+
+    token: jax.Array
+
+    def branched(self, times, at):
+        del at
+        return First(jnp.repeat(self.token, times))
+
+
+@flax.struct.dataclass
 class Scripted:
     """Says `scripts[first token, position]`, or with the same chance `others` of the same place.
 
@@ -68,14 +79,14 @@ class Scripted:
         del cache_length
         jax.debug.callback(self.record, tokens, mask)
         first = tokens[jnp.arange(len(tokens)), jnp.argmax(mask, axis=1)]
-        return self._next(first, mask.sum(1)), first
+        return self._next(first, mask.sum(1)), First(first)
 
     def rope(self, positions):
         return positions
 
     def decode_step(self, tokens, rope, slot, cache, layer_weights=()):
         del tokens, slot, layer_weights
-        return self._next(cache, rope + 1), cache
+        return self._next(cache.token, rope + 1), cache
 
     def logits(self, hidden):
         return hidden

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from benchmarks import cases, driver, flops, growth, peers, table
+from benchmarks import cases, driver, flops, growth, peers, shared_prefill, table
 from benchmarks.workers import ours
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import Transformer
@@ -160,3 +160,16 @@ def test_the_growth_plot_shows_every_point(tmp_path, monkeypatch):
     assert sorted(n for line in drawn for n in line if n != 1.0) == sorted(
         p["tokens"] / 2 for p in points for _ in ("ours", "torch")
     )
+
+
+@pytest.mark.slow
+def test_samples_of_a_prompt_are_timed_with_both_ways_to_read_it(capsys):
+    shared_prefill.main(["--cases", "tiny", "--repeats", "1"])
+    head, _, row = capsys.readouterr().out.strip().splitlines()
+    found = dict(
+        zip(*([cell.strip() for cell in r.split("|")[1:-1]] for r in (head, row)), strict=True)
+    )
+    assert found["case"] == "tiny"
+    assert float(found["apart, s"]) > 0 < float(found["together, s"])
+    made = shared_prefill.sides("tiny")
+    assert made["together"][1] < made["apart"][1]

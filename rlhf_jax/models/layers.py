@@ -171,18 +171,48 @@ def project_qkv(x: jax.Array, w, cos: jax.Array, sin: jax.Array, config: ModelCo
     return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
 
-def attend_cached(q_BNH, k_BKSH, v_BKSH, mask_BS) -> jax.Array:
+def attend_cached(q_BNH, k_BKSH, v_BKSH, mask_BS, shared=None) -> jax.Array:
     """One query per sequence against a cache; heads stand before time, so that rows are contiguous.
 
-    Returns `[B, N * H]`. Scores and softmax are float32.
+    Args:
+      q_BNH: queries.
+      k_BKSH: keys.
+      v_BKSH: values.
+      mask_BS: True on real keys.
+      shared: keys, values and mask of C sequences, each of them seen by B / C adjacent rows before
+        their own. They are read once for all of these.
+
+    Returns:
+      `[B, N * H]`. Scores and softmax are float32.
     """
     B, N, H = q_BNH.shape
     K = k_BKSH.shape[1]
     q_BKGH = q_BNH.reshape(B, K, N // K, H)
     scores = jnp.einsum("bkgh,bksh->bkgs", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
+    if shared is not None:
+        k_CKPH, v_CKPH, mask_CP = shared
+        C, P = mask_CP.shape
+        q_CRKGH = q_BKGH.reshape(C, B // C, K, N // K, H)
+        before = jnp.einsum(
+            "crkgh,ckph->crkgp", q_CRKGH, k_CKPH, preferred_element_type=jnp.float32
+        )
+        scores = jnp.concatenate([before.reshape(B, K, N // K, P), scores], axis=-1)
+        mask_BS = jnp.concatenate([each_repeated(mask_CP, B // C), mask_BS], axis=-1)
     scores = jnp.where(mask_BS[:, None, None, :], scores / math.sqrt(H), jnp.float32(-1e30))
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
-    return jnp.einsum("bkgs,bksh->bkgh", weights, v_BKSH).reshape(B, N * H)
+    if shared is None:
+        return jnp.einsum("bkgs,bksh->bkgh", weights, v_BKSH).reshape(B, N * H)
+    of_shared = weights[..., :P].reshape(C, B // C, K, N // K, P)
+    attended = jnp.einsum("crkgp,ckph->crkgh", of_shared, v_CKPH).reshape(B, N * H)
+    own = jnp.einsum("bkgs,bksh->bkgh", weights[..., P:], v_BKSH)
+    return attended + own.reshape(B, N * H)
+
+
+def each_repeated(x: jax.Array, times: int) -> jax.Array:
+    """Every row of `x [B, ...]` `times` times in a row, as `data.batches.each_repeated` does it."""
+    # Not `jnp.repeat`: a broadcast is split over devices as its rows are.
+    copies = jnp.broadcast_to(x[:, None], (x.shape[0], times, *x.shape[1:]))
+    return copies.reshape(-1, *x.shape[1:])
 
 
 def mlp(x: jax.Array, w) -> jax.Array:

@@ -260,7 +260,8 @@ class Transformer(nnx.Module):
         Args:
           tokens: `[B]` int32.
           rope: From `rope`, for the position of each token within its sequence `[B]`.
-          slot: scalar int32, the cache index to write, the same for all sequences.
+          slot: scalar int32, the cache index to write, the same for all sequences; of a branched
+            cache the index among the rows' own positions.
           cache: The cache; its buffers are reused when the caller donates or loops over it.
           layer_weights: `layers.each()`, for a caller that takes the layers apart once, outside of
             its loop; empty takes them apart here.
@@ -272,7 +273,7 @@ class Transformer(nnx.Module):
         cos, sin = rope
         mask = cache.mask.at[:, slot].set(True)
         x_BD = self._embedding()[tokens]
-        keys, values = list(cache.keys), list(cache.values)
+        keys, values, shared = list(cache.keys), list(cache.values), cache.shared
         # Unrolled: with the cache as scan inputs and outputs XLA would copy it at every token.
         for i in range(config.num_layers):
             w = gathered(layer_weights[i] if layer_weights else self.layers.layer(i))
@@ -280,12 +281,13 @@ class Transformer(nnx.Module):
             q_BNH, k_BKH, v_BKH = layers.project_qkv(h, w, cos, sin, config)
             keys[i] = keys[i].at[:, :, slot].set(k_BKH)
             values[i] = values[i].at[:, :, slot].set(v_BKH)
-            attended = layers.attend_cached(q_BNH, keys[i], values[i], mask)
+            before = shared and (shared.keys[i], shared.values[i], shared.mask)
+            attended = layers.attend_cached(q_BNH, keys[i], values[i], mask, before)
             x_BD = x_BD + attended @ w.o[...]
             h = layers.rms_norm(x_BD, w.mlp_norm[...], config.norm_eps)
             x_BD = x_BD + layers.mlp(h, w)
         hidden = layers.rms_norm(x_BD, self.final_norm[...], config.norm_eps)
-        return hidden, KVCache(keys=tuple(keys), values=tuple(values), mask=mask)
+        return hidden, KVCache(tuple(keys), tuple(values), mask, shared)
 
 
 def first_layers(model: Transformer, count: int) -> Transformer:

@@ -15,13 +15,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import entropy, select_log_probs
+from rlhf_jax.models.layers import each_repeated
 from rlhf_jax.models.transformer import KVCache, LayerWeights, Rope, Transformer
 from rlhf_jax.rollouts import sampling
 from rlhf_jax.runtime.settings import check
@@ -149,7 +150,8 @@ def generate(
     cache is as long as this shape needs.
 
     Several samples of a prompt are those of a batch in which it stands as many times, from the
-    same key and up to rounding; but the model reads the prompt once. A row without any prompt
+    same key and up to rounding; but the model reads the prompt once, and holds its keys and values
+    once. A row without any prompt
     token fills up a batch: nothing is drawn for it, and it counts as ended.
 
     Args:
@@ -172,10 +174,13 @@ def generate(
     if samples < 1:
         raise ValueError(f"samples={samples} must be at least 1")
     prompt_length, length = prompts.shape[1], config.max_new_tokens
-    prefilled = model.prefill(prompts, prompt_mask, cache_length=prompt_length + length)
-    (hidden, cache), prompts, prompt_mask = _each_repeated(
-        (prefilled, prompts, prompt_mask), samples
-    )
+    hidden, cache = model.prefill(prompts, prompt_mask, cache_length=prompt_length + length)
+    first_slot = prompt_length
+    if samples > 1:
+        cache, first_slot = cache.branched(samples, at=prompt_length), 0
+        hidden, prompts, prompt_mask = (
+            each_repeated(x, samples) for x in (hidden, prompts, prompt_mask)
+        )
     batch = prompts.shape[0]
     real_prompt_tokens = prompt_mask.sum(axis=-1)
     penalized = config.repetition_penalty != 1.0
@@ -213,7 +218,7 @@ def generate(
             hidden, cache = model.decode_step(
                 carry.tokens[:, carry.step],
                 carry.rope,
-                prompt_length + carry.step,
+                first_slot + carry.step,
                 carry.cache,
                 layer_weights,
             )
@@ -250,14 +255,3 @@ def generate(
         entropies=carry.entropies,
         ended=carry.ended,
     )
-
-
-def _each_repeated(tree: Any, times: int) -> Any:
-    """Every row of every array `times` times in a row, as `data.batches.each_repeated` does it."""
-
-    def leaf(x: jax.Array) -> jax.Array:
-        # Not `jnp.repeat`: a broadcast is split over devices as its rows are.
-        copies = jnp.broadcast_to(x[:, None], (x.shape[0], times, *x.shape[1:]))
-        return copies.reshape(-1, *x.shape[1:])
-
-    return tree if times == 1 else jax.tree.map(leaf, tree)

@@ -127,6 +127,13 @@ def test_results_stand_in_the_order_of_what_was_asked():
         [True] * 2,
         *[[False] * 2] * 4,
     ]
+    # Each is judged with the steps before it.
+    two = [Partial(0, steps("= 15 - 4\n")), Partial(0, steps("= 16 - 4\n"))]
+    judged = policy(is_final=lambda text: text.startswith("= 15"))(two, 2)
+    assert [[step.ends for step in of_partial] for of_partial in judged] == [
+        [True] * 2,
+        [False] * 2,
+    ]
 
 
 def test_draws_differ_and_repeat_from_their_key():

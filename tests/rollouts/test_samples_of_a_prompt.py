@@ -97,12 +97,13 @@ def test_samples_on_eight_devices_are_those_on_one():
     assert eight.tokens.sharding.spec[0] == "data"
     assert np.array_equal(one.tokens, eight.tokens)
     tiny.close(one.log_probs, eight.log_probs)
-    # The cache of a device's prompts is repeated there: no device sees the cache of all rows.
-    rows, width = 8 * SAMPLES, tiny.PROMPT + tiny.RESPONSE
-    heads, size = model.config.num_kv_heads, model.config.head_dim
-    assert f"f32[{rows},{heads},{width},{size}]" in programs[0]
-    assert f"f32[{rows},{heads},{width},{size}]" not in programs[1]
-    assert f"f32[{rows // 8},{heads},{width},{size}]" in programs[1]
+    # Every device has the responses of its own rows, and nobody has keys of a prompt for each.
+    rows, heads, size = 8 * SAMPLES, model.config.num_kv_heads, model.config.head_dim
+    own, whole = tiny.RESPONSE, tiny.PROMPT + tiny.RESPONSE
+    assert f"f32[{rows},{heads},{own},{size}]" in programs[0]
+    assert f"f32[{rows},{heads},{own},{size}]" not in programs[1]
+    assert f"f32[{rows // 8},{heads},{own},{size}]" in programs[1]
+    assert not any(f"[{rows},{heads},{whole},{size}]" in program for program in programs)
 
 
 def test_no_sample_is_refused():
