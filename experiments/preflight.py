@@ -152,8 +152,9 @@ def open_settings(config: ConfigDict) -> Any:
 
 
 def model_sizes(settings: Any, name: str = "") -> ModelConfig:
-    """Sizes of the run's models: from `name`, from the files of the model that it begins with, or
-    from the settings of SFT, its own or those of its scale.
+    """Sizes of the run's models: from a name, from files, or from the settings of SFT.
+
+    Files are those of the model that the run begins with, settings its own or those of its scale.
 
     Raises:
       ValueError: they are not found anywhere; says what to pass.
@@ -188,8 +189,7 @@ def _sft_stage(settings: Any) -> sft.Settings:
 
 
 def examine(settings: Any, topology: Topology, model: str = "") -> Verdict:
-    """Compiles all programs, and then those that work in microbatches with other numbers of these;
-    prints each as it is done."""
+    """Compiles all programs, then those in microbatches with others; prints each once done."""
     run = make_run(settings, topology, model)
     verdict = compile_all(run, topology)
     return dataclasses.replace(

@@ -31,8 +31,8 @@ class Trial:
 
 
 def search(first: Trial, counts: Sequence[int], attempt: Callable[[int], Trial]) -> list[Trial]:
-    """Goes from what the config asks for to twice the microbatch until it no longer fits, or to
-    half of it until it does.
+    """Doubles the microbatch that the config asks for until it no longer fits, or halves it until
+    it does.
 
     Where rows do not halve, the next number of microbatches that divides them is taken.
 

@@ -17,7 +17,13 @@ from rlhf_jax.methods.ppo_max import (
 )
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.preflight.programs import Program
-from rlhf_jax.preflight.run_shapes import RunShapes, tree_bytes, whole_row_counts
+from rlhf_jax.preflight.run_shapes import (
+    RunShapes,
+    language_shapes,
+    scalar_shapes,
+    tree_bytes,
+    whole_row_counts,
+)
 from rlhf_jax.rollouts.rollout import make_generate
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training import memory
@@ -54,7 +60,7 @@ class PPORun(RunShapes):
         self.config = config
         self.prompt_length, self.ptx_length = prompt_length, ptx_length
         self.rows, self.updates = config.train.rollout_batch, config.train.updates_per_iteration
-        language, scalar = self.language(), self.scalar()
+        language, scalar = language_shapes(sizes), scalar_shapes(sizes)
         self.reference, self.reward_model = self.frozen(language), self.frozen(scalar)
         optimizers, _ = make_optimizers(config)
         self.policy_step, self.critic_step = make_updates(config, sharding, optimizers)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import ScalarModel
-from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.models.transformer import Transformer, first_layers
 from rlhf_jax.preflight.programs import Program, placed
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training import memory
@@ -61,16 +61,6 @@ class RunShapes(abc.ABC):
     def notes(self) -> list[str]:
         """What a reader of the report should know of the shapes that were compiled."""
         return []
-
-    def language(self) -> Transformer:
-        """A language model, as shapes that lie nowhere."""
-        return jax.eval_shape(lambda: Transformer(self.sizes, jax.random.key(0)))
-
-    def scalar(self) -> ScalarModel:
-        """A language model with a scalar head, as shapes that lie nowhere."""
-        return jax.eval_shape(
-            lambda: ScalarModel(Transformer(self.sizes, jax.random.key(0)), jax.random.key(0))
-        )
 
     def trained(self, model: Any) -> Any:
         """A model that is loaded to be trained, where the loaders put it."""
@@ -141,6 +131,21 @@ class RunShapes(abc.ABC):
         """What a train state holds between two steps: all but the gradients."""
         held = memory.state_holdings(name, state, self.sharding)
         return [item for item in held if not item.name.endswith("/gradients")]
+
+
+def language_shapes(sizes: ModelConfig) -> Transformer:
+    """A language model, as shapes that lie nowhere."""
+    return jax.eval_shape(lambda: Transformer(sizes, jax.random.key(0)))
+
+
+def scalar_shapes(sizes: ModelConfig, layers: int = 0) -> ScalarModel:
+    """A scalar model on the first layers of a language model (0 is all), lying nowhere."""
+
+    def make() -> ScalarModel:
+        trunk = Transformer(sizes, jax.random.key(0))
+        return ScalarModel(first_layers(trunk, layers) if layers else trunk, jax.random.key(0))
+
+    return jax.eval_shape(make)
 
 
 def whole_row_counts(rows: int, devices: int) -> tuple[int, ...]:

@@ -25,9 +25,14 @@ from rlhf_jax.models import lora
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.models.lora import LoRAConfig, Tuning
-from rlhf_jax.models.transformer import Transformer, first_layers
 from rlhf_jax.preflight.programs import Program
-from rlhf_jax.preflight.run_shapes import RunShapes, tree_bytes, whole_row_counts
+from rlhf_jax.preflight.run_shapes import (
+    RunShapes,
+    language_shapes,
+    scalar_shapes,
+    tree_bytes,
+    whole_row_counts,
+)
 from rlhf_jax.rollouts.respond import make_evaluate
 from rlhf_jax.rollouts.rollout import SamplingConfig, make_generate
 from rlhf_jax.runtime.sharding import Sharding
@@ -169,7 +174,7 @@ class SFTRun(TuningRun):
         self.config = config
         super().__init__(
             "model",
-            _language(sizes),
+            language_shapes(sizes),
             sizes,
             sharding,
             adapters=adapters,
@@ -302,7 +307,7 @@ class RewardModelRun(PairRun):
         optimizer: OptimizerConfig,
     ):
         self.config = config
-        model = _scalar(sizes, layers)
+        model = scalar_shapes(sizes, layers)
         super().__init__(
             "model",
             model,
@@ -383,7 +388,7 @@ class DPORun(PairRun):
         self.prompt_length, self.answered = prompt_length, answered
         super().__init__(
             "policy",
-            _language(sizes),
+            language_shapes(sizes),
             sizes,
             sharding,
             train=train,
@@ -392,8 +397,8 @@ class DPORun(PairRun):
             adapters=adapters,
             optimizer=optimizer,
         )
-        self.reference = self.tuning.trunk or self.frozen(self.language())
-        self.reward_model = self.frozen(self.scalar())
+        self.reference = self.tuning.trunk or self.frozen(language_shapes(self.sizes))
+        self.reward_model = self.frozen(scalar_shapes(self.sizes))
 
     def complete(self, batch: Arrays) -> Arrays:
         """With the reference's log-probabilities of both sides."""
@@ -428,7 +433,9 @@ class DPORun(PairRun):
         model = self.model
         if self.tuning.trunk is not None and self.sizes.dtype == "float32":
             model = self.tuning.trunk  # the shapes of a merged model, see `Tuning.sampling_model`
-        ppo_max = memory.frozen_holding("PPO-max", self.frozen(self.language()), self.sharding)
+        ppo_max = memory.frozen_holding(
+            "PPO-max", self.frozen(language_shapes(self.sizes)), self.sharding
+        )
         beside = self.merged + ppo_max.per_device
         yield from self._read("evaluation", model, beside)
         generate = make_generate(self.sampling, eos_ids=(2,), pad_id=0)
@@ -509,17 +516,3 @@ def largest_pairs(train: PairTrainConfig, longest: int, devices: int) -> list[Ar
 
 def _document(length: int) -> Encoded:
     return Encoded(np.zeros(length, np.int32), np.ones(length, bool))
-
-
-def _language(sizes: ModelConfig) -> Transformer:
-    return jax.eval_shape(lambda: Transformer(sizes, jax.random.key(0)))
-
-
-def _scalar(sizes: ModelConfig, layers: int) -> ScalarModel:
-    """A scalar model on the first layers of a language model; 0 is all of them."""
-
-    def make() -> ScalarModel:
-        trunk = Transformer(sizes, jax.random.key(0))
-        return ScalarModel(first_layers(trunk, layers) if layers else trunk, jax.random.key(0))
-
-    return jax.eval_shape(make)
