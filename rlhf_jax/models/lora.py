@@ -184,9 +184,9 @@ def make_merge(model: Any) -> tuple[Callable[..., dict[str, jax.Array]], dict[st
     if isinstance(model, ScalarModel):
         return make_merge(model.trunk)
     lowered = _low_rank_weights(model)
-    places = tuple(
-        (name, getattr(weight.base[...], "sharding", None)) for name, weight in lowered.items()
-    )
+    # Shapes cannot be indexed: leaves are taken in place of `weight.base[...]`.
+    bases = {name: jax.tree.leaves(weight.base)[0] for name, weight in lowered.items()}
+    places = tuple((name, getattr(base, "sharding", None)) for name, base in bases.items())
     return _merging(places), lowered
 
 

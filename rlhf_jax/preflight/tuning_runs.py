@@ -100,8 +100,8 @@ class TuningRun(RunShapes):
         if self.tuning.trunk is None:
             return 0
         _, lowered = lora.make_merge(self.model)
-        bases = {name: weight.base[...] for name, weight in lowered.items()}
-        where = {name: base.sharding for name, base in bases.items()}
+        bases = [weight.base for weight in lowered.values()]
+        where = jax.tree.map(lambda x: x.sharding, bases)
         return memory.holding("merged", bases, where).per_device
 
     def holdings(self) -> list[memory.Holding]:
