@@ -136,19 +136,18 @@ STAGES = {
 }
 
 
-def open_settings(config: ConfigDict) -> Any:
-    """The typed settings of a config of one of `STAGES`.
+def stage_of(experiment: str | None) -> Stage:
+    """The stage of that name.
 
     Raises:
-      ValueError: a config of another experiment, or see `command.open_config`.
+      ValueError: none of `STAGES` has it.
     """
-    name = config.get("experiment")
-    if name not in STAGES:
+    if experiment not in STAGES:
         raise ValueError(
-            f"this is a config of {name!r}: the preflight compiles runs of {', '.join(STAGES)}; "
-            "give one of their configs, as in --config configs/sft.py:paper_en"
+            f"this is a config of {experiment!r}: the preflight compiles runs of "
+            f"{', '.join(STAGES)}; give one of their configs, such as configs/sft.py:paper_en"
         )
-    return command.open_config(name, config, STAGES[name].settings)
+    return STAGES[experiment]
 
 
 def model_sizes(settings: Any, name: str = "") -> ModelConfig:
@@ -315,7 +314,8 @@ def main(
     start = time.perf_counter()
     # Programs for other machines do not belong in this machine's cache.
     jax.config.update("jax_enable_compilation_cache", False)
-    settings = scale_batch(open_settings(config), factor)
+    name = config.get("experiment")
+    settings = scale_batch(command.open_config(name, config, stage_of(name).settings), factor)
     path = Path(out or f"{settings.workdir}/preflight-{topology.replace(':', '-')}.json")
     files.make_folder(path.parent)  # before the work
     verdict = examine(settings, parse_topology(topology), model)

@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from experiments import command, preflight
 from experiments import dpo as dpo_experiment
-from experiments import preflight
 from rlhf_jax.methods import dpo, reward_model, sft
 from rlhf_jax.preflight import verdict
 from rlhf_jax.preflight.programs import measure
@@ -31,9 +31,14 @@ def config_of(stage: str, argument: str):
     return importlib.import_module(f"configs.{stage}").get_config(argument)
 
 
+def settings_of(config):
+    name = config.experiment
+    return command.open_config(name, config, preflight.stage_of(name).settings)
+
+
 def run_of(stage: str, argument: str, topology=TOPOLOGY):
     """A run as shapes, on devices that are here."""
-    return preflight.make_run(preflight.open_settings(config_of(stage, argument)), topology)
+    return preflight.make_run(settings_of(config_of(stage, argument)), topology)
 
 
 class Recorder:
@@ -133,7 +138,7 @@ def test_the_forecast_is_what_xla_says_of_the_run(chain, monkeypatch, tmp_path, 
         length = function.longest()
         if recorder in ("train step", stage):
             config.data.max_length = length
-        run = preflight.make_run(preflight.open_settings(config), TOPOLOGY)
+        run = preflight.make_run(settings_of(config), TOPOLOGY)
         program = next(one for one in run.programs() if one.name == name)
         forecast = measure(dataclasses.replace(program, beside=0), TOPOLOGY)
         assert (forecast.held, forecast.peak) in function.peaks(length), name
@@ -228,7 +233,7 @@ def test_every_scale_is_known(monkeypatch, tmp_path):
     for stage in ("sft", "reward_model", "dpo"):
         for scale in importlib.import_module(f"configs.{stage}").SCALES:
             for topology in map(parse_topology, ("host:1", "host:8")):
-                settings = preflight.open_settings(config_of(stage, f"{scale},model.attention=xla"))
+                settings = settings_of(config_of(stage, f"{scale},model.attention=xla"))
                 run = preflight.make_run(settings, topology, "llama-7b" if "zh" in scale else "")
                 assert run.microbatch_counts[0] == 1
                 assert sum(item.per_device for item in run.holdings()) > 0
@@ -237,10 +242,10 @@ def test_every_scale_is_known(monkeypatch, tmp_path):
 
 def test_largest_batches_by_hand():
     """2,048 tokens: 8 pairs of 2 x 96 are 1,536, 16 of 2 x 64 all of them."""
-    train = preflight.open_settings(config_of("reward_model", "tiny")).train
+    train = settings_of(config_of("reward_model", "tiny")).train
     shapes = [batch["tokens"].shape for batch in largest_pairs(train, 96, 8)]
     assert shapes == [(8, 2, 96), (16, 2, 64)]
-    paper = preflight.open_settings(config_of("reward_model", "paper_en")).train
+    paper = settings_of(config_of("reward_model", "paper_en")).train
     assert [batch["tokens"].shape for batch in largest_pairs(paper, 2048, 8)] == [(168, 2, 2048)]
     # 168 pairs in 5 microbatches on 8 devices are filled up to 200.
     filled = largest_pairs(dataclasses.replace(paper, microbatches=5), 2048, 8)
@@ -260,7 +265,7 @@ def test_batches_are_scaled_in_every_stage():
         ("reward_model", ("max_tokens", "min_pairs", "max_pairs")),
         ("ppo_max", ("prompts_per_iteration", "minibatch")),
     ):
-        settings = preflight.open_settings(config_of(stage, "tiny"))
+        settings = settings_of(config_of(stage, "tiny"))
         scaled = preflight.scale_batch(settings, 3)
         for key in keys:
             assert getattr(scaled.train, key) == 3 * getattr(settings.train, key)
@@ -271,14 +276,14 @@ def test_other_configs_name_the_stages():
     config = config_of("sft", "tiny")
     config.experiment = "figures"
     with pytest.raises(ValueError, match="runs of sft, reward_model, dpo, ppo_max; give") as caught:
-        preflight.open_settings(config)
+        preflight.main(config, "host:1")
     assert "'figures'" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_sizes_of_a_run_from_scratch_are_its_own():
     """Those that the command line sets, not those of the scale."""
     with contextlib.chdir("/"):
-        settings = preflight.open_settings(config_of("sft", "tiny,sizes.num_layers=3"))
+        settings = settings_of(config_of("sft", "tiny,sizes.num_layers=3"))
         assert preflight.model_sizes(settings).num_layers == 3
-        chat = preflight.open_settings(config_of("dpo", "smollm2"))
+        chat = settings_of(config_of("dpo", "smollm2"))
         assert preflight.model_sizes(chat).vocab_size == 49_152
