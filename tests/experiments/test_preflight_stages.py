@@ -225,6 +225,10 @@ def test_adapters_hold_less_by_hand(stage):
     assert abs(adapted[f"{name}/moments"] - 2 * 4 * (ADAPTERS + head) // 8) <= 8 + whole
     assert f"{name}/master" not in adapted and "reference" not in adapted
     assert sum(adapted.values()) < 0.7 * sum(full.values())
+    # Beside it at the end: a copy of seven matrices in each layer.
+    merged = run_of(stage, f"{PAPER},lora.rank=8", parse_topology("host:8")).merged
+    assert merged == 2 * 32 * (4 * 4096 * 4096 + 3 * 4096 * 11_008)
+    assert run_of(stage, PAPER).merged == 0
 
 
 def test_every_scale_is_known(monkeypatch, tmp_path):
