@@ -180,7 +180,8 @@ def sequence_log_probs(model: Transformer, batch: dict[str, jax.Array]) -> jax.A
     return losses.sequence_log_prob(log_probs, where=trained[:, 1:]).reshape(pairs, 2)
 
 
-_sequence_log_probs = jax.jit(sequence_log_probs)
+# For pairs that are read and not learned from; one program for each shape of a batch.
+read_log_probs = jax.jit(sequence_log_probs)
 
 
 def log_probs_of_pairs(
@@ -197,7 +198,7 @@ def log_probs_of_pairs(
     log_probs = np.full((count, 2), np.nan, np.float32)
     for batch in batches:
         placed = sharding.put_batch({k: batch[k] for k in ("tokens", "segments", "loss_mask")})
-        values = np.asarray(_sequence_log_probs(model, placed))
+        values = np.asarray(read_log_probs(model, placed))
         log_probs[batch["index"][batch["valid"]]] = values[batch["valid"]]
     return log_probs
 

@@ -156,7 +156,7 @@ def loss_fn(
     config: ProcessRewardConfig,
     token_ids: tuple[int, ...],
 ) -> tuple[jax.Array, dict]:
-    """Mean over labelled steps of −log p(label), or over tokens of the outcome loss; see the config.
+    """Mean over labelled steps of −log p(label), or over tokens of the outcome loss.
 
     Args:
       model: the language model.

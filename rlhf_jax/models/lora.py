@@ -174,12 +174,20 @@ def merge(model: Any) -> Any:
     """
     if isinstance(model, ScalarModel):
         return _changed(model, trunk=merge(model.trunk))
-    lowered = _low_rank_weights(model)
-    places = tuple(
-        (name, getattr(weight.base[...], "sharding", None)) for name, weight in lowered.items()
-    )
-    weights = {name: nnx.Param(weight) for name, weight in _merging(places)(lowered).items()}
+    merged, lowered = make_merge(model)
+    weights = {name: nnx.Param(weight) for name, weight in merged(lowered).items()}
     return _changed(model, layers=_changed(model.layers, **weights))
+
+
+def make_merge(model: Any) -> tuple[Callable[..., dict[str, jax.Array]], dict[str, LowRank]]:
+    """The jitted function that `merge` calls, and its argument; the model may be shapes alone."""
+    if isinstance(model, ScalarModel):
+        return make_merge(model.trunk)
+    lowered = _low_rank_weights(model)
+    # Shapes cannot be indexed: leaves are taken in place of `weight.base[...]`.
+    bases = {name: jax.tree.leaves(weight.base)[0] for name, weight in lowered.items()}
+    places = tuple((name, getattr(base, "sharding", None)) for name, base in bases.items())
+    return _merging(places), lowered
 
 
 def _low_rank_weights(model: Transformer) -> dict[str, LowRank]:

@@ -26,6 +26,9 @@ class Program:
       steps: trip count of a loop whose end depends on the data: tokens to sample.
       weights: bytes of the parameters that the program updates; 0 for programs that update none.
       creates: its results, and not its arguments, stay on the devices.
+      beside: bytes of a device that are taken while it runs by what is neither its own nor there
+        between programs.
+      divided: it goes through its rows in microbatches.
     """
 
     name: str
@@ -36,6 +39,8 @@ class Program:
     steps: int = 1
     weights: int = 0
     creates: bool = False
+    beside: int = 0
+    divided: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Measured:
       name: name of the program.
       calls: how often an iteration runs it.
       held: bytes of it that are resident anyway: its arguments, or what it creates.
-      peak: bytes while it runs, its arguments included.
+      peak: bytes while it runs, its arguments and what is `beside` it included.
       flops: operations of matrix products.
       traffic: see `Program`.
       collectives: all of them.
@@ -55,6 +60,7 @@ class Measured:
       kernels: library kernels, and how often each runs.
       counted: whether the compiler states how often each loop runs, except the one of `Program`;
         if not, only the memory is known. TPU modules do not state it.
+      divided: see `Program`.
     """
 
     name: str
@@ -68,6 +74,7 @@ class Measured:
     weights: int = 0
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)
     counted: bool = True
+    divided: bool = False
 
     @property
     def extra(self) -> int:
@@ -107,7 +114,7 @@ def measure(program: Program, topology: Topology) -> Measured:
         calls=program.calls,
         held=memory.output_size_in_bytes if program.creates else arguments,
         # Temporaries are one allocation, so the sum is what is taken, even where less is in use.
-        peak=arguments + added,
+        peak=arguments + added + program.beside,
         flops=module.flops(),
         traffic=max(program.traffic, arguments),
         collectives=tuple(module.collectives()),
@@ -115,6 +122,7 @@ def measure(program: Program, topology: Topology) -> Measured:
         weights=program.weights,
         kernels=module.kernels(),
         counted=len(module.unknown_loops) <= (program.steps > 1),
+        divided=program.divided,
     )
 
 

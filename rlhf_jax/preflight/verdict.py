@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_jax.preflight.microbatches import Trial, largest
 from rlhf_jax.preflight.programs import Measured
 from rlhf_jax.preflight.topologies import Topology
 from rlhf_jax.training.memory import Holding, show
@@ -28,9 +29,12 @@ class Verdict:
       topology: the machine.
       mode: sharding mode.
       holdings: trees that stay on the devices between programs.
-      programs: all programs of an iteration.
-      samples: responses of an iteration.
+      programs: all programs of an iteration, or of an update.
+      samples: responses of an iteration, or rows or pairs of an update.
       layers: layers of the models: a loop with as many trips is the loop over layers.
+      counted_in: what the samples are, and what they are counted in.
+      notes: what should be known of the shapes that were compiled.
+      trials: numbers of microbatches that were tried.
     """
 
     topology: Topology
@@ -39,6 +43,9 @@ class Verdict:
     programs: tuple[Measured, ...]
     samples: int
     layers: int = 0
+    counted_in: tuple[str, str] = ("responses", "iteration")
+    notes: tuple[str, ...] = ()
+    trials: tuple[Trial, ...] = ()
 
     @property
     def resident(self) -> int:
@@ -53,6 +60,12 @@ class Verdict:
     def deciding(self) -> Measured:
         """The program with the highest peak."""
         return max(self.programs, key=self.peak)
+
+    def trial(self, count: int, rows: int) -> Trial:
+        """How these programs bear their number of microbatches, of `rows` each."""
+        divided = [program for program in self.programs if program.divided]
+        most = max(divided, key=self.peak)
+        return Trial(count, rows, self.peak(most), self.peak(most) - self.room, most.name)
 
     @property
     def room(self) -> int:
@@ -123,8 +136,20 @@ class Verdict:
             "peak_bytes": self.peak(self.deciding),
             "samples": self.samples,
             "counted": self.counted,
+            "counted_in": list(self.counted_in),
+            "notes": list(self.notes),
+            "microbatches": self._microbatches(),
             **(work if self.counted else {}),
             "programs": [self._program(program) for program in self.programs],
+        }
+
+    def _microbatches(self) -> dict[str, Any]:
+        """What was tried, and the largest microbatch that fits."""
+        tried = [dataclasses.asdict(one) | {"fits": one.fits} for one in self.trials]
+        best = largest(self.trials)
+        return {
+            "tried": tried,
+            "largest": None if best is None else {"count": best.count, "rows": best.rows},
         }
 
     def _program(self, program: Measured) -> dict[str, Any]:
@@ -159,6 +184,7 @@ def text(verdict: Verdict) -> str:
     """The report as text."""
     topology, chip = verdict.topology, verdict.topology.chip
     lines = [f"\n{topology.name}: {topology.size} devices of {show(chip.memory)}, {verdict.mode}"]
+    lines += [f"  {note}" for note in verdict.notes]
     lines.append("\nresident on each device")
     lines += _table((item.name, show(item.per_device)) for item in verdict.holdings)
     lines += _table([("together", show(verdict.resident))])
@@ -174,13 +200,31 @@ def text(verdict: Verdict) -> str:
             f"\nmemory only: the compiler for {chip.name} does not tell how often its loops run, "
             "so work, traffic and least times are not known"
         )
+    lines += _tried(verdict)
     lines.append(summary(verdict))
     return "\n".join(lines)
 
 
+def _tried(verdict: Verdict) -> list[str]:
+    """Numbers of microbatches that were tried, and the largest microbatch that fits."""
+    if not verdict.trials:
+        return []
+    lines = ["\nmicrobatches that were tried"]
+    for one in verdict.trials:
+        fits = f"fits, {show(-one.missing)} free"
+        fits = fits if one.fits else f"does not fit, {show(one.missing)} are missing"
+        number = f"{one.count} of {one.rows} {verdict.counted_in[0]}"
+        lines.append(f"  {number:<26} {show(one.peak):>10} in {one.program}: {fits}")
+    best = largest(verdict.trials)
+    found = "none of these"
+    if best is not None:
+        found = f"{best.rows} {verdict.counted_in[0]}, config.train.microbatches={best.count}"
+    return [*lines, f"  the largest microbatch that fits: {found}", ""]
+
+
 def _work(verdict: Verdict) -> list[str]:
     """What the programs compute and send, and how long that takes at least."""
-    topology = verdict.topology
+    topology, (samples, unit) = verdict.topology, verdict.counted_in
     lines = ["\npeak of each program, its work and its least time"]
     lines += [f"  {'':<26} {'peak':>10} {'TFLOP':>8} {'sent':>10} {'seconds':>8}  bound by"]
     for program in verdict.programs:
@@ -188,7 +232,7 @@ def _work(verdict: Verdict) -> list[str]:
         lines.append(
             f"  {program.name:<26} {show(verdict.peak(program)):>10} {program.flops / 1e12:>8.1f} "
             f"{show(program.sent):>10} {program.seconds(topology):>8.3f}  "
-            f"{max(bounds, key=bounds.__getitem__)}, {program.calls} an iteration"
+            f"{max(bounds, key=bounds.__getitem__)}, {program.calls} an {unit}"
         )
     lines.append("\ncollectives above 1 MiB")
     for program in verdict.programs:
@@ -210,7 +254,7 @@ def _work(verdict: Verdict) -> list[str]:
     reduced = verdict.gradient_all_reduces()
     lines.append("  all-reduces above 1 MiB: " + ("; ".join(reduced) if reduced else "none"))
     lines.append(
-        f"\nan iteration of {verdict.samples} responses takes at least {verdict.seconds:.1f} s: "
+        f"\nan {unit} of {verdict.samples} {samples} takes at least {verdict.seconds:.1f} s: "
         f"at most {verdict.samples / verdict.seconds:.1f} samples/s"
     )
     return lines

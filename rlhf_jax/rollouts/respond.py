@@ -52,6 +52,12 @@ class NoRewardModel:
         return jnp.zeros(tokens.shape[0], jnp.float32)
 
 
+def make_evaluate(sharding: Sharding, temperature: float) -> Callable[..., experience.Evaluation]:
+    """`evaluate(rollout, reference, reward_model)` of answers, jitted; there is no critic."""
+    evaluate = functools.partial(experience.evaluate, critic=None, temperature=temperature)
+    return jax.jit(sharding.bind(evaluate))
+
+
 class Respondent:
     """Lets policies answer a fixed list of prompts.
 
@@ -86,8 +92,7 @@ class Respondent:
         self._scored = reward_model is not None
         self._reward_model = reward_model if self._scored else NoRewardModel()
         self._sharding = sharding
-        evaluate = functools.partial(experience.evaluate, critic=None, temperature=temperature)
-        self._evaluate = jax.jit(sharding.bind(evaluate))
+        self._evaluate = make_evaluate(sharding, temperature)
 
     def __call__(self, policy: Any, key: jax.Array, count: int) -> Responses:
         """Samples one response for each of the first `count` prompts.

@@ -8,9 +8,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.preflight import topologies, verdict
+from rlhf_jax.preflight import microbatches, topologies, verdict
 from rlhf_jax.preflight.hlo import Collective, Module, byte_size
+from rlhf_jax.preflight.microbatches import Trial
 from rlhf_jax.preflight.programs import Measured, Program, measure
+from rlhf_jax.preflight.run_shapes import whole_row_counts
 from rlhf_jax.preflight.topologies import CHIPS, Topology, parse_topology
 from rlhf_jax.runtime.sharding import make_mesh
 from rlhf_jax.training.memory import Holding
@@ -262,3 +264,83 @@ def test_traffic_against_theory(mode, kinds, ratio):
     result = make_verdict(one, mode=mode)
     assert result.traffic(one)["ratio"] == pytest.approx(ratio)
     assert bool(result.gradient_all_reduces()) == ("all-reduce" in kinds)
+
+
+def trial(count: int, need: int) -> Trial:
+    """64 rows in so many microbatches, and the memory that these need more than there is."""
+    return Trial(count, 64 // count, 10 + need, need, "train step")
+
+
+def searched(current: int, counts: tuple[int, ...], least: int) -> list[int]:
+    """The numbers that are tried where `least` microbatches and more of them fit."""
+    tried = microbatches.search(
+        trial(current, least - current), counts, lambda count: trial(count, least - count)
+    )
+    return [one.count for one in tried]
+
+
+def test_the_search_goes_to_the_edge_and_no_further():
+    """From what fits to the first that does not, and from what does not to the first that does."""
+    counts = (1, 2, 4, 8, 16)
+    assert searched(16, counts, least=4) == [16, 8, 4, 2]
+    assert searched(1, counts, least=4) == [1, 2, 4]
+    assert searched(4, counts, least=1) == [4, 2, 1]
+    assert searched(4, counts, least=99) == [4, 8, 16]
+    assert searched(1, counts, least=1) == [1]
+
+
+def test_the_search_takes_divisors_where_rows_do_not_halve():
+    """21 rows for each device: 7, then 3, then 1."""
+    counts = whole_row_counts(168, 8)
+    assert counts == (1, 3, 7, 21)
+    assert searched(7, counts, least=1) == [7, 3, 1]
+    assert searched(3, counts, least=5) == [3, 7]
+    # A number that divides nothing, whose batch is filled up.
+    assert searched(5, counts, least=2) == [5, 1]
+
+
+def test_the_largest_of_those_that_fit():
+    tried = [trial(8, -4), trial(4, 0), trial(2, 1)]
+    assert microbatches.largest(tried).rows == 16
+    assert microbatches.largest([trial(2, 1)]) is None
+
+
+def test_only_programs_in_microbatches_are_tried():
+    """The one with the highest peak is another: its rows would stay the same."""
+    result = make_verdict(program("large"), program("step", peak=55 * 2**30, divided=True))
+    assert result.deciding.name == "large"
+    found = result.trial(4, 16)
+    assert (found.count, found.rows, found.program) == (4, 16, "step")
+    assert found.peak == 65 * 2**30 and found.missing == found.peak - result.room and found.fits
+
+
+def test_the_report_says_what_was_tried():
+    """In the words of the stage, as text and as JSON."""
+    trials = (trial(4, -(2**20)), trial(2, 2**20))
+    result = dataclasses.replace(
+        make_verdict(program()), counted_in=("pairs", "update"), notes=("as wide as a side",)
+    )
+    assert "microbatches that were tried" not in verdict.text(result)
+    result = dataclasses.replace(result, trials=trials)
+    text = verdict.text(result)
+    assert "an update of 12 pairs takes at least" in text and "2 an update" in text
+    assert "  as wide as a side\n" in text
+    assert "  4 of 16 pairs" in text and ": fits, 1.0 MiB free\n" in text
+    assert "  2 of 32 pairs" in text and ": does not fit, 1.0 MiB are missing\n" in text
+    assert "the largest microbatch that fits: 16 pairs, config.train.microbatches=4\n" in text
+    numbers = result.to_json()["microbatches"]
+    assert [one["fits"] for one in numbers["tried"]] == [True, False]
+    assert numbers["largest"] == {"count": 4, "rows": 16}
+    none = dataclasses.replace(result, trials=trials[1:])
+    assert "the largest microbatch that fits: none of these" in verdict.text(none)
+    assert none.to_json()["microbatches"]["largest"] is None
+
+
+def test_what_is_beside_a_program_counts():
+    """A merged model, say, that is neither its argument nor there between programs."""
+    double = jax.jit(lambda x: 2 * x)
+    one = Program("double", double, (jax.ShapeDtypeStruct((8,), jnp.float32),))
+    topology = Topology("host:1", CHIPS["host"], 1, 1)
+    alone = measure(one, topology)
+    beside = measure(dataclasses.replace(one, beside=1000), topology)
+    assert beside.extra == alone.extra + 1000 and beside.held == alone.held
