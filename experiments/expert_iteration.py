@@ -329,7 +329,8 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
         place = run.restore({"round": jnp.zeros((), jnp.int32)})
         before = world.measure(first, first, "validation")  # what win rates are against
         for number in run.steps():
-            metrics, measured = {}, before
+            metrics: dict[str, float] = {}
+            measured = before
             if number:
                 # Policy improvement: search by the policy of the round before.
                 last, its_folder = model_of(number - 1)

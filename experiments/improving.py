@@ -64,8 +64,15 @@ class World(Protocol):
       unit: what the units are, in words.
     """
 
-    metric: str
-    unit: str
+    @property
+    def metric(self) -> str:
+        """See the attributes."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """See the attributes."""
+        ...
 
     def improve(self, policy: Any, folder: str, number: int) -> Improvement:
         """Round `number` of search by a policy, whose weights lie in a folder."""

@@ -72,10 +72,10 @@ class PPORun(RunShapes):
         generate = functools.partial(
             make_generate, config.sampling, eos_ids=(2,), pad_id=0, sharding=sharding
         )
-        self.samples = config.train.samples_per_prompt
-        self.generate = generate(samples=self.samples)
+        self.per_prompt = config.train.samples_per_prompt
+        self.generate = generate(samples=self.per_prompt)
         # Evaluations ask as many prompts as there are responses, each once.
-        self.generate_once = self.generate if self.samples == 1 else generate()
+        self.generate_once = self.generate if self.per_prompt == 1 else generate()
         self.score = make_score(config, sharding)
         self.rollout, self.experience = self._data()
 
@@ -98,7 +98,7 @@ class PPORun(RunShapes):
 
     def _data(self) -> tuple[Any, Any]:
         """A rollout and its experience."""
-        prompts = self.prompts(self.rows // self.samples, self.prompt_length)
+        prompts = self.prompts(self.rows // self.per_prompt, self.prompt_length)
         rollout = jax.eval_shape(self.generate, self.policy.model, *prompts)
         rollout = self.with_rows(rollout, self.rows)
         experience, _ = jax.eval_shape(self.score, *self._score_arguments(rollout))
@@ -127,10 +127,11 @@ class PPORun(RunShapes):
         yield self.create(name, state.model, self._optimizers[name])
         tokens = self.config.sampling.max_new_tokens
         traffic = self.sampled_traffic(self.policy.model, self.rows, self.prompt_length, tokens)
-        for name, generate, model, samples, calls in (
-            ("generate", self.generate, self.policy.model, self.samples, 1),
+        sampling: tuple[tuple[str, Any, Any, int, int], ...] = (
+            ("generate", self.generate, self.policy.model, self.per_prompt, 1),
             ("generate (reference)", self.generate_once, self.reference, 1, 0),
-        ):
+        )
+        for name, generate, model, samples, calls in sampling:
             prompts = self.prompts(self.rows // samples, self.prompt_length)
             yield Program(name, generate, (model, *prompts), calls, traffic, steps=tokens - 1)
         yield Program("score", self.score, self._score_arguments(self.rollout), divided=True)

@@ -139,9 +139,7 @@ def filled(prompts: Sequence[EncodedPrompt], length: int, size: int, pad_id: int
     return pad_prompts([*prompts, *[empty] * (size - len(prompts))], length, pad_id=pad_id)
 
 
-def texts_after(
-    tokenizer: Any, before: Sequence[Sequence[int]], drawn: Sequence[Sequence[int]]
-) -> list[str]:
+def texts_after(tokenizer: Any, before: Sequence[Any], drawn: Sequence[Any]) -> list[str]:
     """Texts of tokens that follow others, without special tokens.
 
     Decoded alone, the first of them would lose its leading space with some tokenizers.
