@@ -367,6 +367,14 @@ def task(source: str = "reviews") -> ConfigDict:
     return data
 
 
+def problems(source: str) -> ConfigDict:
+    """The same of experiments that read problems or labelled solutions: no review is among them."""
+    data = task(source)
+    for key in ("domains", "half", "instruction"):
+        del data[key]
+    return data
+
+
 def half(config: ConfigDict) -> None:
     """The variant `half`: the half of the rated texts that the gold reward model never sees.
 

@@ -39,7 +39,7 @@ def _quickstart() -> ConfigDict:
     config.samples.rows = 512  # the most that are drawn at a time
     config.sampling = common.sampling(96)
     config.improve = ConfigDict()
-    config.improve.rounds = 3
+    config.improve.rounds = 3  # of search and fine-tuning
     # What is kept: "final_answer", "all_right", "orm", "prm" or "control"; of other prompts
     # "reward_model".
     config.improve.method = "final_answer"
@@ -56,7 +56,7 @@ def _quickstart() -> ConfigDict:
     config.optimizer = common.optimizer(5e-4, "cosine", warmup_fraction=0.1, b2=0.98)
     config.optimizer.weight_decay = 0.1
     config.eval = ConfigDict()
-    config.eval.samples = 8  # attempts at each held-out problem; other prompts have one answer
+    config.eval.attempts = 8  # attempts at each held-out problem; other prompts have one answer
     config.judges = ()  # of answers to other prompts; () asks the task
     return config
 
@@ -68,7 +68,7 @@ def _tiny() -> ConfigDict:
     config.sampling.max_new_tokens = 48
     config.improve.update(rounds=2, max_steps=3)
     config.train.update(steps=2, epochs=0.0, minibatch=8, microbatches=2, row_length=96)
-    config.eval.samples = 2
+    config.eval.attempts = 2
     return config
 
 
@@ -80,7 +80,7 @@ def _smollm2() -> ConfigDict:
     config.sampling.max_new_tokens = 160
     config.improve.rounds = 1
     config.train.update(minibatch=8, row_length=320)
-    config.eval.samples = 2
+    config.eval.attempts = 2
     config.lora.rank = 8
     config.optimizer.update(learning_rate=1e-3, weight_decay=0.0)
     return config
@@ -120,7 +120,7 @@ UNREAD = (
     Unread("inputs.scorer", unless="improve.method", is_=among("orm", "prm", "reward_model")),
     Unread("improve.max_steps", unless="improve.method", is_=among("prm")),
     Unread("judges", unless="improve.method", is_=among("reward_model")),
-    Unread("eval.samples", unless="improve.method", is_=no("reward_model")),
+    Unread("eval.attempts", unless="improve.method", is_=no("reward_model")),
 )
 
 

@@ -24,7 +24,7 @@ def _quickstart() -> ConfigDict:
     config.inputs = ConfigDict()
     config.inputs.policy = ""  # writes the solutions, and is trained on; empty is the SFT model
     config.inputs.build = True  # run the stage before where its model is missing
-    config.data = common.task("arithmetic")
+    config.data = common.problems("arithmetic")
     config.data.max_length = 128  # tokens of a problem with a solution
     config.data.problems = 6_000  # to train on; of labelled solutions, how many of these
     config.data.validation_problems = 100  # held out, for the curves

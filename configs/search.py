@@ -23,7 +23,7 @@ def _quickstart() -> ConfigDict:
     config.inputs.prm = ""  # model folder of a process reward model; empty is ours
     config.inputs.orm = ""  # model folder of an outcome reward model; empty is ours
     config.inputs.build = True  # run the stages before where their models are missing
-    config.data = common.task("arithmetic")
+    config.data = common.problems("arithmetic")
     config.data.max_length = 128  # tokens of a problem with a solution
     config.data.test_problems = 300  # held out
     config.samples = ConfigDict()

@@ -93,12 +93,12 @@ class ImproveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AttemptsConfig:
-    """How a policy is measured: `samples` attempts at each held-out problem."""
+    """How a policy is measured: so many attempts at each held-out problem."""
 
-    samples: int
+    attempts: int
 
     def __post_init__(self):
-        check(self, samples="[1, inf)")
+        check(self, attempts="[1, inf)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,7 +236,7 @@ def make_world(settings: Settings, solver: Solver, scorer_folder: str, sharding:
         scorer,
         settings.samples.per_problem,
         improve.max_steps,
-        settings.eval.samples,
+        settings.eval.attempts,
         settings.seed,
     )
 

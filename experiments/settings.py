@@ -124,10 +124,10 @@ class DataConfig:
     """What a run reads: the keys that every experiment has, see `rlhf_jax.tasks`."""
 
     source: str
-    domains: tuple[str, ...]
-    half: str
+    domains: tuple[str, ...] = ()
+    half: str = ""
     limit: int
-    instruction: str
+    instruction: str = ""
 
     def __post_init__(self):
         check(self, limit="[0, inf)")

@@ -303,15 +303,8 @@ def load_scorer(
     Raises:
       ValueError: the folder lies in no run of `experiments.process_reward`.
     """
-    config = Path(folder).parent / "config.json"
-    record = read_config(config)["config"] if config.exists() else {}
-    if record.get("experiment") != "process_reward":
-        raise ValueError(
-            f"{folder} is no model of experiments.process_reward: what its label tokens are is not "
-            "known"
-        )
     stages.check_lengths({"data.max_length": max_length}, folder)
-    method = typed(ProcessRewardConfig, record["loss"])
+    method = learned_by(folder)
     return StepScorer(
         stages.load_policy(folder, settings.model, sharding, frozen=True),
         stages.load_tokenizer(folder, date=folders.date(settings.workdir)),
@@ -320,6 +313,22 @@ def load_scorer(
         config=dataclasses.replace(method, neutral=neutral or method.neutral),
         max_length=max_length,
     )
+
+
+def learned_by(folder: str) -> ProcessRewardConfig:
+    """What a model of `experiments.process_reward` learned, as its run noted.
+
+    Raises:
+      ValueError: the folder lies in no such run.
+    """
+    config = Path(folder).parent / "config.json"
+    record = read_config(config)["config"] if config.exists() else {}
+    if record.get("experiment") != "process_reward":
+        raise ValueError(
+            f"{folder} is no model of experiments.process_reward: what its label tokens are is not "
+            "known"
+        )
+    return typed(ProcessRewardConfig, record["loss"])
 
 
 def logged_rounds(workdir: Path, count: int) -> list[dict[str, float]]:

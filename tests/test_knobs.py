@@ -38,6 +38,9 @@ SHORT = {
     "reward_model": ("train.steps=2", "eval.every=1"),
     "ppo_max": ("train.iterations=2", "eval.every=1"),
     "dpo": ("train.steps=2", "eval.every=1"),
+    "process_reward": ("train.steps=2", "eval.every=1"),
+    "search": ("search.seeds=1",),
+    "expert_iteration": ("improve.rounds=1",),
 }
 
 # Keys that are refused at `tiny`, and a run that reads them.
@@ -51,7 +54,15 @@ READ_IN = {
     "ppo.entropy_max": {"ppo_max": "entropy"},
     "kl.horizon": {"ppo_max": "adaptive_kl"},
     "advantage.k": {"ppo_max": "k_step"},
-    "train.epochs": {"sft": "train.steps=0,train.epochs=2.0"},
+    "train.epochs": {
+        "sft": "train.steps=0,train.epochs=2.0",
+        "expert_iteration": "train.steps=0,train.epochs=2.0",
+    },
+    "labels.*": {"process_reward": "rollouts"},
+    "inputs.scorer": {"expert_iteration": "orm"},
+    "improve.max_steps": {"expert_iteration": "prm"},
+    "judges": {"expert_iteration": "reviews"},
+    "data.[dhi]*": {"expert_iteration": "reviews"},
 }
 
 # Values that make sense where half of a number does not, or is the same to a run so short.
@@ -98,6 +109,15 @@ OTHER: dict[str, Any] = {
     "*optimizer.schedule": "constant",
     "*optimizer.warmup_fraction": 0.5,
     "inputs.policy_variant": "pretrain",
+    "labels.method": "rollouts",
+    "labels.above": 0.5,
+    "loss.supervision": "outcome",
+    "*.neutral": "negative",
+    "loss.tokens": ("-", "?", "*"),
+    "search.aggregation": "min",
+    "improve.method": "all_right",
+    "improve.start": "last",
+    "improve.rounds": 2,
 }
 
 # What must be changed beside a key for the change to make sense.
@@ -108,6 +128,10 @@ WITH = {
     ("sft", "lora.rank"): "inputs.model=runs/x/model",
     ("sft", "train.microbatches"): "train.microbatches=1",
     ("sft", "train.minibatch"): "train.microbatches=1",
+    ("process_reward", "data.source"): "data.max_length=500,train.row_length=500",
+    ("search", "data.source"): "data.max_length=500",
+    ("expert_iteration", "data.source"): "data.max_length=500,train.row_length=500",
+    ("expert_iteration", "improve.start"): "improve.rounds=2",
 }
 
 # Keys that only say what must not be: they are read where a value is refused by them.
@@ -147,6 +171,8 @@ class Knobs:
             "data.source": golden.write_jsonl(folder / "rows.jsonl"),
             "data.prompt_source": f"jsonl:{folder / 'prompts.jsonl'}",
         }
+        if experiment in ("process_reward", "search", "expert_iteration"):
+            self.sources["data.source"] = "arithmetic:gsm_symbolic"
 
     def config(self, argument: str, key: str = "", value: Any = None):
         parts = ["tiny", "sharding.devices=1", "log.tensorboard=False", *SHORT[self.experiment]]
