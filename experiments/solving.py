@@ -351,7 +351,10 @@ def step_scores_of(
             [
                 Partial(
                     number,
-                    tuple(Step(text, 0, ends=text is one.steps[-1]) for text in one.steps),
+                    (
+                        *(Step(text, 0) for text in one.steps[:-1]),
+                        Step(one.steps[-1], 0, ends=True),
+                    ),
                 )
                 for number, one in whole
             ]

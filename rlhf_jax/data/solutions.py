@@ -52,6 +52,8 @@ class Solution:
       labels: of each step: -1 wrong, 0 neither wrong nor of use, 1 right, None not rated. The
         class of `losses.process.step_label_loss` is the rating plus 1.
       right: whether the final answer is right; None where nobody knows.
+      letters_right: of the first wrong step, how many letters are right before it goes wrong; 0
+        where nobody knows.
 
     Raises:
       ValueError: labels are not as many as steps, or one of them is no rating.
@@ -64,6 +66,7 @@ class Solution:
     steps: tuple[str, ...]
     labels: tuple[int | None, ...]
     right: bool | None = None
+    letters_right: int = 0
 
     def __post_init__(self):
         if len(self.steps) != len(self.labels):

@@ -34,6 +34,8 @@ class EncodedSolution(NamedTuple):
       ends: int32 [S], index of the last token of each step.
       labels: int32 [S], class of each step: its rating plus one, or `UNRATED`, as behind the first
         wrong one (Lightman et al. 2023, section 2.6).
+      token_labels: int32 [T], at each token of a step its label; in the first wrong step that of a
+        right one as long as the letters are right.
       right: whether the final answer is right, 0 or 1; NaN where nobody knows.
     """
 
@@ -41,6 +43,7 @@ class EncodedSolution(NamedTuple):
     response: np.ndarray
     ends: np.ndarray
     labels: np.ndarray
+    token_labels: np.ndarray
     right: float
 
 
@@ -104,13 +107,30 @@ def encode_solution(
     labels = [UNRATED if label is None else label + 1 for label in solution.labels[:kept]]
     if solution.first_error >= 0:  # what comes behind it is neither right nor wrong
         labels[solution.first_error + 1 :] = [UNRATED] * len(labels[solution.first_error + 1 :])
+    token_labels = np.full(length, UNRATED, np.int32)
+    token_labels[len(prompt) :] = np.repeat(labels, np.diff(ends[:kept], prepend=len(prompt) - 1))
+    wrong = solution.first_error
+    if 0 <= wrong < kept and solution.letters_right:
+        begins = len(prompt) if wrong == 0 else int(ends[wrong - 1]) + 1
+        said = tokens[begins : ends[wrong] + 1]
+        right = _tokens_within(said, solution.letters_right, tokenizer)
+        token_labels[begins : begins + min(right, len(said) - 1)] = RATINGS - 1
     return EncodedSolution(
         tokens[:length],
         np.arange(length) >= len(prompt),
         ends[:kept],
         np.array(labels, np.int32),
+        token_labels,
         float("nan") if solution.right is None else float(solution.right),
     )
+
+
+def _tokens_within(tokens: np.ndarray, letters: int, tokenizer: ChatTokenizer) -> int:
+    """How many of the first tokens lie within so many letters."""
+    count = 0
+    while count < len(tokens) and len(tokenizer.decode(tokens[: count + 1])) <= letters:
+        count += 1
+    return count
 
 
 def encode_solutions(
@@ -175,10 +195,7 @@ class SolutionBatches(PackedBatches):
                 one = self._solutions[member]
                 labels[row, start + one.ends] = one.labels
                 if self._every_token:
-                    begins = int(np.argmax(one.response))
-                    lengths = np.diff(one.ends, prepend=begins - 1)
-                    said = slice(start + begins, start + len(one.tokens))
-                    labels[row, said] = np.repeat(one.labels, lengths)
+                    labels[row, start : start + len(one.tokens)] = one.token_labels
                 right[row, start : start + len(one.tokens)] = one.right
                 faultless = one.right == 1.0 and (one.labels > 0).all()
                 traced[row, start : start + len(one.tokens)] = one.response & faultless

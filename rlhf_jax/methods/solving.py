@@ -89,7 +89,9 @@ def as_solution(problem: Problem, one: Attempt) -> Solution:
     if not one.ended and labels:
         labels[-1] = None
     right = one.right if one.ended else None
-    return Solution(problem.question, one.steps, tuple(labels), right)
+    wrong = labels.index(NEGATIVE) if NEGATIVE in labels else -1
+    letters = arithmetic.letters_right(problem, one.steps, wrong) if wrong >= 0 else 0
+    return Solution(problem.question, one.steps, tuple(labels), right, letters)
 
 
 def canonical(answer: str | None) -> str | None:

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -222,6 +222,27 @@ def verify(problem: Problem, text: str) -> Verdict:
     right = answer is not None and same_number(answer, problem.answer)
     check = _check_sum if problem.kind == CHAIN_SUM else _check_words
     return Verdict(tuple(check(problem, steps, right)), answer, right)
+
+
+def letters_right(problem: Problem, steps: Sequence[str], index: int) -> int:
+    """How many letters of a step are those of the step that should stand there.
+
+    Of sums that is the next reduction from the left; of word problems nobody knows, and 0.
+
+    >>> problem = sum_problem("4 - 1 + 7")
+    >>> letters_right(problem, ["= 3 + 8\\n"], 0)
+    6
+    """
+    if problem.kind != CHAIN_SUM:
+        return 0
+    before = problem.question if index == 0 else steps[index - 1]
+    expression = before.strip().removeprefix("=").removesuffix("=").strip()
+    if not _terms(expression):
+        return 0
+    rest = reductions(expression)
+    wanted = f"= {rest[0]}\n" if rest else f"{ANSWER}{expression}"
+    pairs = zip(steps[index], wanted, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def same_number(one: str, other: str) -> bool:
