@@ -336,6 +336,12 @@ def logged_rounds(workdir: Path, count: int) -> list[dict[str, float]]:
     return [row for _, row in read_rows(workdir)][:count]
 
 
+def as_partial(number: int, one: Attempt) -> Partial:
+    """An attempt at a problem as a scorer of steps reads it."""
+    *before, last = one.steps
+    return Partial(number, (*(Step(text, 0) for text in before), Step(last, 0, ends=one.ended)))
+
+
 def step_scores_of(
     scorer: StepScorer, attempts: Sequence[Sequence[Attempt]]
 ) -> list[list[list[float]]]:
@@ -346,18 +352,5 @@ def step_scores_of(
         for one in some
         if one.ended and one.steps
     ]
-    scored = iter(
-        scorer(
-            [
-                Partial(
-                    number,
-                    (
-                        *(Step(text, 0) for text in one.steps[:-1]),
-                        Step(one.steps[-1], 0, ends=True),
-                    ),
-                )
-                for number, one in whole
-            ]
-        )
-    )
+    scored = iter(scorer([as_partial(number, one) for number, one in whole]))
     return [[next(scored) if one.ended and one.steps else [] for one in some] for some in attempts]
