@@ -151,3 +151,24 @@ def test_reasoning_gym_is_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
     with pytest.raises(ValueError, match=r"pip install 'rlhf-jax\[reasoning\]'"):
         load_problems(CHAIN_SUM, "train", 1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "index", "letters"),
+    [
+        (["= 3 + 8\n"], 0, len("= 3 + ")),
+        (["= 3 + 7\n", "= 1\n"], 1, len("= 1")),
+        (["= 3 + 7\n", "= 10\n", "#### 1"], 2, len("#### 1")),
+        (["nonsense\n", "= 10\n"], 1, 0),
+        (["= 3 + 7\n"], 0, len("= 3 + 7\n")),
+    ],
+)
+def test_how_far_a_step_is_right(steps, index, letters):
+    assert arithmetic.letters_right(arithmetic.sum_problem("4 - 1 + 7"), steps, index) == letters
+
+
+def test_problems_of_another_block_are_other_problems():
+    """The gym's item i of seed s is that of seed s + i: blocks must not overlap."""
+    stream = arithmetic._stream(arithmetic.CHAIN_SUM, arithmetic.Sizes(5, 5, 3))
+    found = [next(stream).question for _ in range(arithmetic._BLOCK + 50)]
+    assert len(set(found)) > 0.999 * len(found)

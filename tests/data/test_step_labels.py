@@ -1,5 +1,7 @@
 """Labelled steps on their way to batches: where a label stands, and what is cut."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -76,6 +78,36 @@ def test_no_solution_left_is_an_error():
         encode_solutions([SOLUTION], TOKENIZER, max_length=2, drops=DropCounts())
 
 
+def test_at_every_token_stands_the_label_of_its_step():
+    one = encode()
+    said = [TOKENIZER.decode([token]) for token in one.tokens[one.response]]
+    labels = one.token_labels[one.response].tolist()
+    first, wrong = said.index("\n") + 1, said.index("\n", said.index("\n") + 1) + 1
+    assert labels[:first] == [2] * first
+    assert labels[first:wrong] == [0] * (wrong - first)
+    assert labels[wrong:] == [UNRATED] * (len(said) - wrong)
+    assert (one.token_labels[~one.response] == UNRATED).all()
+
+
+def test_the_first_letters_of_a_wrong_step_may_be_right():
+    # "= 1" is as it should be, and "2" is not.
+    one = encode(dataclasses.replace(SOLUTION, letters_right=3))
+    begins, ends = int(one.ends[0]) + 1, int(one.ends[1])
+    said = "".join(TOKENIZER.decode([token]) for token in one.tokens[begins : ends + 1])
+    assert said == "= 12\n"
+    kept = one.token_labels[begins : ends + 1] == 2
+    right = TOKENIZER.decode(one.tokens[begins : ends + 1][kept])
+        one.tokens[begins : ends + 1][one.token_labels[begins : ends + 1] == 2]
+    )
+    assert right == "= 1" and one.token_labels[ends] == 0
+
+
+def test_the_end_of_a_wrong_step_is_wrong_even_if_all_its_letters_are_right():
+    # A number that should go on: the error is that the step ends.
+    one = encode(dataclasses.replace(SOLUTION, letters_right=99))
+    assert one.token_labels[one.ends[1]] == 0 and one.token_labels[one.ends[1] - 1] == 2
+
+
 def test_each_step_is_encoded_by_itself():
     prompt = np.array([5, 6], np.int32)
     tokens, ends = encode_steps(prompt, ["= 1\n", "2"], CHAT, ended=True)
@@ -109,3 +141,18 @@ def test_batches_have_each_label_where_its_step_ends():
         assert (batch["labels"][padding] == UNRATED).all()
         assert np.isnan(batch["right"][padding]).all()
     assert sorted(seen) == sorted(one.tokens.tolist() for one in encoded)
+
+
+def test_batches_may_have_labels_at_every_token():
+    encoded = encode_solutions([SOLUTION], TOKENIZER, max_length=64, drops=DropCounts())
+    settings = {"batch_size": 1, "length": 64, "seed": 0, "pad_id": TOKENIZER.pad_token_id}
+    (every,) = SolutionBatches(encoded, every_token=True, **settings).once()
+    length = len(encoded[0].tokens)
+    assert every["labels"][0, :length].tolist() == encoded[0].token_labels.tolist()
+    (ends,) = SolutionBatches(encoded, **settings).once()
+    assert (ends["labels"] != UNRATED).sum() == 2 < (every["labels"] != UNRATED).sum()
+    assert not every["traced"].any()  # a step is wrong
+    faultless = dataclasses.replace(SOLUTION, labels=(1, 0, 1), right=True)
+    encoded = encode_solutions([faultless], TOKENIZER, max_length=64, drops=DropCounts())
+    (batch,) = SolutionBatches(encoded, **settings).once()
+    assert batch["traced"][0, :length].tolist() == encoded[0].response.tolist()

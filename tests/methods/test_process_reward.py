@@ -88,6 +88,19 @@ def test_the_loss_of_an_orm_is_the_mean_over_tokens_of_solutions_whose_outcome_i
     assert 0 <= float(metrics["steps/accuracy"]) <= 1
 
 
+def test_the_language_model_loss_reads_only_solutions_without_a_fault():
+    config = ProcessRewardConfig(lm_coef=0.5)
+    # The third step of the second solution is neutral, which is no fault.
+    one = ENCODED[1]
+    values = logits_of(model(), one.tokens)
+    log_p = values - np.log(np.exp(values).sum(-1, keepdims=True))
+    terms = [-log_p[t - 1, one.tokens[t]] for t in np.flatnonzero(one.response)]
+    found, metrics = loss(config, batch_of())
+    assert float(metrics["loss/lm"]) == pytest.approx(np.mean(terms), rel=1e-5)
+    plain = float(loss(PRM, batch_of())[0])
+    assert float(found) == pytest.approx(plain + 0.5 * np.mean(terms), rel=1e-5)
+
+
 def test_padding_and_neighbours_change_nothing():
     alone = [float(loss(PRM, batch_of([one], rows=1, length=40))[0]) for one in ENCODED]
     counts = [(one.labels != UNRATED).sum() for one in ENCODED]
