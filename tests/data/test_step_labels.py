@@ -97,8 +97,6 @@ def test_the_first_letters_of_a_wrong_step_may_be_right():
     assert said == "= 12\n"
     kept = one.token_labels[begins : ends + 1] == 2
     right = TOKENIZER.decode(one.tokens[begins : ends + 1][kept])
-        one.tokens[begins : ends + 1][one.token_labels[begins : ends + 1] == 2]
-    )
     assert right == "= 1" and one.token_labels[ends] == 0
 
 
