@@ -76,7 +76,7 @@ def table(content: Mapping[str, Any]) -> str:
         [
             f"{run['method']}, seed {run['seed']}" if number else "SFT",
             number,
-            *(format(one[name], ".3g") if name in one else "" for name in SHOWN),
+            *(_shown(one[name]) if name in one else "" for name in SHOWN),
         ]
         for run in content["runs"]
         for number, one in enumerate(run["rounds"])
@@ -94,6 +94,13 @@ def table(content: Mapping[str, Any]) -> str:
     first = tabulate(rows, ["run", "round", *SHOWN.values()], "github", disable_numparse=True)
     head = ["run", "best round", "more test problems than SFT in one attempt", "minutes"]
     return f"{first}\n\n{tabulate(gains, head, 'github', disable_numparse=True)}\n"
+
+
+def _shown(value: float) -> str:
+    """Three digits; counts whole, and rounding errors as the 0 that they are."""
+    if abs(value) < 1e-4:
+        return "0"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main(options: argparse.Namespace) -> None:
