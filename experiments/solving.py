@@ -303,8 +303,8 @@ def load_scorer(
     Raises:
       ValueError: the folder lies in no run of `experiments.process_reward`.
     """
-    stages.check_lengths({"data.max_length": max_length}, folder)
     method = learned_by(folder)
+    stages.check_lengths({"data.max_length": max_length}, folder)
     return StepScorer(
         stages.load_policy(folder, settings.model, sharding, frozen=True),
         stages.load_tokenizer(folder, date=folders.date(settings.workdir)),
