@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from configs.process_reward import of_source
-from configs.unread import Unread, among, no
+from configs.unread import EMPTY, Unread, among, no
 
 
 def _quickstart() -> ConfigDict:
@@ -30,6 +30,7 @@ def _quickstart() -> ConfigDict:
     config.inputs.scorer = ""  # model folder of a process or outcome reward model; empty is ours
     config.inputs.build = True  # run the stages before where their models are missing
     config.data = common.task("arithmetic")
+    del config.data.instruction  # prompts are gone on with as they stand
     config.data.max_length = 128  # tokens of a problem with a solution
     config.data.problems = 1_500  # to search
     config.data.validation_problems = 200  # held out, to choose the best round
@@ -117,6 +118,7 @@ VARIANTS = {
     "reviews": _reviews,
 }
 UNREAD = (
+    Unread("train.epochs", unless="train.steps", is_=EMPTY),
     Unread("inputs.scorer", unless="improve.method", is_=among("orm", "prm", "reward_model")),
     Unread("improve.max_steps", unless="improve.method", is_=among("prm")),
     Unread("judges", unless="improve.method", is_=among("reward_model")),

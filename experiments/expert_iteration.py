@@ -251,7 +251,7 @@ def prompt_texts(task: Task, split: str, count: int) -> list[str]:
     if any(not isinstance(row["prompt"], str) or row.get("opening") for row in rows):
         raise ValueError(
             f"improve.method='reward_model' goes on with plain texts, and data.source="
-            f"{task.config.source!r} has conversations: leave data.instruction empty"
+            f"{task.config.source!r} has conversations: use another source"
         )
     if len(rows) < count:
         raise ValueError(f"{split} has {len(rows)} prompts, and {count} are asked for")
