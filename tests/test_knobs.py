@@ -29,6 +29,7 @@ ASIDE = {
     "checkpoint.*": "when a state is kept",
     "sharding.*": "where arrays lie",
     "collapse.[rskp]*": "seen where a policy collapses: tests/training/test_collapse_in_a_run.py",
+    "improve.start": "whose weights a round begins with, and here all folders hold the same",
     "model.attention": "which kernel computes the same, on a GPU",
 }
 
@@ -116,7 +117,6 @@ OTHER: dict[str, Any] = {
     "loss.tokens": ("-", "?", "*"),
     "search.aggregation": "min",
     "improve.method": "all_right",
-    "improve.start": "last",
     "improve.rounds": 2,
 }
 
@@ -131,7 +131,6 @@ WITH = {
     ("process_reward", "data.source"): "data.max_length=500,train.row_length=500",
     ("search", "data.source"): "data.max_length=500",
     ("expert_iteration", "data.source"): "data.max_length=500,train.row_length=500",
-    ("expert_iteration", "improve.start"): "improve.rounds=2",
 }
 
 # Keys that only say what must not be: they are read where a value is refused by them.
