@@ -128,7 +128,7 @@ def encode_solution(
 def _tokens_within(tokens: np.ndarray, letters: int, tokenizer: ChatTokenizer) -> int:
     """How many of the first tokens lie within so many letters."""
     count = 0
-    while count < len(tokens) and len(tokenizer.decode(tokens[: count + 1])) <= letters:
+    while count < len(tokens) and len(tokenizer.decode(tokens[: count + 1].tolist())) <= letters:
         count += 1
     return count
 
