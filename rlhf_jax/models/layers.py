@@ -179,8 +179,7 @@ def attend_cached(q_BNH, k_BKSH, v_BKSH, mask_BS, shared=None) -> jax.Array:
       k_BKSH: keys.
       v_BKSH: values.
       mask_BS: True on real keys.
-      shared: keys, values and mask of C sequences, each of them seen by B / C adjacent rows before
-        their own. They are read once for all of these.
+      shared: keys, values and mask of C prefixes; B / C adjacent rows see each before their own.
 
     Returns:
       `[B, N * H]`. Scores and softmax are float32.
