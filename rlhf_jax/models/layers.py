@@ -174,15 +174,10 @@ def project_qkv(x: jax.Array, w, cos: jax.Array, sin: jax.Array, config: ModelCo
 def attend_cached(q_BNH, k_BKSH, v_BKSH, mask_BS, shared=None) -> jax.Array:
     """One query per sequence against a cache; heads stand before time, so that rows are contiguous.
 
-    Args:
-      q_BNH: queries.
-      k_BKSH: keys.
-      v_BKSH: values.
-      mask_BS: True on real keys.
-      shared: keys, values and mask of C prefixes; B / C adjacent rows see each before their own.
+    `shared` are keys, values and mask of C sequences, each seen by B / C adjacent rows before
+    their own. They are read once for all of these.
 
-    Returns:
-      `[B, N * H]`. Scores and softmax are float32.
+    Returns `[B, N * H]`. Scores and softmax are float32.
     """
     B, N, H = q_BNH.shape
     K = k_BKSH.shape[1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -139,7 +139,9 @@ def filled(prompts: Sequence[EncodedPrompt], length: int, size: int, pad_id: int
     return pad_prompts([*prompts, *[empty] * (size - len(prompts))], length, pad_id=pad_id)
 
 
-def texts_after(tokenizer: Any, before: Sequence[Any], drawn: Sequence[Any]) -> list[str]:
+def texts_after(
+    tokenizer: Any, before: Sequence[Iterable[int]], drawn: Sequence[Iterable[int]]
+) -> list[str]:
     """Texts of tokens that follow others, without special tokens.
 
     Decoded alone, the first of them would lose its leading space with some tokenizers.
@@ -149,14 +151,13 @@ def texts_after(tokenizer: Any, before: Sequence[Any], drawn: Sequence[Any]) -> 
       before: what stands before them, B sequences.
       drawn: B sequences.
     """
-    # Many continuations have one beginning.
-    beginnings = {tuple(map(int, ids)): "" for ids in before}
-    heads = tokenizer.batch_decode([list(ids) for ids in beginnings], skip_special_tokens=True)
-    beginnings.update(zip(beginnings, heads, strict=True))
-    keys = [tuple(map(int, ids)) for ids in before]
-    whole = [[*head, *map(int, rest)] for head, rest in zip(keys, drawn, strict=True)]
+    heads = [tuple(map(int, ids)) for ids in before]
+    different = list(dict.fromkeys(heads))  # many continuations have one beginning
+    spoken = tokenizer.batch_decode(list(map(list, different)), skip_special_tokens=True)
+    lengths = {head: len(text) for head, text in zip(different, spoken, strict=True)}
+    whole = [[*head, *map(int, rest)] for head, rest in zip(heads, drawn, strict=True)]
     texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
-    return [text[len(beginnings[head]) :] for head, text in zip(keys, texts, strict=True)]
+    return [text[lengths[head] :] for head, text in zip(heads, texts, strict=True)]
 
 
 def _batches(
