@@ -368,9 +368,9 @@ def task(source: str = "reviews") -> ConfigDict:
 
 
 def problems(source: str) -> ConfigDict:
-    """The same of experiments that read problems or labelled solutions: no review is among them."""
+    """The same of experiments that say how many problems they read: no review is among them."""
     data = task(source)
-    for key in ("domains", "half", "instruction"):
+    for key in ("domains", "half", "instruction", "limit"):
         del data[key]
     return data
 

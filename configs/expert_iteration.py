@@ -31,6 +31,7 @@ def _quickstart() -> ConfigDict:
     config.inputs.build = True  # run the stages before where their models are missing
     config.data = common.task("arithmetic")
     del config.data.instruction  # prompts are gone on with as they stand
+    del config.data.limit  # each split has a number of problems
     config.data.max_length = 128  # tokens of a problem with a solution
     config.data.problems = 1_500  # to search
     config.data.validation_problems = 200  # held out, to choose the best round

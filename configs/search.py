@@ -17,6 +17,7 @@ from configs.process_reward import of_source
 
 def _quickstart() -> ConfigDict:
     config = common.shared()
+    del config.lora  # nothing is trained
     config.checkpoint.every = 1  # a step of this run is a seed of sampling
     config.inputs = ConfigDict()
     config.inputs.policy = ""  # whose solutions are searched; empty is the SFT model

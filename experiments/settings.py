@@ -126,7 +126,7 @@ class DataConfig:
     source: str
     domains: tuple[str, ...] = ()
     half: str = ""
-    limit: int
+    limit: int = 0
     instruction: str = ""
 
     def __post_init__(self):
@@ -214,6 +214,8 @@ class PromptData(DataConfig):
 class Shared:
     """Keys that every experiment has; folders are whole once `configs.common.resolve` is through.
 
+    Those of `lora` are of experiments that train.
+
     Raises:
       ValueError: a seed below 0, or a source that names no task or has not what it is asked for.
     """
@@ -226,7 +228,7 @@ class Shared:
     variants: tuple[str, ...]
     sharding: ShardingConfig
     model: ModelOptions
-    lora: LoRAConfig
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
     log: LogConfig
     checkpoint: CheckpointConfig
     data: DataConfig

@@ -70,13 +70,7 @@ def problems_of(task: Task, split: str, count: int) -> list[Problem]:
             f"data.source={task.config.source!r} has no verifier: use arithmetic or "
             "arithmetic:gsm_symbolic"
         )
-    found = task.problems(split)
-    if len(found) < count:
-        raise ValueError(
-            f"data.source={task.config.source!r} has {len(found)} problems of split {split!r}, and "
-            f"{count} are asked for: lower data's number of problems, or raise data.limit"
-        )
-    return found[:count]
+    return task.problems(split, count)
 
 
 @dataclasses.dataclass(frozen=True)

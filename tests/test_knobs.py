@@ -68,6 +68,7 @@ READ_IN = {
 
 # Values that make sense where half of a number does not, or is the same to a run so short.
 OTHER: dict[str, Any] = {
+    "eval.threshold": 0.15,
     "eval.sampling.temperature": 0.5,
     "eval.sampling.top_k": 5,
     "eval.sampling.max_new_tokens": 4,
@@ -128,9 +129,12 @@ WITH = {
     ("sft", "lora.rank"): "inputs.model=runs/x/model",
     ("sft", "train.microbatches"): "train.microbatches=1",
     ("sft", "train.minibatch"): "train.microbatches=1",
+    ("process_reward", "train.microbatches"): "train.microbatches=1",
+    ("expert_iteration", "train.microbatches"): "train.microbatches=1",
     ("process_reward", "data.source"): "data.max_length=500,train.row_length=500",
     ("search", "data.source"): "data.max_length=500",
     ("expert_iteration", "data.source"): "data.max_length=500,train.row_length=500",
+    ("expert_iteration", "data.max_length"): "prm",
 }
 
 # Keys that only say what must not be: they are read where a value is refused by them.

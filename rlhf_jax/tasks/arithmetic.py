@@ -52,10 +52,21 @@ class Arithmetic(Task):
             rows = [{"prompt": row["prompt"]} for row in rows]
         return rows_of_kind(rows, kind, split, drops, belongs=every_row)
 
-    def problems(self, split: str) -> list[arithmetic.Problem]:
-        """The problems of a split; at most `data.limit` where it is set."""
-        limit, most = self.config.limit, NUM_PROBLEMS[split]
-        return arithmetic.load_problems(self.kind, split, min(limit, most) if limit else most)
+    def problems(self, split: str, count: int = 0) -> list[arithmetic.Problem]:
+        """The first problems of a split: `count`, or `data.limit`, or all of them.
+
+        Raises:
+          ValueError: the split has fewer than `count`.
+        """
+        most = NUM_PROBLEMS[split]
+        if count > most:
+            raise ValueError(
+                f"data.source={self.config.source!r} has {most:,} problems of split {split!r}, and "
+                f"{count:,} are asked for"
+            )
+        return arithmetic.load_problems(
+            self.kind, split, count or min(self.config.limit or most, most)
+        )
 
     def fingerprint(self, split: str) -> list[Any]:
         """Returns the kind, and how many."""

@@ -1,13 +1,15 @@
 """A run folder that cannot be used is refused before any work, by one line with its path."""
 
 import errno
+import importlib
 import os
 
 import pytest
 
-from experiments import command, dpo, folders, judging, ppo_max, reward_model, sft, stages
+from experiments import command, folders, judging, sft, stages
 from rlhf_jax.runtime import lock
 from tests import dry
+from tests.test_configs import EXPERIMENTS
 
 MAINS = dry.MAINS
 CONFIGS = {name: __import__(f"configs.{name}", fromlist=["get_config"]) for name in MAINS}
@@ -143,4 +145,6 @@ def test_errors_of_other_libraries_are_one_line_too():
 
 
 def test_the_experiments_are_all_of_them():
-    assert set(MAINS.values()) == {sft.main, reward_model.main, ppo_max.main, dpo.main}
+    assert sorted(MAINS) == EXPERIMENTS
+    for name, main in MAINS.items():
+        assert main is importlib.import_module(f"experiments.{name}").main
