@@ -26,7 +26,6 @@ from tabulate import tabulate
 
 from configs import common
 from configs.expert_iteration import scorer_stage
-from configs.process_reward import of_source
 from experiments import command, folders, judging, reporting, solving, stages
 from experiments.improving import METHODS, REWARD_MODEL, Measured, ProblemWorld, PromptWorld, World
 from experiments.process_reward import Problems
@@ -281,25 +280,12 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     rounds = settings.improve.rounds
 
     # 1. The policy, what it is to improve on, and the reward model that chooses or guides.
-    folder = stages.require(
-        settings.inputs.policy,
-        stage="sft",
-        argument=common.stage_argument("sft", settings, of_source(data.source)),
-        build=settings.inputs.build,
-    )
+    folder = solving.require_policy(settings)
     scorer_folder = require_scorer(settings)
-    stages.check_lengths({"data.max_length": data.max_length}, folder)
     date = folders.date(settings.workdir)
     tokenizer = stages.load_tokenizer(folder, date=date)
     first = stages.load_policy(folder, settings.model, sharding, frozen=True)
-    solver = Solver(
-        tokenizer,
-        settings.sampling,
-        data.max_length,
-        settings.samples.rows,
-        sharding,
-        settings.root,
-    )
+    solver = solving.make_solver(settings, tokenizer, sharding)
     world = make_world(settings, solver, scorer_folder, sharding)
     reporting.banner(
         "Expert iteration",

@@ -21,7 +21,7 @@ from rlhf_jax.methods.search import LAST, step_search
 from rlhf_jax.methods.solving import Attempt, statistics
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.rollouts.answers import Answer
-from rlhf_jax.rollouts.rescore import answers_log_probs, answers_scores
+from rlhf_jax.rollouts.rescore import answers_scores
 
 FINAL_ANSWER, ALL_RIGHT, ORM, PRM, CONTROL = "final_answer", "all_right", "orm", "prm", "control"
 REWARD_MODEL = "reward_model"
@@ -239,24 +239,13 @@ class PromptWorld:
         prompts = self.prompts[split]
         key = jax.random.fold_in(jax.random.key(self.seed), len(split))
         drawn = self.solver.answers(policy, prompts, 1, key)
-        there = answers_log_probs(
-            reference,
-            prompts,
-            drawn,
-            pad_id=self.solver.tokenizer.pad_token_id,
-            temperature=self.solver.sampling.policy_temperature,
-            rows=self.solver.rows,
-            sharding=self.solver.sharding,
-        )
         read = [text + some[0].text for text, some in zip(self.texts[split], drawn, strict=True)]
         judged = {name: judge(read) for name, judge in self.judges.items()}
         before = self._before.setdefault(split, judged)
         one = [some[0] for some in drawn]
         numbers = {
             "reward/mean": float(np.mean(self._scores(prompts, drawn))),
-            "policy/kl_ref_sequence": float(
-                np.mean([a.log_prob - b[0] for a, b in zip(one, there, strict=True)])
-            ),
+            "policy/kl_ref_sequence": self.solver.moved(reference, prompts, drawn),
             "policy/entropy": float(np.mean([a.entropy for a in one])),
             "response/length": float(np.mean([len(a.tokens) for a in one])),
             "response/eos_rate": float(np.mean([a.ended for a in one])),

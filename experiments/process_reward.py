@@ -21,8 +21,6 @@ import numpy as np
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
-from configs import common
-from configs.process_reward import of_source
 from experiments import command, folders, reporting, solving, stages
 from experiments.settings import DataConfig, EvalConfig, Shared
 from experiments.solving import SampleConfig, Solver
@@ -304,23 +302,12 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     method, task = settings.loss, settings.task()
 
     # 1. The policy, and solutions that it wrote or that people labelled.
-    argument = common.stage_argument("sft", settings, of_source(data.source))
-    folder = stages.require(
-        settings.inputs.policy, stage="sft", argument=argument, build=settings.inputs.build
-    )
-    stages.check_lengths({"data.max_length": data.max_length}, folder)
+    folder = solving.require_policy(settings)
     date = folders.date(settings.workdir)
     tokenizer = stages.load_tokenizer(folder, date=date)
     token_ids = method.token_ids(tokenizer)
     model = stages.load_policy(folder, settings.model, sharding)
-    solver = Solver(
-        tokenizer,
-        settings.sampling,
-        data.max_length,
-        settings.samples.rows,
-        sharding,
-        settings.root,
-    )
+    solver = solving.make_solver(settings, tokenizer, sharding)
     labelled = {
         split: labelled_solutions(settings, task, solver, model, folder, split)
         for split in data.counts()

@@ -25,7 +25,6 @@ from ml_collections import ConfigDict
 from tabulate import tabulate
 
 from configs import common
-from configs.process_reward import of_source
 from experiments import command, folders, reporting, solving, stages
 from experiments.settings import DataConfig, Shared
 from experiments.solving import SampleConfig, Solver
@@ -347,12 +346,7 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     )
 
     # 1. The policy, held-out problems, and the reward models.
-    folder = stages.require(
-        inputs.policy,
-        stage="sft",
-        argument=common.stage_argument("sft", settings, of_source(data.source)),
-        build=inputs.build,
-    )
+    folder = solving.require_policy(settings)
     found = {
         name: stages.require(
             place,
@@ -362,7 +356,6 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
         )
         for name, place, variants in (("prm", inputs.prm, ()), ("orm", inputs.orm, ("outcome",)))
     }
-    stages.check_lengths({"data.max_length": data.max_length}, folder)
     date = folders.date(settings.workdir)
     tokenizer = stages.load_tokenizer(folder, date=date)
     policy = stages.load_policy(folder, settings.model, sharding, frozen=True)
@@ -379,14 +372,7 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
         )
         for name, place in found.items()
     }
-    solver = Solver(
-        tokenizer,
-        settings.sampling,
-        data.max_length,
-        settings.samples.rows,
-        sharding,
-        settings.root,
-    )
+    solver = solving.make_solver(settings, tokenizer, sharding)
     most = settings.samples.per_problem
     reporting.banner(
         "Search at inference",

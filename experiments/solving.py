@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from configs import common
+from configs.process_reward import of_source
 from experiments import folders, stages
 from experiments.settings import Shared
 from rlhf_jax.data.sets import arithmetic
@@ -132,22 +135,21 @@ class Solver:
         self, model: Any, problems: Sequence[Problem], samples: int, key: jax.Array
     ) -> list[list[Attempt]]:
         """Attempts of each problem, checked by the verifier."""
-        drawn = self.answers(model, self.encode(problems), samples, key)
-        return [
-            [checked(problem, answer) for answer in answers]
-            for problem, answers in zip(problems, drawn, strict=True)
-        ]
+        return all_checked(problems, self.answers(model, self.encode(problems), samples, key))
 
     def solve_and_compare(
         self, model: Any, reference: Any, problems: Sequence[Problem], samples: int, key: jax.Array
     ) -> tuple[list[list[Attempt]], float]:
-        """The same, and how far the policy is from a reference, in nats per solution.
-
-        KL(π ‖ π_ref) is the mean over the attempts of log π − log π_ref.
-        """
+        """The same, and how far the policy is from a reference: see `moved`."""
         prompts = self.encode(problems)
         drawn = self.answers(model, prompts, samples, key)
-        under_reference = answers_log_probs(
+        return all_checked(problems, drawn), self.moved(reference, prompts, drawn)
+
+    def moved(
+        self, reference: Any, prompts: Sequence[Any], drawn: Sequence[Sequence[Answer]]
+    ) -> float:
+        """KL(π ‖ π_ref) in nats per answer: the mean over π's answers of log π − log π_ref."""
+        there = answers_log_probs(
             reference,
             prompts,
             drawn,
@@ -156,16 +158,8 @@ class Solver:
             rows=self.rows,
             sharding=self.sharding,
         )
-        moved = [
-            answer.log_prob - there
-            for answers, others in zip(drawn, under_reference, strict=True)
-            for answer, there in zip(answers, others, strict=True)
-        ]
-        attempts = [
-            [checked(problem, answer) for answer in answers]
-            for problem, answers in zip(problems, drawn, strict=True)
-        ]
-        return attempts, float(np.mean(moved))
+        mine = [answer.log_prob for some in drawn for answer in some]
+        return float(np.mean(mine) - np.mean(list(itertools.chain(*there))))
 
     def step_policy(self, policy: Any, problems: Sequence[Problem], key: jax.Array) -> StepPolicy:
         """A policy that proposes the steps of solutions to problems."""
@@ -214,6 +208,63 @@ class Solver:
         return found
 
 
+class Solving(Protocol):
+    """Settings of an experiment whose policy solves problems."""
+
+    @property
+    def inputs(self) -> Any:
+        """Has `policy`, its folder, and `build`, whether it may be made."""
+        ...
+
+    @property
+    def data(self) -> Any:
+        """Has `source`, and `max_length` of a problem with a solution."""
+        ...
+
+    @property
+    def samples(self) -> SampleConfig:
+        """How many solutions."""
+        ...
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How they are drawn."""
+        ...
+
+    @property
+    def root(self) -> str:
+        """Folder that kept attempts lie below."""
+        ...
+
+
+def require_policy(settings: Solving) -> str:
+    """The folder of the policy, which the SFT stage makes if it may.
+
+    Raises:
+      ValueError: it is not there, or has no room for `data.max_length`.
+    """
+    folder = stages.require(
+        settings.inputs.policy,
+        stage="sft",
+        argument=common.stage_argument("sft", settings, of_source(settings.data.source)),
+        build=settings.inputs.build,
+    )
+    stages.check_lengths({"data.max_length": settings.data.max_length}, folder)
+    return folder
+
+
+def make_solver(settings: Solving, tokenizer: Any, sharding: Sharding) -> Solver:
+    """Lets policies with this tokenizer solve problems as the settings say."""
+    return Solver(
+        tokenizer,
+        settings.sampling,
+        settings.data.max_length,
+        settings.samples.rows,
+        sharding,
+        settings.root,
+    )
+
+
 def checked(problem: Problem, answer: Answer) -> Attempt:
     """An answer of a policy as an attempt at a problem."""
     return attempt(
@@ -224,6 +275,16 @@ def checked(problem: Problem, answer: Answer) -> Attempt:
         log_prob=answer.log_prob,
         entropy=answer.entropy,
     )
+
+
+def all_checked(
+    problems: Sequence[Problem], drawn: Sequence[Sequence[Answer]]
+) -> list[list[Attempt]]:
+    """The answers to each problem as attempts."""
+    return [
+        [checked(problem, answer) for answer in answers]
+        for problem, answers in zip(problems, drawn, strict=True)
+    ]
 
 
 def write_attempts(path: Path, attempts: Sequence[Sequence[Attempt]]) -> None:

@@ -31,8 +31,7 @@ from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
 from rlhf_jax.methods.search import Partial
 from rlhf_jax.models.heads import log_probs_of
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.rollouts.answers import buckets_to
-from rlhf_jax.runtime import distributed
+from rlhf_jax.rollouts.rescore import read_in_batches
 from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training.step import make_train_step
@@ -248,34 +247,10 @@ def score_steps(
     Returns:
       float32 [S] for each.
     """
-    found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(encoded)
-    lengths = [len(tokens) for tokens, _ in encoded]
-    if not encoded:
-        return found
-    edges = buckets_to(max(lengths), 32)
-    for length, members in zip(edges, _by_bucket(lengths, edges), strict=True):
-        for start in range(0, len(members), rows):
-            some = members[start : start + rows]
-            tokens = np.full((rows, length), pad_id, np.int32)
-            segments = np.zeros((rows, length), np.int32)
-            for row, i in enumerate(some):
-                tokens[row, : lengths[i]], segments[row, : lengths[i]] = encoded[i][0], 1
-            placed = sharding.put_whole({"tokens": tokens, "segments": segments})
-            values = distributed.fetch(
-                probabilities(
-                    model, placed["tokens"], placed["segments"], config=config, token_ids=token_ids
-                )
-            )
-            for row, i in enumerate(some):
-                found[i] = values[row, encoded[i][1]]
-    return found
-
-
-def _by_bucket(lengths: Sequence[int], edges: Sequence[int]) -> list[list[int]]:
-    members: list[list[int]] = [[] for _ in edges]
-    for i, length in enumerate(lengths):
-        members[int(np.searchsorted(edges, length))].append(i)
-    return members
+    read = functools.partial(probabilities, model, config=config, token_ids=token_ids)
+    texts = [tokens for tokens, _ in encoded]
+    values = read_in_batches(read, texts, pad_id=pad_id, rows=rows, sharding=sharding)
+    return [of[ends] for of, (_, ends) in zip(values, encoded, strict=True)]
 
 
 class StepScorer:

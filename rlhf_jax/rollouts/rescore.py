@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
+from rlhf_jax.data.packing import assign_buckets
 from rlhf_jax.data.schemas import EncodedPrompt
 from rlhf_jax.models.heads import ScalarModel, next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
@@ -54,11 +56,17 @@ def answers_log_probs(
       A number for each answer of each prompt.
     """
 
-    def read(tokens: jax.Array, segments: jax.Array, said: np.ndarray) -> np.ndarray:
-        values = distributed.fetch(_log_probs(model, tokens, segments, temperature))
-        return np.where(said[:, 1:], values, 0.0).sum(axis=1)
+    def read(tokens: jax.Array, segments: jax.Array) -> jax.Array:
+        return _log_probs(model, tokens, segments, temperature)
 
-    return _in_batches(read, prompts, answers, pad_id, rows, sharding)
+    texts, begins = _joined(prompts, answers)
+    values = read_in_batches(read, texts, pad_id=pad_id, rows=rows, sharding=sharding)
+    # At place t stands the log-probability of token t + 1.
+    sums = [
+        float(of[begin - 1 : len(text) - 1].sum(dtype=np.float64))
+        for of, begin, text in zip(values, begins, texts, strict=True)
+    ]
+    return _as_nested(sums, answers)
 
 
 def answers_scores(
@@ -81,41 +89,65 @@ def answers_scores(
       sharding: where batches go.
     """
 
-    def read(tokens: jax.Array, segments: jax.Array, said: np.ndarray) -> np.ndarray:
-        del said
-        return distributed.fetch(_scores(model, tokens, segments))
+    texts, _ = _joined(prompts, answers)
+    read = functools.partial(_scores, model)
+    values = read_in_batches(read, texts, pad_id=pad_id, rows=rows, sharding=sharding)
+    return _as_nested(list(map(float, values)), answers)
 
-    return _in_batches(read, prompts, answers, pad_id, rows, sharding)
 
-
-def _in_batches(
-    read: Callable[[jax.Array, jax.Array, np.ndarray], np.ndarray],
-    prompts: Sequence[EncodedPrompt],
-    answers: Sequence[Sequence[Answer]],
+def read_in_batches(
+    read: Callable[[jax.Array, jax.Array], jax.Array],
+    texts: Sequence[np.ndarray],
+    *,
     pad_id: int,
     rows: int,
     sharding: Sharding,
-) -> list[list[float]]:
-    """A number for each answer, in batches of few shapes that are padded on the right."""
-    flat = [
-        (len(prompt), np.array([*prompt, *answer.tokens], np.int32))
-        for prompt, some in zip(prompts, answers, strict=True)
-        for answer in some
-    ]
-    found = np.zeros(len(flat))
-    edges = buckets_to(max((len(tokens) for _, tokens in flat), default=1), 32)
-    bucket_of = np.searchsorted(edges, [len(tokens) for _, tokens in flat])
+) -> list[np.ndarray]:
+    """What a model says of each text, read in batches of few shapes.
+
+    Args:
+      read: a row of results for each row of tokens and segments `[rows, T]`, which are padded on
+        the right.
+      texts: tokens int32 [n] of each.
+      pad_id: written into padding.
+      rows: of a batch.
+      sharding: where batches go.
+
+    Returns:
+      The row of each text, in their order.
+    """
+    found: list[np.ndarray] = [np.zeros(0)] * len(texts)
+    lengths = [len(text) for text in texts]
+    edges = buckets_to(max(lengths, default=1), 32)
+    bucket_of = assign_buckets(lengths, edges)
     for bucket, length in enumerate(edges):
-        members = np.flatnonzero(bucket_of == bucket)
+        members = np.flatnonzero(bucket_of == bucket).tolist()
         for start in range(0, len(members), rows):
             some = members[start : start + rows]
             tokens = np.full((rows, length), pad_id, np.int32)
-            segments, said = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
+            segments = np.zeros((rows, length), np.int32)
             for row, i in enumerate(some):
-                begins, text = flat[i]
-                tokens[row, : len(text)], segments[row, : len(text)] = text, 1
-                said[row, begins : len(text)] = True
+                tokens[row, : lengths[i]], segments[row, : lengths[i]] = texts[i], 1
             placed = sharding.put_whole({"tokens": tokens, "segments": segments})
-            found[some] = read(placed["tokens"], placed["segments"], said)[: len(some)]
-    values = iter(found.tolist())
-    return [[next(values) for _ in some] for some in answers]
+            values = distributed.fetch(read(placed["tokens"], placed["segments"]))
+            for row, i in enumerate(some):
+                found[i] = values[row]
+    return found
+
+
+def _joined(
+    prompts: Sequence[EncodedPrompt], answers: Sequence[Sequence[Answer]]
+) -> tuple[list[np.ndarray], list[int]]:
+    """Each prompt with each of its answers, and where the answer begins."""
+    both = [
+        (np.array([*prompt, *answer.tokens], np.int32), len(prompt))
+        for prompt, some in zip(prompts, answers, strict=True)
+        for answer in some
+    ]
+    return [text for text, _ in both], [begin for _, begin in both]
+
+
+def _as_nested(values: Sequence[float], answers: Sequence[Sequence[Answer]]) -> list[list[float]]:
+    """A number for each answer of each prompt."""
+    each = iter(values)
+    return [[next(each) for _ in some] for some in answers]
