@@ -53,8 +53,7 @@ from rlhf_jax.rollouts.rollout import Rollout, SamplingConfig
 from rlhf_jax.runtime.compiler_guard import guard_cpu_compiler
 from rlhf_jax.runtime.files import put, write_whole
 from rlhf_jax.runtime.run_info import run_info, to_json
-from rlhf_jax.runtime.settings import typed
-from rlhf_jax.training.record import read_config, read_summary
+from rlhf_jax.training.record import read_config
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -236,12 +235,7 @@ def load(
     Raises:
       ValueError: the folder holds no finished run of PPO, or too few prompts are there.
     """
-    if read_summary(folder) is None:
-        raise ValueError(f"{folder} holds no finished run: give that of experiments.ppo_max")
-    content = read_config(folder / "config.json")["config"]
-    if content.get("experiment") != "ppo_max":
-        raise ValueError(f"{folder} is a run of {content.get('experiment')}: give one of ppo_max")
-    settings = typed(ppo_max.Settings, content)
+    settings = ppo_max.finished(folder)
     config = method_config(settings, options)
     inputs, sharding, task = settings.inputs, settings.sharding.make(), settings.task()
     model = str(folder / "model")

@@ -9,6 +9,7 @@ figures, metrics.jsonl, config.json and summary.json to the run folder.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -41,10 +42,11 @@ from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.rollouts.experience import AdvantageConfig, RewardConfig
 from rlhf_jax.rollouts.respond import AgainstBaseline, Respondent
 from rlhf_jax.rollouts.rollout import SamplingConfig, make_generate
-from rlhf_jax.runtime.settings import check
+from rlhf_jax.runtime.settings import check, typed
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig
+from rlhf_jax.training.record import read_config, read_summary
 from rlhf_jax.training.rollback import retried, rollbacks
 from rlhf_jax.training.run import OnStep
 
@@ -112,6 +114,20 @@ class Settings(Answering):
     def monitor(self) -> CollapseMonitor | None:
         """What watches the policy; None where nothing is to."""
         return CollapseMonitor(self.collapse) if self.collapse.action != OFF else None
+
+
+def finished(folder: Path) -> Settings:
+    """The settings of a run that is done.
+
+    Raises:
+      ValueError: the folder holds no finished run of PPO.
+    """
+    if read_summary(folder) is None:
+        raise ValueError(f"{folder} holds no finished run: give that of experiments.ppo_max")
+    content = read_config(folder / "config.json")["config"]
+    if content.get("experiment") != "ppo_max":
+        raise ValueError(f"{folder} is a run of {content.get('experiment')}: give one of ppo_max")
+    return typed(Settings, content)
 
 
 def require_stages(settings: Settings) -> None:

@@ -27,12 +27,14 @@ class Responses(NamedTuple):
     Attributes:
       prompts: N texts.
       responses: N texts, without the prompt.
+      rewards: `[N]` scores of the reward model, all 0 where there is none.
       judged: name of a judge -> `[N]` scores of prompt and response together.
       statistics: means over all responses, by metric name.
     """
 
     prompts: list[str]
     responses: list[str]
+    rewards: np.ndarray
     judged: dict[str, np.ndarray]
     statistics: dict[str, float]
 
@@ -124,7 +126,7 @@ class Respondent:
         numbers |= {f"judge/{name}": float(scores.mean()) for name, scores in judged.items()}
         if not self._scored:
             numbers.pop("reward/mean")
-        return Responses(shown, responses, judged, numbers)
+        return Responses(shown, responses, np.asarray(evaluated.scores), judged, numbers)
 
     def _decode(self, tokens: Any, mask: Any) -> list[str]:
         rows = [row[keep] for row, keep in zip(tokens, mask, strict=True)]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import ppo_max as configs
-from experiments import notebook, ppo_max
+from experiments import best_of_n, notebook, ppo_max
 from rlhf_jax.methods import ppo_max as method
 from rlhf_jax.methods.ppo_max import PPOMax
 from rlhf_jax.models.files import hf_weights
@@ -60,6 +60,20 @@ def test_a_notebook_opens_the_run_with_every_response(finished):
     assert np.mean(wins) == result.summary["win_rates"]["vader"]["win"]
     assert f"{first['prompt']}" in (finished / "report.md").read_text().replace("\\", "")
     assert set(result.pictures) == {"training"}
+
+
+def test_best_of_n_is_measured_beside_a_finished_run(finished, tmp_path):
+    """On its test prompts, by its judges and its reward model."""
+    options = best_of_n.parse([str(finished), "--samples", "3", "--out", str(tmp_path / "out")])
+    best_of_n.main(options)
+    (run,) = json.loads((tmp_path / "out" / "best_of_n.json").read_text())["runs"]
+    reward = run["measured"]["reward"]
+    assert reward["curve"] == sorted(reward["curve"]) and len(reward["curve"]) == 3
+    assert run["policy_kl"] > 0 and "win_rate/vader" in run["measured"]
+    assert (tmp_path / "out" / "best_of_n.png").stat().st_size > 10_000
+    assert "best-of-n" in (tmp_path / "out" / "best_of_n.md").read_text()
+    with pytest.raises(ValueError, match="holds no finished run"):
+        best_of_n.main(best_of_n.parse([str(tmp_path)]))
 
 
 def test_first_minibatch_of_every_iteration_is_on_policy(finished):

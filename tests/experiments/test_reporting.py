@@ -3,6 +3,7 @@
 import json
 import types
 
+import numpy as np
 import pytest
 
 from experiments import reporting
@@ -16,7 +17,7 @@ def responses(reward=0.0, perplexity=100.0, length=24.0, distinct=0.8) -> Respon
         "response/length": length,
         "response/distinct_2": distinct,
     }
-    return Responses([], [], {}, statistics)
+    return Responses([], [], np.zeros(0), {}, statistics)
 
 
 def log_wins(folder, wins):
