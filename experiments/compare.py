@@ -24,8 +24,11 @@ from experiments import command
 from rlhf_jax.evaluation import plots, report
 from rlhf_jax.evaluation.panels import (
     DPO_PANELS,
+    EXPERT_ITERATION_PANELS,
     PPO_PANELS,
+    PROCESS_REWARD_PANELS,
     REWARD_MODEL_PANELS,
+    SEARCH_PANELS,
     SFT_PANELS,
     Panel,
 )
@@ -39,6 +42,9 @@ PANELS = {
     "reward_model": REWARD_MODEL_PANELS,
     "ppo_max": PPO_PANELS,
     "dpo": DPO_PANELS,
+    "process_reward": PROCESS_REWARD_PANELS,
+    "search": SEARCH_PANELS,
+    "expert_iteration": EXPERT_ITERATION_PANELS,
 }
 
 # Label -> the run folders of its seeds.
@@ -177,7 +183,7 @@ def numbers(folder: str | Path) -> dict[str, Any]:
 
     Returns:
       Name -> number. Of PPO and DPO the row of the policy that was trained, and its win rates
-      against the baseline.
+      against the baseline; of other runs what their summary calls "numbers", if anything.
     """
     folder, summary = check_run(folder), read_summary(folder) or {}
     path = folder / "report.json"
@@ -185,6 +191,7 @@ def numbers(folder: str | Path) -> dict[str, Any]:
         judged = summary.get("judges_accuracy", {})
         names = {"accuracy": "held-out pair accuracy", "perplexity": "held-out perplexity"}
         found = {said: summary[name] for name, said in names.items() if name in summary}
+        found |= summary.get("numbers", {})
         return found | {f"pair accuracy of {judge}": share for judge, share in judged.items()}
     written = read_json(path, "remove the folder's summary.json and run again")
     policies = list(written["summary"])

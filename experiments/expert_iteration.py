@@ -351,6 +351,7 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
             "validation": log,
             "test": {name: one.numbers for name, one in tested.items()},
             "gain": gain,
+            "numbers": tested[f"round {best}"].numbers | {"gain over SFT": gain.value},
             "units": {name: one.units.tolist() for name, one in tested.items()},
         }
     )

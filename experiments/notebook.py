@@ -69,7 +69,7 @@ def make_config(
     """The config of an experiment, to be looked at and changed before it is run.
 
     Args:
-      experiment: "sft", "reward_model", "ppo_max" or "dpo".
+      experiment: its name, such as "sft", "ppo_max" or "search".
       argument: scale, variants and assignments, as after the colon of `--config FILE:`.
       settings: key -> value, such as {"ppo.clip_eps": 0.1}.
 
@@ -100,7 +100,7 @@ def run(
     `on_step` raises.
 
     Args:
-      experiment: "sft", "reward_model", "ppo_max" or "dpo"; or a config of `make_config`, which
+      experiment: its name, such as "sft" or "search"; or a config of `make_config`, which
         stays as it is.
       argument: scale, variants and assignments, as after the colon of `--config FILE:`; the
         quickstart where None.

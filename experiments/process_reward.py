@@ -387,7 +387,7 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
         numbers["label_agreement"] = labelled["train"].agreement
     if distributed.is_main():
         write_report(settings, run.workdir, numbers, labelled["test"].solutions, scores)
-    run.finish({"held_out": numbers, "held_out_solutions": len(encoded["test"])})
+    run.finish({"numbers": numbers, "held_out_solutions": len(encoded["test"])})
     which = "step_accuracy" if method.supervision == PROCESS else "outcome_accuracy"
     print(
         f"process reward model: {which} {numbers[which]:.3f}, first-error F1 "

@@ -345,7 +345,8 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
         settings.task(),
     )
 
-    # 1. The policy, held-out problems, and the reward models.
+    # 1. Held-out problems, the policy, and the reward models.
+    problems = solving.problems_of(task, "test", data.test_problems)
     folder = solving.require_policy(settings)
     found = {
         name: stages.require(
@@ -359,7 +360,6 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     date = folders.date(settings.workdir)
     tokenizer = stages.load_tokenizer(folder, date=date)
     policy = stages.load_policy(folder, settings.model, sharding, frozen=True)
-    problems = solving.problems_of(task, "test", data.test_problems)
     questions = [problem.question for problem in problems]
     scorers = {
         name: solving.load_scorer(
@@ -423,8 +423,9 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     write_whole(run.workdir / "search.json", json.dumps(to_json(content), indent=1) + "\n")
     write_report(run.workdir / "report.md", table, pairs)
     draw(run.workdir / "search.png", table)
-    run.finish(content | {"problems": len(problems)})
     best = {one.name: one.accuracy for one in table if one.n == most}
+    numbers = {f"{NAMES[name]}, solved": value for name, value in best.items()}
+    run.finish(content | {"problems": len(problems), "numbers": numbers})
     print(
         f"search: of {len(problems):,} problems one sample solves {best['pass_at_1']:.3f}, the "
         f"majority of {most} {best['majority']:.3f}, the PRM-weighted vote {best['prm_vote']:.3f}, "

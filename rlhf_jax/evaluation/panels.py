@@ -88,6 +88,26 @@ SFT_PANELS = (
     Panel("Gradient norm", "norm", {"optim/grad_norm": ""}),
 )
 
+PROCESS_REWARD_PANELS = (
+    Panel("Label loss", "nats per label", {"loss/step_labels": ""}),
+    Panel("Step accuracy", "share of steps", {"eval/step_accuracy": ""}),
+    Panel("First-error F1", "F1", {"eval/first_error_f1": ""}),
+    Panel("Outcome accuracy", "share of solutions", {"eval/outcome_accuracy": ""}),
+    Panel("Calibration error", "probability", {"eval/calibration_error": ""}),
+    Panel("LM loss", "nats per token", {"loss/lm": ""}),
+)
+
+SEARCH_PANELS = (Panel("Problems solved", "share, by seed of sampling", {"search/*": ""}),)
+
+EXPERT_ITERATION_PANELS = (
+    Panel("Solved in one attempt", "share of attempts", {"solve/pass_at_1": ""}),
+    Panel("Solved by the majority", "share of problems", {"solve/majority": ""}),
+    Panel("Right answer, wrong step", "share of right answers", {"solve/trace_error": ""}),
+    Panel("KL to SFT", "nats per solution", {"policy/kl_ref_sequence": ""}),
+    Panel("Different solutions", "share of attempts", {"solve/distinct": ""}),
+    Panel("Pool", "solutions", {"improve/pool": ""}),
+)
+
 
 def draw_panels(
     runs: Mapping[str, Sequence[Log]],

@@ -14,7 +14,8 @@ from rlhf_jax.data.solutions import Solution, write_solutions
 from rlhf_jax.runtime.metrics import read_rows
 from rlhf_jax.training.record import read_summary
 
-pytestmark = pytest.mark.slow
+# One worker makes the stages once for all of them.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("reasoning")]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def run(experiment: str, argument: str, root: Path, **settings) -> Path:
 def test_a_reward_model_of_solutions(root, variant):
     folder = run("process_reward", variant, root)
     summary = read_summary(folder)
-    numbers = summary["held_out"]
+    numbers = summary["numbers"]
     assert summary["held_out_solutions"] > 0
     assert 0 <= numbers["calibration_error"] <= 1 and 0 <= numbers["outcome_accuracy"] <= 1
     assert ("label_agreement" in numbers) == (variant == "rollouts")
@@ -68,7 +69,7 @@ def test_labels_by_people(root, tmp_path):
         inputs__policy=str(policy / "model"),
         workdir=str(tmp_path / "run"),
     )
-    numbers = read_summary(folder)["held_out"]
+    numbers = read_summary(folder)["numbers"]
     assert 0.5 < numbers["right_steps"] < 1
 
 
@@ -167,7 +168,11 @@ def test_best_of_n_by_the_reward_model_of_reviews(root):
         ("search", {"search__beams": 3}, "must be divisible by search.beams=3"),
         ("search", {"search__beams": 0}, "search.beams=0"),
         ("search", {"data__source": "reviews"}, "has no verifier"),
-        ("search", {"inputs__prm": "."}, "no model of experiments.process_reward"),
+        (
+            "search",
+            {"inputs__prm": ".", "inputs__orm": "."},
+            "no model of experiments.process_reward",
+        ),
     ],
 )
 def test_bad_input_is_said_in_one_line(root, experiment, settings, message, tmp_path):
