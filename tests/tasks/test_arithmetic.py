@@ -1,5 +1,7 @@
 """The task of sums: rows, splits, and a verifier that judges."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -31,6 +33,35 @@ def test_word_problems_have_no_judge():
     task = make_task(TaskConfig(source="arithmetic:gsm_symbolic", limit=5))
     assert task.judges == () and len(list(task.rows("sft", "train", DropCounts()))) == 5
     assert make_task(TaskConfig(source="arithmetic")).judges == ("verifier",)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "least", "most", "digits"), [("5-8", 5, 8, 1), ("2-2:3", 2, 2, 3), ("", 3, 5, 1)]
+)
+def test_sums_of_the_size_that_the_source_names(sizes, least, most, digits):
+    source = f"arithmetic:chain_sum:{sizes}" if sizes else "arithmetic"
+    task = make_task(TaskConfig(source=source, limit=60))
+    found = [re.findall(r"\d+", row["prompt"]) for row in task.rows("sft", "train", DropCounts())]
+    assert {len(numbers) for numbers in found} == set(range(least, most + 1))
+    assert max(len(number) for numbers in found for number in numbers) == digits
+    assert task.judges == ("verifier",)
+    plain = make_task(TaskConfig(source="arithmetic", limit=60))
+    assert (task.fingerprint("train") == plain.fingerprint("train")) == (not sizes)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("arithmetic:chain_sum:many", "'many' must be MIN-MAX or MIN-MAX:DIGITS"),
+        ("arithmetic:chain_sum:8-5", "needs 2 <= min <= max"),
+        ("arithmetic:chain_sum:5-8:0", "max_digits=0"),
+        ("arithmetic:gsm_symbolic:5-8", "sums may have sizes"),
+    ],
+)
+def test_sizes_that_make_no_sense(source, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_task(TaskConfig(source=source))
+    assert "\n" not in str(error.value)
 
 
 def test_what_it_has_not():
