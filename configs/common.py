@@ -22,6 +22,8 @@ from configs.unread import SET, Unread, among, rows_by
 
 # The folder that SmolLM2-135M-Instruct is converted to, and what it is asked.
 SMOLLM2 = "runs/pretrained/smollm2/model"
+# Sums that the quickstart model solves about half of the time.
+SUMS = "arithmetic:chain_sum:5-8"
 INSTRUCTION = "Review a movie in a few words."
 
 # Keys that do not change the numbers of a run, and so do not name its folder.

@@ -29,17 +29,17 @@ def _quickstart() -> ConfigDict:
     config.inputs.policy = ""  # the policy of round 0; empty is the SFT model
     config.inputs.scorer = ""  # model folder of a process or outcome reward model; empty is ours
     config.inputs.build = True  # run the stages before where their models are missing
-    config.data = common.task("arithmetic")
+    config.data = common.task(common.SUMS)
     del config.data.instruction  # prompts are gone on with as they stand
     del config.data.limit  # each split has a number of problems
-    config.data.max_length = 128  # tokens of a problem with a solution
+    config.data.max_length = 192  # tokens of a problem with a solution
     config.data.problems = 1_500  # to search
     config.data.validation_problems = 200  # held out, to choose the best round
     config.data.test_problems = 500  # held out, for the report
     config.samples = ConfigDict()
     config.samples.per_problem = 8  # attempts of a round; candidates of each step for "prm"
     config.samples.rows = 512  # the most that are drawn at a time
-    config.sampling = common.sampling(96)
+    config.sampling = common.sampling(144)
     config.improve = ConfigDict()
     config.improve.rounds = 3  # of search and fine-tuning
     # What is kept: "final_answer", "all_right", "orm", "prm" or "control"; of other prompts
@@ -54,7 +54,7 @@ def _quickstart() -> ConfigDict:
     config.train.epochs = 2.0  # how often a round reads the pool; 0 where train.steps says it
     config.train.minibatch = 32  # rows of an update
     config.train.microbatches = 1  # parts of a minibatch, one after the other
-    config.train.row_length = 128  # tokens of a row, into which solutions are packed
+    config.train.row_length = 192  # tokens of a row, into which solutions are packed
     config.optimizer = common.optimizer(5e-4, "cosine", warmup_fraction=0.1, b2=0.98)
     config.optimizer.weight_decay = 0.1
     config.eval = ConfigDict()
@@ -65,7 +65,8 @@ def _quickstart() -> ConfigDict:
 
 def _tiny() -> ConfigDict:
     config = _quickstart()
-    config.data.update(problems=24, validation_problems=8, test_problems=8, max_length=96)
+    config.data.update(source="arithmetic", max_length=96)
+    config.data.update(problems=24, validation_problems=8, test_problems=8)
     config.samples.update(per_problem=4, rows=32)
     config.sampling.max_new_tokens = 48
     config.improve.update(rounds=2, max_steps=3)

@@ -24,15 +24,15 @@ def _quickstart() -> ConfigDict:
     config.inputs = ConfigDict()
     config.inputs.policy = ""  # writes the solutions, and is trained on; empty is the SFT model
     config.inputs.build = True  # run the stage before where its model is missing
-    config.data = common.problems("arithmetic")
-    config.data.max_length = 128  # tokens of a problem with a solution
+    config.data = common.problems(common.SUMS)
+    config.data.max_length = 192  # tokens of a problem with a solution
     config.data.problems = 6_000  # to train on; of labelled solutions, how many of these
     config.data.validation_problems = 100  # held out, for the curves
     config.data.test_problems = 300  # held out, for the report
     config.samples = ConfigDict()
     config.samples.per_problem = 4  # solutions that the policy writes to each problem
     config.samples.rows = 512  # the most that are drawn at a time
-    config.sampling = common.sampling(96)
+    config.sampling = common.sampling(144)
     config.labels = ConfigDict()
     config.labels.method = "exact"  # of steps: the verifier's; "rollouts"; "human"
     config.labels.completions = 8  # of each step, for "rollouts"
@@ -48,7 +48,7 @@ def _quickstart() -> ConfigDict:
     config.train.steps = 800  # updates
     config.train.minibatch = 32  # rows of an update
     config.train.microbatches = 1  # parts of a minibatch, one after the other
-    config.train.row_length = 128  # tokens of a row, into which solutions are packed
+    config.train.row_length = 192  # tokens of a row, into which solutions are packed
     config.optimizer = common.optimizer(2e-3, "cosine", warmup_fraction=0.1, b2=0.98)
     config.optimizer.weight_decay = 0.1
     config.eval = ConfigDict()
@@ -59,7 +59,8 @@ def _quickstart() -> ConfigDict:
 
 def _tiny() -> ConfigDict:
     config = _quickstart()
-    config.data.update(problems=24, validation_problems=8, test_problems=8, max_length=96)
+    config.data.update(source="arithmetic", max_length=96)
+    config.data.update(problems=24, validation_problems=8, test_problems=8)
     config.samples.update(per_problem=4, rows=32)
     config.sampling.max_new_tokens = 48
     config.labels.completions = 2

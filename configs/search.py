@@ -24,13 +24,13 @@ def _quickstart() -> ConfigDict:
     config.inputs.prm = ""  # model folder of a process reward model; empty is ours
     config.inputs.orm = ""  # model folder of an outcome reward model; empty is ours
     config.inputs.build = True  # run the stages before where their models are missing
-    config.data = common.problems("arithmetic")
-    config.data.max_length = 128  # tokens of a problem with a solution
+    config.data = common.problems(common.SUMS)
+    config.data.max_length = 192  # tokens of a problem with a solution
     config.data.test_problems = 300  # held out
     config.samples = ConfigDict()
     config.samples.per_problem = 16  # N; smaller powers of two are the first of them
     config.samples.rows = 512  # the most that are drawn at a time
-    config.sampling = common.sampling(96)
+    config.sampling = common.sampling(144)
     config.search = ConfigDict()
     config.search.seeds = 5  # of sampling; each draws everything anew
     config.search.beams = 4  # partial solutions that go on; beams x width is N for equal compute
@@ -42,7 +42,7 @@ def _quickstart() -> ConfigDict:
 
 def _tiny() -> ConfigDict:
     config = _quickstart()
-    config.data.update(test_problems=8, max_length=96)
+    config.data.update(source="arithmetic", test_problems=8, max_length=96)
     config.samples.update(per_problem=4, rows=32)
     config.sampling.max_new_tokens = 48
     config.search.update(seeds=2, beams=2, max_steps=4)

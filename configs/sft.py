@@ -118,16 +118,19 @@ def _harm(config: ConfigDict) -> None:
 
 
 def _arithmetic(config: ConfigDict) -> None:
-    scratch = not config.inputs.model
-    config.data.source = "arithmetic" if scratch else "arithmetic:gsm_symbolic"
-    config.data.update(domains=(), instruction="", max_length=128 if scratch else 320)
-    if scratch:
-        config.tokenizer.vocab_size = 280  # bytes, and the few words of sums
-        config.train.row_length = 128
-        # Longer than the prose of the scale: a policy that ends no solution teaches nothing.
-        config.train.steps = 150 if config.scale == "tiny" else 800
-    else:
+    config.data.update(domains=(), instruction="")
+    if config.inputs.model:
+        config.data.update(source="arithmetic:gsm_symbolic", max_length=320)
         config.train.row_length = 320
+        return
+    config.tokenizer.vocab_size = 280  # bytes, and the few words of sums
+    # Longer than the prose of the scale: a policy that ends no solution teaches nothing.
+    if config.scale == "tiny":
+        config.data.update(source="arithmetic", max_length=128)
+        config.train.update(steps=150, row_length=128)
+    else:
+        config.data.update(source=common.SUMS, max_length=192)
+        config.train.update(steps=1600, row_length=192)
 
 
 SCALES = {
