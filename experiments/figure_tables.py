@@ -196,6 +196,43 @@ def monitor_table(content: Mapping[str, Any], label: str = "vanilla") -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
+def alarms_table(contents: Sequence[Mapping[str, Any]], judge: str = claims.WIN_RATE) -> str:
+    """How often the monitor spoke in all runs of some figures, and how often it should have.
+
+    A run counts as fallen where the judge's last win rate has lost at least a quarter of the best
+    gain over one half, or never gained anything and ends below one half by five points.
+
+    Args:
+      contents: of the JSON of figures; a run that several of them show counts once.
+      judge: metric of the win rate against SFT; runs that did not log it are left out.
+    """
+    runs = {
+        seed["folder"]: (label, seed)
+        for content in contents
+        for label, series in content["series"].items()
+        for seed in series["seeds"].values()
+        if seed["status"] == "finished" and judge in seed["curves"]
+    }
+    counts: dict[str, list[int]] = {}
+    for label, seed in runs.values():
+        spoke, fell = bool(seed["collapse_steps"]), _fell(seed["curves"][judge]["value"])
+        row = counts.setdefault(label, [0] * 5)
+        for place, holds in enumerate(
+            (True, spoke and fell, spoke and not fell, fell and not spoke, not spoke and not fell)
+        ):
+            row[place] += holds
+    rows = [(label, *row) for label, row in counts.items()]
+    rows.append(("all", *(sum(column) for column in zip(*counts.values(), strict=True))))
+    headers = ("", "runs", "fell, alarm", "held, false alarm", "fell, no alarm", "held, no alarm")
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _fell(wins: Sequence[float]) -> bool:
+    """Whether a policy's win rates end a quarter of the best gain lower, or below one half."""
+    gain = max(wins) - 0.5
+    return max(wins) - wins[-1] >= gain / 4 if gain > 0 else wins[-1] < 0.45
+
+
 def page(content: Mapping[str, Any]) -> str:
     """The tables of a figure, with the command, the hardware and the minutes.
 

@@ -21,7 +21,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -336,8 +336,37 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("figure_*.json"), key=lambda path: int(path.stem.split("_")[1]))
 
 
+def estimator_claims_table(content: Mapping[str, Any]) -> str:
+    """The verdicts of `experiments.estimators`, as Markdown."""
+    rows = [
+        {
+            "claim": claim["sentence"],
+            "metric and threshold": f"{claim['metric']}: {claim['threshold']}",
+            "seeds [95% over prompts]": ", ".join(
+                "{:.3g} [{:.3g}, {:.3g}]".format(*value) for value in claim["values"].values()
+            ),
+            "verdict": f"**{claim['verdict']}**",
+        }
+        for claim in content["claims"]
+    ]
+    return tabulate(rows, "keys", tablefmt="github", disable_numparse=True)
+
+
+def _runs_of(contents: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    return (
+        run
+        for content in contents
+        for series in content["series"].values()
+        for run in series["seeds"].values()
+        if run["status"] == "finished"
+    )
+
+
 def write_claims(folder: Path) -> Path:
-    """Writes `claims.md` from every figure's JSON in a folder."""
+    """Writes `claims.md` from every figure's JSON in a folder, and the estimators' if it is there.
+
+    The claims of the slides on policy gradients are those of `experiments.estimators`.
+    """
     contents = [read_json(path, "draw the figure again") for path in files_in(folder)]
     scales = ", ".join(sorted({content["scale"] for content in contents}))
     text = (
@@ -345,7 +374,18 @@ def write_claims(folder: Path) -> Path:
         "Thresholds stand in `experiments/claims.py` and were committed before the runs. A number "
         "stands for each seed.\n\n"
     )
-    write_whole(folder / "claims.md", text + claims_table(contents) + "\n")
+    text += claims_table(contents) + "\n"
+    if any("collapse_steps" in run for run in _runs_of(contents)):
+        text += (
+            "\n## The collapse monitor\n\nAlarms over all runs above. A run fell where the "
+            "language model's last win rate against SFT has lost a quarter of the best gain, "
+            "or ends five points below one half.\n\n" + figure_tables.alarms_table(contents) + "\n"
+        )
+    path = folder / "estimators.json"
+    if path.exists():
+        measured = read_json(path, "measure again by experiments.estimators")
+        text += "\n## The slides on policy gradients\n\n" + estimator_claims_table(measured) + "\n"
+    write_whole(folder / "claims.md", text)
     return folder / "claims.md"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import claims, figure_tables
+from experiments import claims, figure_tables, figures
 
 DOCS = Path(__file__).parents[2] / "docs" / "figures"
 
@@ -53,6 +53,40 @@ def test_nothing_gained_or_nothing_measured():
     assert math.isnan(figure_tables.lost_of_peak(seed(collapse=[9], wins=(0.4, 0.3, 0, 0)))[2])
     assert figure_tables.lost_of_peak(seed(collapse=[3])) is None
     assert figure_tables.lost_of_peak(seed()) is None
+
+
+@pytest.mark.parametrize(
+    ("wins", "collapse", "column"),
+    [
+        ((0.5, 0.8, 0.7, 0.1), [9], "fell, alarm"),
+        ((0.5, 0.8, 0.9, 0.85), [9], "held, false alarm"),
+        ((0.5, 0.8, 0.7, 0.72), [], "fell, no alarm"),
+        ((0.5, 0.8, 0.7, 0.73), [], "held, no alarm"),
+        ((0.5, 0.4, 0.3, 0.44), [], "fell, no alarm"),
+        ((0.5, 0.4, 0.3, 0.46), [9], "held, false alarm"),
+    ],
+)
+def test_alarms_are_counted_by_what_the_judge_says_at_the_end(wins, collapse, column):
+    one = seed(collapse=collapse, wins=wins) | {"folder": "a"}
+    other = seed(wins=(0.5, 0.6, 0.7, 0.8)) | {"folder": "b"}
+    failed = {"status": "status 1: no"}
+    shown = content(**{"0": one, "1": other, "2": failed})
+    # The run that a second figure shows is the same run.
+    text = figure_tables.alarms_table([shown, content(**{"0": one})])
+    head, _, row, every = ([c.strip() for c in line.split("|")] for line in text.splitlines())
+    assert row[2] == every[2] == "2"
+    assert row[3:] == every[3:]
+    counts = dict(zip(head, map(str, row), strict=True))
+    others = {"fell, alarm", "held, false alarm", "fell, no alarm", "held, no alarm"} - {column}
+    assert counts[column] == ("2" if column == "held, no alarm" else "1")
+    assert sum(int(counts[name]) for name in others) == 2 - int(counts[column])
+
+
+def test_the_committed_claims_are_those_of_the_committed_figures(tmp_path):
+    for path in DOCS.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    figures.write_claims(tmp_path)
+    assert (tmp_path / "claims.md").read_text() == (DOCS / "claims.md").read_text()
 
 
 def test_page_of_policies():
