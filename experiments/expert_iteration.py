@@ -6,8 +6,8 @@
 A round lets the policy attempt the training problems, keeps what the method chooses, adds it to the
 pool, and fine-tunes on the pool. Every round is measured on validation problems; the best one is
 compared with round 0, the SFT model, on test problems. A round that is done is not done again; its
-model lies in `rounds/N`, its attempts in `runs/attempts`. Writes `model/`, report.md, pool.jsonl,
-metrics.jsonl, config.json and summary.json to the run folder.
+model lies in `rounds/N`, its attempts in `runs/attempts`. Writes `model/`, report.md, what
+each round found to `pool/N.jsonl`, metrics.jsonl, config.json and summary.json to the run folder.
 """
 
 from __future__ import annotations

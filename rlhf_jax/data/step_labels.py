@@ -21,7 +21,7 @@ from rlhf_jax.data.templates import ChatTokenizer
 
 # At a token that ends no step, or a step that nobody rated.
 UNRATED = -1
-RATINGS = 3
+NUM_CLASSES = 3
 _ANY_LENGTH = 2**30
 
 
@@ -114,7 +114,7 @@ def encode_solution(
         begins = len(prompt) if wrong == 0 else int(ends[wrong - 1]) + 1
         said = tokens[begins : ends[wrong] + 1]
         right = _tokens_within(said, solution.letters_right, tokenizer)
-        token_labels[begins : begins + min(right, len(said) - 1)] = RATINGS - 1
+        token_labels[begins : begins + min(right, len(said) - 1)] = NUM_CLASSES - 1
     return EncodedSolution(
         tokens[:length],
         np.arange(length) >= len(prompt),

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from rlhf_jax.data.step_labels import (
-    RATINGS,
+    NUM_CLASSES,
     UNRATED,
     encode_steps,
     encode_whole_prompt,
@@ -65,9 +65,9 @@ class ProcessRewardConfig:
 
     def __post_init__(self):
         check(self, supervision=SUPERVISIONS, neutral=NEUTRALS, lm_coef="[0, 1e6]")
-        if len(self.tokens) != RATINGS or len(set(self.tokens)) != RATINGS:
+        if len(self.tokens) != NUM_CLASSES or len(set(self.tokens)) != NUM_CLASSES:
             raise ValueError(
-                f"loss.tokens={self.tokens} must be {RATINGS} different texts: wrong, neutral, "
+                f"loss.tokens={self.tokens} must be {NUM_CLASSES} different texts: wrong, neutral, "
                 "right"
             )
 
@@ -85,8 +85,8 @@ class ProcessRewardConfig:
                     f"loss.tokens has {text!r}, which is {len(found)} tokens of this tokenizer: "
                     "choose texts of one token each"
                 )
-        if len({found[0] for found in ids}) != RATINGS:
-            raise ValueError(f"loss.tokens={self.tokens} are not {RATINGS} different tokens")
+        if len({found[0] for found in ids}) != NUM_CLASSES:
+            raise ValueError(f"loss.tokens={self.tokens} are not {NUM_CLASSES} different tokens")
         return tuple(found[0] for found in ids)
 
 

@@ -151,8 +151,8 @@ def generate(
 
     Several samples of a prompt are those of a batch in which it stands as many times, from the
     same key and up to rounding; but the model reads the prompt once, and holds its keys and values
-    once. A row without any prompt
-    token fills up a batch: nothing is drawn for it, and it counts as ended.
+    once. A row without any prompt token fills up a batch: nothing is drawn for it, and it counts as
+    ended.
 
     Args:
       model: the policy.
