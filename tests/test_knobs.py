@@ -116,6 +116,7 @@ OTHER: dict[str, Any] = {
     "*optimizer.schedule": "constant",
     "*optimizer.warmup_fraction": 0.5,
     "inputs.policy_variant": "pretrain",
+    "inputs.reward_variant": "no_lm",
     "labels.method": "rollouts",
     "labels.of": "pairs",
     "labels.template": "rate_reviews",
@@ -182,6 +183,11 @@ class Knobs:
             "data.source": golden.write_jsonl(folder / "rows.jsonl"),
             "data.prompt_source": f"jsonl:{folder / 'prompts.jsonl'}",
         }
+        labels = folder / "labels"
+        labels.mkdir()
+        for split in ("train", "validation", "test"):
+            golden.write_jsonl(labels / f"{split}.jsonl")
+        self.sources["inputs.labels"] = str(labels)
         if experiment in ("process_reward", "search", "expert_iteration"):
             self.sources["data.source"] = "arithmetic:gsm_symbolic"
 
