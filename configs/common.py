@@ -270,11 +270,11 @@ def scale_of_stage(stage: str, scale: str) -> str:
     return scale.replace("moss_", "paper_")
 
 
-def stage_folder(stage: str, config: ConfigDict, *variants: str) -> str:
-    """The model folder that the stage of `stage_argument` writes."""
+def stage_folder(stage: str, config: ConfigDict, *variants: str, leaf: str = "model") -> str:
+    """The folder, by default of the model, that the stage of `stage_argument` writes."""
     module = importlib.import_module(f"configs.{stage}")
     argument = stage_argument(stage, config, *variants)
-    return resolve(module.get_config(argument)).workdir + "/model"
+    return f"{resolve(module.get_config(argument)).workdir}/{leaf}"
 
 
 def assign(config: ConfigDict, assignment: str) -> None:

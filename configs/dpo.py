@@ -65,6 +65,7 @@ def _quickstart() -> ConfigDict:
     config.dpo.beta = 0.1  # strength of the pull to the reference
     config.dpo.label_smoothing = 0.0  # assumed share of flipped labels, for "dpo"
     config.dpo.sft_coef = 0.0  # weight of -log pi(chosen)
+    config.dpo.labels = "hard"  # or "soft": rows have p_chosen, as AI feedback gives it; for "dpo"
     config.train = ConfigDict()
     config.train.steps = 150  # updates
     config.train.max_tokens = 4096  # a step takes as many pairs as fit, padding included

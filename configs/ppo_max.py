@@ -33,6 +33,8 @@ Variants (what an ablation changes; PPO-max is the default):
                      `smollm2,harm`
   half               prompts and reward model of the first half of the texts, so that the judge
                      `gold` may be asked: quickstart,half,judges=('vader','gold')
+  rlaif              the reward model learns from AI labels in place of people's ratings (Lee et al.
+                     2023): variant ai_labels of configs/reward_model.py
   reinforce, total_return, reward_to_go, reward_to_go_baseline, td, rloo, grpo
                      the choices of Φ_t on the slide "Policy Gradient Methods"
 """
@@ -40,7 +42,7 @@ Variants (what an ablation changes; PPO-max is the default):
 from ml_collections import ConfigDict
 
 from configs import common, sft
-from configs.unread import SET, Unread, among, no
+from configs.unread import EMPTY, SET, Unread, among, no
 
 
 def _quickstart() -> ConfigDict:
@@ -51,6 +53,7 @@ def _quickstart() -> ConfigDict:
     config.inputs.policy_variant = ""  # variant of configs/sft.py that the policy starts from
     config.inputs.reference = ""  # folder of the frozen reference; empty is that SFT model
     config.inputs.reward_model = ""  # folder; empty is the reward model of the same scale
+    config.inputs.reward_variant = ""  # variant of configs/reward_model.py that scores
     config.inputs.build = True  # run the stages before where their models are missing
     # What the stages before learn from and the ptx loss reads; prompts too where the next is empty.
     config.data = common.task()
@@ -245,6 +248,10 @@ def _harm(config: ConfigDict) -> None:
     config.eval.samples = 0  # reports show no answers to these prompts, unless they are asked to
 
 
+def _rlaif(config: ConfigDict) -> None:
+    config.inputs.reward_variant = "ai_labels"
+
+
 def _longer(times: float):
     """A variant with another number of iterations after those of the critic alone."""
 
@@ -329,6 +336,7 @@ VARIANTS = {
     "k_step": _changes(advantage={"method": "k_step", "k": 4}),
     "harm": _harm,
     "half": common.half,
+    "rlaif": _rlaif,
     "rloo": _sampled("rloo", samples=4),
     "grpo": _sampled("grpo", samples=4),
 }
@@ -346,6 +354,7 @@ SCALES = {
 
 
 UNREAD = (
+    Unread("inputs.reward_variant", unless="inputs.reward_model", is_=EMPTY),
     Unread("trpo.*", unless="ppo.objective", is_=among("trpo")),
     Unread("penalty.*", unless="ppo.objective", is_=among("penalty")),
     # The trust region takes the place of all of these.
@@ -379,7 +388,9 @@ def derive(config: ConfigDict) -> None:
     if not inputs.model:
         inputs.model = common.stage_folder("sft", config, *_named(inputs.policy_variant))
     inputs.reference = inputs.reference or common.stage_folder("sft", config)
-    inputs.reward_model = inputs.reward_model or common.stage_folder("reward_model", config)
+    inputs.reward_model = inputs.reward_model or common.stage_folder(
+        "reward_model", config, *_named(inputs.reward_variant)
+    )
 
 
 def _named(variant: str) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ Variants:
   harm        people's harm scores for answers of language models, opt-in: `smollm2,harm`; each
               prompt is in one split only
   half        on the first half of the training texts, so that `gold` may judge what it is used for
+  ai_labels   on pairs that a language model labels in place of people, softly (RLAIF): those of
+              configs/ai_labels.py of the same scale
   gold        on the second half, with a seed of its own: the judge `gold`, see docs/judges.md;
               held-out pair accuracy .739 at quickstart, the VADER rule .710
 """
@@ -34,6 +36,9 @@ def _quickstart() -> ConfigDict:
     config = common.shared()
     config.inputs = ConfigDict()
     config.inputs.model = ""  # folder to start from; empty is the SFT model of the same scale
+    # Folder of pairs that experiments.ai_labels labelled, in place of the pairs of the data; empty
+    # is these.
+    config.inputs.labels = ""
     config.inputs.layers = 0  # how many of its layers are kept; 0 is all
     config.inputs.build = True  # run the stage before where its model is missing
     config.data = common.task()
@@ -60,6 +65,9 @@ def _quickstart() -> ConfigDict:
     # Weight c of a pair's margin m, the column `margin` or the gap of the ratings, in
     # -log sigmoid(r_w - r_l - c m) (Llama 2, arXiv 2307.09288, eq. 2); 0 is off, as in the paper.
     config.loss.margin_coef = 0.0
+    # Whether the chosen of a pair is better, "hard", or so with the probability p_chosen of its
+    # row, "soft", as AI feedback has it.
+    config.loss.labels = "hard"
     config.optimizer = common.optimizer(1e-3, "cosine", warmup_fraction=0.1, b2=0.98)
     config.optimizer.weight_decay = 0.1
     config.eval = ConfigDict()
@@ -140,6 +148,12 @@ def _no_lm(config: ConfigDict) -> None:
     config.loss.lm_coef = 0.0
 
 
+def _ai_labels(config: ConfigDict) -> None:
+    """Soft labels; with few pairs, few updates."""
+    config.loss.update(labels="soft", comparisons="pairs")
+    config.train.steps = min(config.train.steps, 100)
+
+
 def _gold(config: ConfigDict) -> None:
     """The half that `half` leaves, and weights that no other run begins with."""
     common.check_halves(config, "gold")
@@ -156,14 +170,18 @@ SCALES = {
     "moss_en": lambda: _moss(_paper_en()),
     "moss_zh": lambda: _moss(_paper_zh()),
 }
-VARIANTS = {"no_lm": _no_lm, "harm": _harm, "half": common.half, "gold": _gold}
+VARIANTS = {"no_lm": _no_lm, "harm": _harm, "half": common.half}
+VARIANTS |= {"gold": _gold, "ai_labels": _ai_labels}
 # Of other sources data.pairs and data.eval_pairs say how many are taken.
 UNREAD = (Unread("data.limit", unless="data.source", is_=rows_by("limit", streams=True)),)
 
 
 def derive(config: ConfigDict) -> None:
-    """The folder of the stage before."""
-    config.inputs.model = config.inputs.model or common.stage_folder("sft", config)
+    """The folders of the stages before."""
+    inputs = config.inputs
+    inputs.model = inputs.model or common.stage_folder("sft", config)
+    if "ai_labels" in config.variants:
+        inputs.labels = inputs.labels or common.stage_folder("ai_labels", config, leaf="labels")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -16,6 +16,8 @@ from rlhf_jax.training.record import check_settings, pinned_inputs, read_summary
 
 # What a run saves: the model, and beside it the adapters that it trained.
 MODEL, ADAPTERS = "model", "adapters"
+# The folder of labelled pairs, and the file in it that is written first.
+LABELS, FIRST_LABELS = "labels", "train.jsonl"
 # Between two looks at a folder that another process works in.
 WAIT_SECONDS = 2.0
 
@@ -26,11 +28,11 @@ def is_run(folder: str) -> bool:
 
 
 def is_whole(folder: str) -> bool:
-    """Whether a model folder is there; that of a run counts once its summary is written.
+    """Whether a model folder, or one of labels, is there; in a run's once its summary is written.
 
     A run that is killed while it saves leaves a model without its adapters or its report.
     """
-    there = (Path(folder) / "config.json").exists()
+    there = any((Path(folder) / name).exists() for name in ("config.json", FIRST_LABELS))
     return there and (not is_run(folder) or read_summary(Path(folder).parent) is not None)
 
 

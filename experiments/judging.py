@@ -107,10 +107,16 @@ def data_of(folder: str, argument: str = "") -> Data | None:
       argument: of configs/reward_model.py, which may make it.
     """
     if folders.is_run(folder):
-        return read_config(Path(folder).parent / "config.json")["config"]["data"]
+        return _ranked(read_config(Path(folder).parent / "config.json")["config"])
     if argument and model_folder(argument) == folder:
-        return reward_model_configs.get_config(argument).data.to_dict()
+        return _ranked(common.resolve(reward_model_configs.get_config(argument)).to_dict())
     return None
+
+
+def _ranked(config: Mapping[str, Any]) -> Data:
+    """The data of a run; what a language model labelled has the source of its labels."""
+    labels = config["inputs"].get("labels", "")
+    return {**config["data"], **({"source": f"jsonl:{labels}"} if labels else {})}
 
 
 def learned_from(settings: Shared) -> tuple[str, Data | None] | None:
@@ -121,10 +127,16 @@ def learned_from(settings: Shared) -> tuple[str, Data | None] | None:
     """
     folder = getattr(getattr(settings, "inputs", None), "reward_model", "")
     if folder:
-        return folder, data_of(folder, common.stage_argument("reward_model", settings))
+        return folder, data_of(folder, argument_of_reward_model(settings))
     if settings.experiment == "dpo":
         return settings.workdir, dataclasses.asdict(settings.data)
     return None
+
+
+def argument_of_reward_model(settings: Shared) -> str:
+    """The argument of configs/reward_model.py that makes the reward model of a run."""
+    variant = getattr(getattr(settings, "inputs", None), "reward_variant", "")
+    return common.stage_argument("reward_model", settings, *((variant,) if variant else ()))
 
 
 def check_apart(name: str, folder: str, data: Data | None, settings: Shared) -> None:

@@ -59,6 +59,7 @@ class Inputs:
     policy_variant: str
     reference: str
     reward_model: str
+    reward_variant: str
     build: bool
 
 
@@ -140,10 +141,11 @@ def require_stages(settings: Settings) -> None:
     # Judges first: one that may not judge is refused before anything is trained.
     judging.require_judges(judge_names(settings.judges, settings.prompt_task()), settings)
     variant = (inputs.policy_variant,) if inputs.policy_variant else ()
+    scored_by = (inputs.reward_variant,) if inputs.reward_variant else ()
     for folder, stage, variants in (
         (inputs.reference, "sft", ()),
         (inputs.model, "sft", variant),
-        (inputs.reward_model, "reward_model", ()),
+        (inputs.reward_model, "reward_model", scored_by),
     ):
         argument = common.stage_argument(stage, settings, *variants)
         stages.require(folder, stage=stage, argument=argument, build=inputs.build)

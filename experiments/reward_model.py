@@ -27,15 +27,22 @@ from rlhf_jax.data.schemas import Encoded, EncodedPair
 from rlhf_jax.data.store import margins_of
 from rlhf_jax.data.streaming import StreamedBatches
 from rlhf_jax.evaluation import plots
-from rlhf_jax.evaluation.comparison import bootstrap_interval, pair_accuracy, paired_outcomes
+from rlhf_jax.evaluation.comparison import (
+    Interval,
+    bootstrap_interval,
+    pair_accuracy,
+    paired_outcomes,
+)
 from rlhf_jax.evaluation.judges import judge_pairs
 from rlhf_jax.methods import reward_model
-from rlhf_jax.methods.pairwise import PairTrainConfig
+from rlhf_jax.methods.pairwise import LABELS, PairTrainConfig
 from rlhf_jax.methods.reward_model import COMPARISONS, RewardModelConfig
+from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.runtime import distributed
 from rlhf_jax.runtime.files import naming
 from rlhf_jax.runtime.metrics import read_metrics
 from rlhf_jax.runtime.settings import check
+from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.training.run import OnStep
@@ -44,9 +51,13 @@ from rlhf_jax.training.step import create_state
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The model that training starts from, and how many of its first layers (0 is all)."""
+    """The model that training starts from, and how many of its first layers (0 is all).
+
+    `labels` is a folder of pairs that a language model labelled; empty takes the data's own.
+    """
 
     model: str
+    labels: str
     layers: int
     build: bool
 
@@ -72,9 +83,11 @@ class LossConfig:
     lm_coef: float
     comparisons: str
     margin_coef: float
+    labels: str
 
     def __post_init__(self):
         check(self, lm_coef="[0, 1e6]", comparisons=COMPARISONS, margin_coef="[0, 1e6]")
+        check(self, labels=LABELS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +107,13 @@ class Settings(Shared):
         super().__post_init__()
         self.method().check_batches(self.train)
         if self.loss.comparisons == "batch":
-            self.task().check_ratings()
+            self.pairs_task().check_ratings()
+
+    def pairs_task(self) -> Task:
+        """Where pairs come from: the task, or what a language model labelled in its place."""
+        if not self.inputs.labels:
+            return self.task()
+        return self.data.task(self.seed, source=f"jsonl:{self.inputs.labels}")
 
     def method(self) -> RewardModelConfig:
         """What the model minimises."""
@@ -173,6 +192,36 @@ def reference_texts(settings: Settings, task: Task, tokenizer: Any) -> list[Enco
     return found
 
 
+def require_labels(settings: Settings) -> None:
+    """Finds or makes the pairs that a language model labels, where it is to."""
+    inputs = settings.inputs
+    if inputs.labels:
+        argument = common.stage_argument("ai_labels", settings)
+        stages.require(inputs.labels, stage="ai_labels", argument=argument, build=inputs.build)
+
+
+def accuracy_on_people(
+    settings: Settings, task: Task, tokenizer: Any, model: ScalarModel, sharding: Sharding
+) -> Interval | None:
+    """How often a model that learned from a judge orders held-out pairs as people do.
+
+    None for one that learned from people, and where the source has no pairs of theirs.
+    """
+    if not settings.inputs.labels:
+        return None
+    data = settings.data
+    try:
+        pairs = task.preferences(
+            tokenizer, "test", max_length=data.max_length, count=data.eval_pairs
+        )
+    except ValueError as error:
+        print(f"note: nobody ranked pairs of {data.source}: {error}")
+        return None
+    batching = settings.train.batching(sharding.data) | {"pad_id": tokenizer.pad_token_id}
+    scores = reward_model.score_pairs(model, once_pairs(pairs, **batching), sharding)
+    return bootstrap_interval(paired_outcomes(*scores))
+
+
 def save_scores(
     path: Path,
     pairs: Sequence[EncodedPair],
@@ -223,22 +272,24 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     method = settings.method()
     judges = judging.load_judges(judge_names(settings.judges, task), settings)
 
-    # 1. The SFT model with a new scalar head, and pairs that people have ranked.
+    # 1. The SFT model with a new scalar head, and pairs that people, or a judge, have ranked.
     inputs, data = settings.inputs, settings.data
     argument = common.stage_argument("sft", settings)
     folder = stages.require(inputs.model, stage="sft", argument=argument, build=inputs.build)
     stages.check_lengths({"data.max_length": data.max_length}, folder)
+    require_labels(settings)
+    ranked = settings.pairs_task()
     date = folders.date(settings.workdir)
     tokenizer = stages.load_tokenizer(folder, date=date)
     key = jax.random.key(settings.seed)
     model = stages.load_scalar(folder, settings.model, sharding, key=key, layers=inputs.layers)
     tuning = stages.make_tuning(settings, model)
-    references = reference_texts(settings, task, tokenizer)
-    pairs, ratings = training_pairs(settings, task, tokenizer)
+    references = reference_texts(settings, ranked, tokenizer)
+    pairs, ratings = training_pairs(settings, ranked, tokenizer)
     batches = training_batches(settings, pairs, tokenizer, sharding.data)
     batches.share(sharding.local_rows)
     validation, test = (
-        task.preferences(tokenizer, split, max_length=data.max_length, count=count)
+        ranked.preferences(tokenizer, split, max_length=data.max_length, count=count)
         for split, count in (("validation", data.validation_pairs), ("test", data.eval_pairs))
     )
     batching = train.batching(sharding.data) | {"pad_id": tokenizer.pad_token_id}
@@ -267,7 +318,7 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
 
     # 3. Train.
     show = ("loss/bradley_terry", "reward/accuracy", "eval/accuracy")
-    pinned = stages.inputs(tokenizer, task, date=date, models={"inputs.model": folder})
+    pinned = stages.inputs(tokenizer, ranked, date=date, models={"inputs.model": folder})
     with settings.run(train.steps, "reward model", show, pinned, on_step=on_step) as run:
         state = run.restore(state, batches)
         for step in run.steps():
@@ -302,6 +353,7 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
         name: pair_accuracy(*judge_pairs(judge, test, tokenizer)) for name, judge in judges.items()
     }
     accuracy = pair_accuracy(chosen, rejected)
+    on_people = accuracy_on_people(settings, task, tokenizer, trained, sharding)
     if distributed.is_main():
         draw_figures(run.workdir, chosen, rejected)
         scale = float(np.std(scores) / np.std([chosen, rejected]))
@@ -312,6 +364,7 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
             "accuracy": accuracy,
             "accuracy_interval": bootstrap_interval(paired_outcomes(chosen, rejected))[1:],
             "judges_accuracy": accuracies,
+            "people_accuracy": on_people,
             "held_out_pairs": len(test),
             "score_bias": score_bias,
         }
@@ -321,6 +374,8 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
         for name, share in accuracies.items()
     ]
     print(f"reward model: held-out pair accuracy {', '.join([f'{accuracy:.3f}', *beside])}")
+    if on_people is not None:
+        print(f"on pairs that people ranked: {on_people.value:.3f} {on_people[1:]}")
     print(
         f"model in {run.workdir / 'model'}; other tools leave out its score_bias, "
         f"{score_bias:+.4f} (docs/run.md)"

@@ -30,6 +30,7 @@ import pytest
 
 # All of them now: what a module jits when it is imported must not be jitted by what stands in.
 from experiments import (
+    ai_labels,
     dpo,
     expert_iteration,
     ppo_max,
@@ -64,6 +65,7 @@ MAINS = {
     "process_reward": process_reward.main,
     "search": search.main,
     "expert_iteration": expert_iteration.main,
+    "ai_labels": ai_labels.main,
 }
 JIT = jax.jit
 JITTED = type(jax.jit(lambda: 0))

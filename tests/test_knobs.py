@@ -30,6 +30,7 @@ ASIDE = {
     "sharding.*": "where arrays lie",
     "collapse.[rskp]*": "seen where a policy collapses: tests/training/test_collapse_in_a_run.py",
     "improve.start": "whose weights a round begins with, and here all folders hold the same",
+    "labels.clamp": "every label is one half in a dry run: tests/experiments/test_ai_labels.py",
     "model.attention": "which kernel computes the same, on a GPU",
 }
 
@@ -42,6 +43,7 @@ SHORT = {
     "process_reward": ("train.steps=2", "eval.every=1"),
     "search": ("search.seeds=1",),
     "expert_iteration": ("improve.rounds=1",),
+    "ai_labels": (),
 }
 
 # Keys that are refused at `tiny`, and a run that reads them.
@@ -59,6 +61,7 @@ READ_IN = {
         "sft": "train.steps=0,train.epochs=2.0",
         "expert_iteration": "train.steps=0,train.epochs=2.0",
     },
+    "labels.max_new_tokens": {"ai_labels": "reasons"},
     "labels.*": {"process_reward": "rollouts"},
     "inputs.scorer": {"expert_iteration": "orm"},
     "improve.max_steps": {"expert_iteration": "prm"},
@@ -108,10 +111,16 @@ OTHER: dict[str, Any] = {
     "dpo.objective": "ipo",
     "dpo.label_smoothing": 0.25,
     "loss.comparisons": "batch",
+    "loss.labels": "soft",
+    "dpo.labels": "soft",
     "*optimizer.schedule": "constant",
     "*optimizer.warmup_fraction": 0.5,
     "inputs.policy_variant": "pretrain",
+    "inputs.reward_variant": "no_lm",
     "labels.method": "rollouts",
+    "labels.of": "pairs",
+    "labels.template": "rate_reviews",
+    "labels.max_length": 200,
     "labels.above": 0.5,
     "loss.supervision": "outcome",
     "*.neutral": "negative",
@@ -174,6 +183,11 @@ class Knobs:
             "data.source": golden.write_jsonl(folder / "rows.jsonl"),
             "data.prompt_source": f"jsonl:{folder / 'prompts.jsonl'}",
         }
+        labels = folder / "labels"
+        labels.mkdir()
+        for split in ("train", "validation", "test"):
+            golden.write_jsonl(labels / f"{split}.jsonl")
+        self.sources["inputs.labels"] = str(labels)
         if experiment in ("process_reward", "search", "expert_iteration"):
             self.sources["data.source"] = "arithmetic:gsm_symbolic"
 

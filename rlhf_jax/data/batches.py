@@ -92,9 +92,10 @@ class PairBatches(Batches):
     """Token-balanced batches for reward models and DPO: short pairs come in larger batches.
 
     Each batch is {"tokens" [B, 2, T] int32, "segments" [B, 2, T] int32, "loss_mask" [B, 2, T] bool,
-    "margin" [B] float32, "valid" [B] bool, "index" [B] int32}, padded on the right; side 0 is
-    chosen, 1 is rejected. "index" says which of `pairs` a row is, so that whatever is known of each
-    pair (log-probabilities under a reference) can be looked up; filler has index 0.
+    "margin" [B] float32, "p_chosen" [B] float32, "valid" [B] bool, "index" [B] int32}, padded on
+    the right; side 0 is chosen, 1 is rejected. "index" says which of `pairs` a row is, so that
+    whatever is known of each pair (log-probabilities under a reference) can be looked up; filler
+    has index 0.
 
     Pairs that do not fill a batch of their bucket move up to the next; only batches of the longest
     bucket hold filler, whose rows are flagged invalid.
@@ -242,6 +243,8 @@ def pad_pairs(pairs: Sequence[EncodedPair], shape: Shape, pad_id: int = 0) -> Ar
     batch = {name: array.reshape(shape.rows, 2, shape.length) for name, array in flat.items()}
     margins = [pair.margin for pair in pairs] + [0.0] * missing
     batch["margin"] = np.array(margins, dtype=np.float32)
+    labels = [pair.p_chosen for pair in pairs] + [1.0] * missing
+    batch["p_chosen"] = np.array(labels, dtype=np.float32)
     batch["valid"] = np.arange(shape.rows) < len(pairs)
     return batch
 

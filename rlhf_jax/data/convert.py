@@ -252,11 +252,11 @@ def _preference(row: Row, drops: DropCounts | None) -> Row | None:
     chosen, rejected = row["chosen"], row["rejected"]
     if row.get("conversations") is not None:
         answers = {name: _answer(row[name], name) for name in ("chosen", "rejected")}
-        margin = {"margin": row["margin"]} if "margin" in row else {}
+        beside: Row = {name: row[name] for name in ("margin", "p_chosen") if name in row}
         prompt = _open_prompt(row["conversations"], "conversations")
         if not prompt:
             raise ValueError("conversations is empty: chosen and rejected answer nothing")
-        return {"prompt": prompt, **answers, **margin}
+        return {"prompt": prompt, **answers, **beside}
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         return _from_lists(row, drops)
     if row.get("prompt") is None and is_transcript(chosen):

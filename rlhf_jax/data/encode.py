@@ -154,7 +154,8 @@ def encode_pair(
     that trims what is said, or a tokenizer that folds letters, leaves no difference to learn from.
 
     Raises:
-      ValueError: missing fields, or a margin that is not a finite number.
+      ValueError: missing fields, a margin that is not a finite number, or a `p_chosen` that is no
+        probability.
     """
     drops = DropCounts() if drops is None else drops
     require(row, ("prompt", "chosen", "rejected"), "a preference row")
@@ -179,7 +180,8 @@ def encode_pair(
         return None
     drops.keep()
     drops.truncate(truncated)
-    return EncodedPair(chosen, rejected, float(row.get("margin", 0.0)))
+    margin, p_chosen = float(row.get("margin", 0.0)), float(row.get("p_chosen", 1.0))
+    return EncodedPair(chosen, rejected, margin, p_chosen)
 
 
 def encode_prompt(

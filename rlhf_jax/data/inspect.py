@@ -32,7 +32,10 @@ def render(encoded: Encoded | EncodedPair | EncodedPrompt, tokenizer: Any, *, co
         chosen, rejected = (
             render(side, tokenizer, color=color) for side in (encoded.chosen, encoded.rejected)
         )
-        return f"chosen (margin {encoded.margin:g}):\n{chosen}\nrejected:\n{rejected}"
+        said = f"margin {encoded.margin:g}"
+        if encoded.p_chosen != 1:
+            said += f", p {encoded.p_chosen:g}"
+        return f"chosen ({said}):\n{chosen}\nrejected:\n{rejected}"
     if not isinstance(encoded, Encoded):
         encoded = Encoded(encoded, np.zeros(len(encoded), dtype=bool))
     parts = []

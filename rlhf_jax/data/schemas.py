@@ -1,9 +1,9 @@
 """The values that pass between the data modules, and what a row must hold.
 
 Rows are dicts. For fine-tuning: {"messages"}, {"prompt", "response"} or {"text"}. For preferences:
-{"prompt", "chosen", "rejected"}, perhaps with a "margin". For prompts: {"prompt"}, perhaps with an
-"opening", the words with which the assistant has begun. A prompt is a text that is gone on with, or
-a list of messages.
+{"prompt", "chosen", "rejected"}, perhaps with a "margin" or with "p_chosen". For prompts:
+{"prompt"}, perhaps with an "opening", the words with which the assistant has begun. A prompt is a
+text that is gone on with, or a list of messages.
 """
 
 from __future__ import annotations
@@ -48,11 +48,14 @@ class EncodedPair(NamedTuple):
       rejected: the same prompt and the worse response.
       margin: how much better, in the units of the ratings; 0 where nobody said. Read by the loss of
         a reward model where its `margin_coef` is set.
+      p_chosen: the probability that the chosen one is better, as a judge has it: a soft label; 1
+        where nobody said. Read by losses whose `labels` are "soft".
     """
 
     chosen: Encoded
     rejected: Encoded
     margin: float
+    p_chosen: float = 1.0
 
 
 class DropCounts(Counter[str]):
@@ -132,7 +135,7 @@ def check_characters(row: Row) -> None:
 
 
 def require(row: Row, fields: Sequence[str], what: str) -> None:
-    """Checks that fields are there and hold text or lists, and that a margin is a number.
+    """Checks that fields are there and hold text or lists, and the numbers beside them.
 
     Raises:
       ValueError: names the fields that are missing and those found, or the one that is wrong.
@@ -157,6 +160,13 @@ def require(row: Row, fields: Sequence[str], what: str) -> None:
         finite = False
     if not finite:
         raise ValueError(f"margin={margin!s:.40} must be a finite number")
+    p_chosen = row.get("p_chosen", 1.0)
+    try:
+        within = 0 <= float(p_chosen) <= 1
+    except (TypeError, ValueError, OverflowError):
+        within = False
+    if not within:
+        raise ValueError(f"p_chosen={p_chosen!s:.40} must be a probability, in [0, 1]")
 
 
 def require_sft(row: Row) -> None:

@@ -52,6 +52,7 @@ class TokenStore(Sequence[Any]):
       lengths: int64 [n] tokens of each row; of a pair, of its longer side.
       total: tokens of all rows, of pairs on both sides.
       margins: float64 [n] of pairs, else empty.
+      p_chosen: float64 [n] soft labels of pairs, else empty.
       counts: what was kept, dropped and truncated when the rows were encoded.
     """
 
@@ -60,6 +61,7 @@ class TokenStore(Sequence[Any]):
         self.kind, self.counts = meta["kind"], DropCounts(meta["counts"])
         self._columns = [_Column(folder, name) for name in _columns_of(self.kind)]
         self.margins = np.load(folder / "margins.npy")
+        self.p_chosen = np.load(folder / "p_chosen.npy")
         self.total = sum(int(column.lengths.sum()) for column in self._columns)
         self.lengths = np.max([column.lengths for column in self._columns], axis=0)
 
@@ -74,12 +76,15 @@ class TokenStore(Sequence[Any]):
         first, *second = [column[index] for column in self._columns]
         if self.kind == "prompt":
             return first.tokens
-        return EncodedPair(first, second[0], float(self.margins[index])) if second else first
+        if not second:
+            return first
+        numbers = float(self.margins[index]), float(self.p_chosen[index])
+        return EncodedPair(first, second[0], *numbers)
 
     def blocks(self) -> Iterator[dict[str, np.ndarray]]:
         """Yields all that decides the rows, file by file and block by block, for a digest."""
         if self.kind == "preference":
-            yield {"margins": self.margins}
+            yield {"margins": self.margins, "p_chosen": self.p_chosen}
         for name, column in zip(_columns_of(self.kind), self._columns, strict=True):
             yield {f"{name}.lengths": column.lengths}
             for field, array in column.arrays.items():
@@ -100,6 +105,7 @@ class _Writer:
         }
         self._lengths: dict[str, list[int]] = {name: [] for name in self._names}
         self._margins: list[float] = []
+        self._p_chosen: list[float] = []
 
     def __enter__(self) -> Self:
         return self
@@ -115,6 +121,7 @@ class _Writer:
         if isinstance(row, EncodedPair):
             sides = (row.chosen, row.rejected)
             self._margins.append(row.margin)
+            self._p_chosen.append(row.p_chosen)
         for name, side in zip(self._names, sides, strict=True):
             if isinstance(side, np.ndarray):
                 side = Encoded(side, np.zeros(len(side), bool))
@@ -130,6 +137,7 @@ class _Writer:
             for name, lengths in self._lengths.items():
                 np.save(self._folder / f"{name}.lengths.npy", np.array(lengths, dtype=np.int64))
             np.save(self._folder / "margins.npy", np.array(self._margins))
+            np.save(self._folder / "p_chosen.npy", np.array(self._p_chosen))
             (self._folder / _META).write_text(json.dumps(meta))
 
 
@@ -186,6 +194,14 @@ def margins_of(pairs: Sequence[EncodedPair]) -> np.ndarray:
     if isinstance(pairs, TokenStore):
         return pairs.margins
     return np.array([pair.margin for pair in pairs], dtype=np.float64)
+
+
+def labels_of(pairs: Sequence[EncodedPair]) -> np.ndarray:
+    """Returns p_chosen of each pair, float64 [n]; 1 where nobody said; see `lengths_of`."""
+    pairs = getattr(pairs, "rows", pairs)
+    if isinstance(pairs, TokenStore):
+        return pairs.p_chosen
+    return np.array([pair.p_chosen for pair in pairs], dtype=np.float64)
 
 
 def total_tokens(items: Sequence[Any]) -> int:

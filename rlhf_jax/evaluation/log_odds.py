@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data.templates import ChatTokenizer
@@ -91,15 +93,71 @@ def log_odds(
     was_cut = np.array([len(row) > room for row in rows], bool)
     rows = [row if len(row) <= room else row[: room - len(tail)] + tail for row in rows]
 
-    values = np.zeros(len(rows), np.float64)
+    both = _log_probs(model, shared, rows, wanted, batch_tokens)
+    index = np.array([position[text] for text in texts], np.int64)
+    return LogOdds((both[:, 0] - both[:, 1])[index], was_cut[index])
+
+
+def log_probs_after(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    wanted: Sequence[int],
+    *,
+    batch_tokens: int = 1024,
+) -> np.ndarray:
+    """Log-probabilities of some tokens after each of many prompts that begin alike.
+
+    The keys and values of the tokens that all prompts begin with are computed once; equal prompts
+    are read once. For the shapes of batches see `log_odds`.
+
+    Args:
+      model: A language model.
+      prompts: N prompts of token ids, BOS included where there is one; none is empty.
+      wanted: K token ids.
+      batch_tokens: About how many tokens are in a batch, padding included, the beginning not.
+
+    Returns:
+      float64 [N, K], log p(token | prompt), in nats.
+
+    Raises:
+      ValueError: A prompt is empty.
+    """
+    rows = [tuple(map(int, prompt)) for prompt in prompts]
+    if () in rows:
+        raise ValueError(f"prompt {rows.index(())} is empty: nothing comes after it")
+    position = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+    different = list(position)
+    common = 0
+    if different:
+        # The least and the greatest of sorted rows differ first; each keeps a token of its own.
+        low, high = min(different), max(different)
+        alike = (a == b for a, b in zip(low, high, strict=False))
+        common = sum(1 for _ in itertools.takewhile(bool, alike))
+        common = min(common, min(map(len, different)) - 1)
+    shared = list(different[0][:common]) if different else []
+    own = [list(row[common:]) for row in different]
+    values = _log_probs(model, shared, own, np.array(wanted, np.int32), batch_tokens)
+    return values[np.array([position[row] for row in rows], np.int64)]
+
+
+def _log_probs(
+    model: Transformer,
+    shared: list[int],
+    rows: Sequence[Sequence[int]],
+    wanted: np.ndarray,
+    batch_tokens: int,
+) -> np.ndarray:
+    """log p(token | shared tokens, row), float64 [N, K]."""
+    values = np.zeros((len(rows), len(wanted)), np.float64)
     if rows:
         cache = _read_prefix(model, *padded([shared], 1, _prefix_columns(len(shared))))
         for members, num_rows, columns in plan([len(row) for row in rows], batch_tokens):
             tokens, mask = padded([rows[i] for i in members], num_rows, columns)
-            differences = _read(model, cache, tokens, mask.astype(np.int32), wanted)
-            values[members] = np.asarray(differences, np.float64)[: len(members)]
-    index = np.array([position[text] for text in texts], np.int64)
-    return LogOdds(values[index], was_cut[index])
+            read = np.asarray(
+                _read(model, cache, tokens, mask.astype(np.int32), wanted), np.float64
+            )
+            values[members] = (read[:, :-1] - read[:, -1:])[: len(members)]
+    return values
 
 
 def first_tokens(tokenizer: Any, prefix: str, suffix: str, answers: tuple[str, str]) -> np.ndarray:
@@ -130,12 +188,10 @@ def _read_prefix(model: Transformer, tokens: jax.Array, mask: jax.Array) -> Pref
 
 @jax.jit
 def _read(
-    model: Transformer, prefix: Prefix, tokens: jax.Array, segments: jax.Array, answers: jax.Array
+    model: Transformer, prefix: Prefix, tokens: jax.Array, segments: jax.Array, wanted: jax.Array
 ) -> jax.Array:
-    """Difference of the logits of two tokens after the last token of each row, `[B]`.
-
-    Both log-probabilities are their logit minus one and the same normaliser, so this is log-odds.
-    """
+    """Logits of K tokens after the last token of each row, and their normaliser, `[B, K + 1]`."""
     hidden = model.after(prefix, tokens, segments)
-    logits = model.logits(hidden_at(hidden, last_real_index(segments > 0)))
-    return logits[:, answers[0]] - logits[:, answers[1]]
+    logits = model.logits(hidden_at(hidden, last_real_index(segments > 0))).astype(jnp.float32)
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return jnp.concatenate([logits[:, wanted], normaliser], axis=-1)

@@ -24,7 +24,8 @@ import optax
 
 from rlhf_jax import losses
 from rlhf_jax.data.schemas import EncodedPair
-from rlhf_jax.methods.pairwise import PairTrainConfig, pair_weights
+from rlhf_jax.data.store import labels_of
+from rlhf_jax.methods.pairwise import HARD, LABELS, SOFT, PairTrainConfig, pair_weights
 from rlhf_jax.methods.reductions import weighted_sum
 from rlhf_jax.models.heads import next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
@@ -50,12 +51,15 @@ class DPOConfig:
       label_smoothing: assumed share of flipped labels, below ½; for "dpo" only.
       sft_coef: weight of -log π(y⁺|x), which keeps up the likelihood of chosen responses: the
         slides' L_total has this term and DPO's as its auxiliary one.
+      labels: "hard", or "soft" where pairs hold the probability that the chosen is better; for
+        "dpo" only.
     """
 
     objective: str = "dpo"
     beta: float = 0.1
     label_smoothing: float = 0.0
     sft_coef: float = 0.0
+    labels: str = HARD
 
     def __post_init__(self):
         check(
@@ -64,6 +68,7 @@ class DPOConfig:
             beta="(0, 1e6]",
             label_smoothing="[0, 0.5)",
             sft_coef="[0, 1e6]",
+            labels=LABELS,
         )
         if self.label_smoothing and self.objective != "dpo":
             raise ValueError(
@@ -71,8 +76,24 @@ class DPOConfig:
                 f"{self.objective!r}: set it to 0"
             )
 
-    def loss(self, *log_probs: jax.Array) -> jax.Array:
-        """`[B]`, from `[B]` each: chosen, rejected under the policy, then under the reference."""
+        if self.labels == SOFT and (self.objective != "dpo" or self.label_smoothing):
+            raise ValueError(
+                f"dpo.labels='soft' takes the probability of each pair, for dpo.objective='dpo' "
+                f"(here {self.objective!r}) and dpo.label_smoothing=0 (here {self.label_smoothing})"
+            )
+
+    def loss(self, *log_probs: jax.Array, p_chosen: jax.Array | None = None) -> jax.Array:
+        """`[B]`, from `[B]` each: chosen, rejected under the policy, then under the reference.
+
+        With soft labels p, L = p L(y⁺, y⁻) + (1 - p) L(y⁻, y⁺): `soft_preference_loss` of the
+        implicit rewards.
+        """
+        if self.labels == SOFT:
+            assert p_chosen is not None
+            chosen, rejected, ref_chosen, ref_rejected = log_probs
+            swapped = losses.dpo_loss(rejected, chosen, ref_rejected, ref_chosen, beta=self.beta)
+            straight = losses.dpo_loss(*log_probs, beta=self.beta)
+            return p_chosen * straight + (1 - p_chosen) * swapped
         if self.objective == "dpo":
             return losses.dpo_loss(*log_probs, beta=self.beta, label_smoothing=self.label_smoothing)
         return OBJECTIVES[self.objective](*log_probs, beta=self.beta)
@@ -97,12 +118,18 @@ def loss_fn(
 
     Args:
       model: the policy π.
-      batch: tokens, segments and loss mask `[B, 2, T]`, chosen first, `ref_log_probs [B, 2]`, and
-        weights from `prepare`.
+      batch: tokens, segments and loss mask `[B, 2, T]`, chosen first, `ref_log_probs [B, 2]`,
+        `p_chosen [B]`, and weights from `prepare`.
       config: the loss.
     """
     log_probs = sequence_log_probs(model, batch)
-    metrics = pair_metrics(log_probs, batch["ref_log_probs"], batch["pair_weights"], config=config)
+    metrics = pair_metrics(
+        log_probs,
+        batch["ref_log_probs"],
+        batch["pair_weights"],
+        batch["p_chosen"] if config.labels == SOFT else None,
+        config=config,
+    )
     if not config.sft_coef:
         return metrics["loss/dpo"], metrics
     imitation = -weighted_sum(log_probs[:, 0], batch["pair_weights"])
@@ -110,7 +137,12 @@ def loss_fn(
 
 
 def pair_metrics(
-    log_probs: jax.Array, ref_log_probs: jax.Array, weights: jax.Array, *, config: DPOConfig
+    log_probs: jax.Array,
+    ref_log_probs: jax.Array,
+    weights: jax.Array,
+    p_chosen: jax.Array | None = None,
+    *,
+    config: DPOConfig,
 ) -> dict[str, jax.Array]:
     """Weighted sums over pairs: the loss, whichever it is, and what the policy thinks of them.
 
@@ -118,11 +150,12 @@ def pair_metrics(
       log_probs: `[B, 2]`, under the policy, chosen first; differentiated.
       ref_log_probs: `[B, 2]`, under the reference.
       weights: `[B]`, the weight of each pair.
+      p_chosen: `[B]`, the probability that the chosen is better; read where labels are soft.
       config: the loss.
     """
     four = (*log_probs.T, *ref_log_probs.T)
     numbers = {
-        "loss/dpo": config.loss(*four),
+        "loss/dpo": config.loss(*four, p_chosen=p_chosen),
         **losses.dpo_diagnostics(*four, beta=config.beta),
     }
     return {name: weighted_sum(number, weights) for name, number in numbers.items()}
@@ -166,7 +199,9 @@ def evaluate(
     count = len(held_out.pairs)
     log_probs = log_probs_of_pairs(model, held_out.batches, count, sharding)
     weights = np.full(count, 1 / count, np.float32)
-    metrics = _pair_metrics(log_probs, ref_log_probs, weights, config=config)
+    soft = config.labels == SOFT
+    labels = labels_of(held_out.pairs).astype(np.float32) if soft else None
+    metrics = _pair_metrics(log_probs, ref_log_probs, weights, labels, config=config)
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 

@@ -10,6 +10,10 @@ import jax.numpy as jnp
 
 from rlhf_jax.runtime.settings import check
 
+# What a loss takes for the label of a pair: "hard", the chosen is better, or "soft", its p_chosen.
+HARD, SOFT = "hard", "soft"
+LABELS = (HARD, SOFT)
+
 
 @dataclasses.dataclass(frozen=True)
 class PairTrainConfig:

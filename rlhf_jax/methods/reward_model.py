@@ -21,8 +21,9 @@ from rlhf_jax.losses import (
     language_model_loss,
     masked_mean,
     preference_accuracy,
+    soft_preference_loss,
 )
-from rlhf_jax.methods.pairwise import PairTrainConfig, pair_weights
+from rlhf_jax.methods.pairwise import HARD, LABELS, SOFT, PairTrainConfig, pair_weights
 from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
 from rlhf_jax.models.heads import ScalarModel, hidden_at, last_real_index, log_probs_of
 from rlhf_jax.runtime import distributed
@@ -44,12 +45,18 @@ class RewardModelConfig:
       min_gap: the least difference between two ratings; for "batch" only.
       margin_coef: weight of the margin by which the chosen should score higher: that of the pair,
         or for "batch" the difference of the ratings; 0 is off.
+      labels: "hard", the chosen of a pair is better; or "soft", with the probability that the pair
+        holds, as AI feedback gives it. For "pairs" without margins.
+
+    Raises:
+      ValueError: a field out of range, or soft labels with margins or ratings.
     """
 
     lm_coef: float = 0.0
     comparisons: str = "pairs"
     min_gap: float = 0.0
     margin_coef: float = 0.0
+    labels: str = HARD
 
     def __post_init__(self):
         check(
@@ -58,7 +65,13 @@ class RewardModelConfig:
             comparisons=COMPARISONS,
             min_gap="[0, 1e6]",
             margin_coef="[0, 1e6]",
+            labels=LABELS,
         )
+        if self.labels == SOFT and (self.margin_coef or self.comparisons != "pairs"):
+            raise ValueError(
+                f"loss.labels='soft' takes the probability of each pair: loss.margin_coef="
+                f"{self.margin_coef} must be 0 and loss.comparisons={self.comparisons!r} 'pairs'"
+            )
 
     def check_batches(self, train: PairTrainConfig) -> None:
         """Checks that a loss which compares all texts of a batch gets them at once.
@@ -107,12 +120,14 @@ def loss_fn(
     """L = -log σ(r(x, y_w) - r(x, y_l) - c m) - β log p_LM(y_w | x) (equation 2, sign corrected).
 
     The margin m of a pair and its weight c = `margin_coef` are those of Llama 2 (arXiv 2307.09288),
-    equation 2; the paper has none.
+    equation 2; the paper has none. With soft labels p the first term is the loss of AI feedback,
+    -[p log σ(r_w - r_l) + (1 - p) log σ(r_l - r_w)] (Lee et al. 2023, arXiv 2309.00267).
 
     Args:
       model: trunk with a scalar head and an LM head.
       batch: tokens and segments `[B, 2, T]`, chosen first, and weights from `prepare`; where
-        margins count, `margin` `[B]` in the units of the ratings; with `ratings` `[B, 2]` all
+        margins count, `margin` `[B]` in the units of the ratings; where labels are soft, `p_chosen`
+        `[B]`; with `ratings` `[B, 2]` all
         texts of the batch are compared, not only those of a pair.
       config: the loss.
     """
@@ -129,6 +144,9 @@ def loss_fn(
             min_gap=config.min_gap,
             margin_coef=config.margin_coef,
         )
+    elif config.labels == SOFT:
+        soft = soft_preference_loss(chosen, rejected, batch["p_chosen"])
+        ranking = weighted_sum(soft, batch["pair_weights"])
     else:
         margin = config.margin_coef * batch["margin"] if config.margin_coef else 0.0
         ranking = weighted_sum(
