@@ -159,11 +159,14 @@ def test_the_scorer_of_a_search_reads_what_the_reward_model_was_trained_on():
     np.testing.assert_allclose(found[1], expected[2], rtol=1e-5)
 
 
-def test_steps_beyond_the_scorers_length_score_nothing():
-    limit = int(ENCODED[0].ends[1]) + 1
+@pytest.mark.parametrize("more", [0, 1])
+def test_steps_beyond_the_scorers_length_score_nothing(more):
+    """The last one ends where the length allows no token, or later."""
+    before, last_end = (int(ENCODED[0].ends[i]) for i in (1, -1))
+    limit = last_end if more else before + 1
     ((*first, last),) = scorer(max_length=limit)([partial(0, *SOLUTIONS[0].steps)])
-    np.testing.assert_allclose(first, scores()[0][:2], rtol=1e-5)
-    assert last == 0.0
+    np.testing.assert_allclose(first, scores()[0][: len(first)], rtol=1e-5)
+    assert last == 0.0 and len(first) == len(SOLUTIONS[0].steps) - 1
 
 
 def test_a_prompt_that_the_scorer_cannot_read_is_refused():
