@@ -27,6 +27,7 @@ from rlhf_jax.evaluation.panels import (
     PPO_PANELS,
     REWARD_MODEL_PANELS,
     SFT_PANELS,
+    SUPERVISED_PANELS,
     Panel,
 )
 from rlhf_jax.runtime.files import make_folder, read_json, write_whole
@@ -39,6 +40,7 @@ PANELS = {
     "reward_model": REWARD_MODEL_PANELS,
     "ppo_max": PPO_PANELS,
     "dpo": DPO_PANELS,
+    "supervised": SUPERVISED_PANELS,
 }
 
 # Label -> the run folders of its seeds.
