@@ -30,6 +30,7 @@ from rlhf_jax.evaluation.panels import (
     REWARD_MODEL_PANELS,
     SEARCH_PANELS,
     SFT_PANELS,
+    SUPERVISED_PANELS,
     Panel,
 )
 from rlhf_jax.runtime.files import make_folder, read_json, write_whole
@@ -45,6 +46,7 @@ PANELS = {
     "process_reward": PROCESS_REWARD_PANELS,
     "search": SEARCH_PANELS,
     "expert_iteration": EXPERT_ITERATION_PANELS,
+    "supervised": SUPERVISED_PANELS,
 }
 
 # Label -> the run folders of its seeds.

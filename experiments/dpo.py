@@ -26,18 +26,17 @@ from ml_collections import ConfigDict
 
 from configs import common
 from experiments import command, folders, judging, reporting, stages
+from experiments.answering import BatchedAnswersConfig, make_respondents, policies_to_compare
 from experiments.settings import (
     Answering,
-    AnswersConfig,
     PairData,
     PromptData,
     check_label,
     judge_names,
     sampled_lengths,
 )
-from rlhf_jax.data.batches import PairBatches, fixed_prompts, once_pairs
+from rlhf_jax.data.batches import PairBatches, once_pairs
 from rlhf_jax.data.store import margins_of
-from rlhf_jax.data.templates import stop_tokens
 from rlhf_jax.evaluation.comparison import Interval, bootstrap_interval, paired_outcomes
 from rlhf_jax.evaluation.judges import Judge, judge_pairs
 from rlhf_jax.evaluation.panels import DPO_PANELS, PPO_PANELS
@@ -47,10 +46,9 @@ from rlhf_jax.methods.dpo import DPOConfig, PairSet
 from rlhf_jax.methods.pairwise import PairTrainConfig
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.rollouts.respond import AgainstBaseline, Respondent
-from rlhf_jax.rollouts.rollout import SamplingConfig, make_generate
+from rlhf_jax.rollouts.respond import AgainstBaseline
+from rlhf_jax.rollouts.rollout import SamplingConfig
 from rlhf_jax.runtime import distributed
-from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
 from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -81,17 +79,6 @@ class Compare:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairsAndPrompts(PairData, PromptData):
     """Pairs to learn from and to draw curves with, and prompts to answer."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchedAnswersConfig(AnswersConfig):
-    """Answers, `batch` prompts at a time."""
-
-    batch: int
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, batch="[1, inf)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,56 +112,6 @@ def pair_set(
     pairs = task.preferences(tokenizer, split, max_length=settings.data.max_length, count=count)
     batching = settings.train.batching(devices)
     return PairSet(pairs, once_pairs(pairs, pad_id=tokenizer.pad_token_id, **batching))
-
-
-def make_respondents(
-    settings: Settings,
-    task: Task,
-    tokenizer: Any,
-    judges: Mapping[str, Judge],
-    reference: Transformer,
-    scorer: ScalarModel | None,
-    sharding: Sharding,
-) -> dict[str, Respondent]:
-    """Validation and test prompts to answer, the same as PPO-max's."""
-    pad_id, longest = tokenizer.pad_token_id, settings.data.longest_prompt
-    sampling = settings.eval.sampling.of(settings.sampling)
-    generate = make_generate(sampling, eos_ids=tuple(stop_tokens(tokenizer)), pad_id=pad_id)
-    return {
-        split: Respondent(
-            generate,
-            batches=fixed_prompts(
-                task.prompts(tokenizer, split, max_length=longest),
-                settings.eval.batch,
-                longest,
-                pad_id,
-                split,
-            ),
-            tokenizer=tokenizer,
-            judges=judges,
-            reference=reference,
-            reward_model=scorer,
-            sharding=sharding,
-            temperature=sampling.policy_temperature,
-            show=task.shown(tokenizer),
-        )
-        for split in ("validation", "test")
-    }
-
-
-def policies_to_compare(
-    settings: Settings,
-    reference: Transformer,
-    policy: Transformer,
-    sharding: Sharding,
-    made_by: str,
-) -> tuple[dict[str, Transformer], tuple[str, ...]]:
-    """SFT, DPO and PPO-max where it has been trained; notes for the report say what is missing."""
-    policies, folder = {"SFT": reference, settings.label: policy}, settings.compare.ppo_max
-    if folders.is_whole(folder):
-        loaded = stages.load_policy(folder, settings.model, sharding, frozen=True)
-        return policies | {"PPO-max": loaded}, ()
-    return policies, (f"PPO-max is not in this report: {folder} is missing; `{made_by}` makes it.",)
 
 
 def compare_on_pairs(
@@ -301,8 +238,9 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
 
     # 6. Save, compare on prompts and pairs that no stage has seen, report.
     trained = stages.save_tuned(policy, state.model, run.workdir, tokenizer, base=folder)
-    made_by = stages.command_of("ppo_max", common.stage_argument("ppo_max", settings))
-    policies, notes = policies_to_compare(settings, reference, trained, sharding, made_by)
+    policies, notes = policies_to_compare(
+        settings, reference, trained, {"PPO-max": settings.compare.ppo_max}, sharding
+    )
     answers = {
         name: respond["test"](model, eval_key, settings.eval.final_prompts)
         for name, model in policies.items()

@@ -31,6 +31,7 @@ import pytest
 # All of them now: what a module jits when it is imported must not be jitted by what stands in.
 from experiments import (
     ai_labels,
+    curating,
     dpo,
     expert_iteration,
     ppo_max,
@@ -41,6 +42,7 @@ from experiments import (
     sft,
     solving,
     stages,
+    supervised,
 )
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.data.sets import arithmetic, reviews
@@ -50,7 +52,7 @@ from rlhf_jax.models import lora
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.files import hf_weights
 from rlhf_jax.models.heads import ScalarModel
-from rlhf_jax.rollouts import answers
+from rlhf_jax.rollouts import answers, respond
 from rlhf_jax.runtime.metrics import MetricsWriter
 from rlhf_jax.runtime.progress import Progress
 from rlhf_jax.training import record
@@ -66,6 +68,7 @@ MAINS = {
     "search": search.main,
     "expert_iteration": expert_iteration.main,
     "ai_labels": ai_labels.main,
+    "supervised": supervised.main,
 }
 JIT = jax.jit
 JITTED = type(jax.jit(lambda: 0))
@@ -331,7 +334,7 @@ class Dry:
             try:
                 MAINS[experiment](config)
             finally:
-                for kept in (lora._merging, answers.compiled_generate):
+                for kept in (lora._merging, answers.compiled_generate, respond.make_evaluate):
                     kept.cache_clear()  # it may hold what stood in place of `jax.jit`
         if expected is not None and len(notes.notes) != len(expected):
             raise Differs("the end")
@@ -381,6 +384,7 @@ def _patch_inputs(patch: pytest.MonkeyPatch, notes: Notes) -> None:
     patch.setattr(solving, "learned_by", lambda folder: ProcessRewardConfig())
     # What was sampled before is not looked for.
     patch.setattr(solving.Solver, "kept", lambda self, name, decides, make: make())
+    patch.setattr(curating, "kept", lambda name, decides, root, make: make())
     patch.setattr(arithmetic, "verify", _verify)
 
 

@@ -44,6 +44,7 @@ SHORT = {
     "search": ("search.seeds=1",),
     "expert_iteration": ("improve.rounds=1",),
     "ai_labels": (),
+    "supervised": ("train.steps=2", "eval.every=1", "samples.prompts=12"),
 }
 
 # Keys that are refused at `tiny`, and a run that reads them.
@@ -67,6 +68,15 @@ READ_IN = {
     "improve.max_steps": {"expert_iteration": "prm"},
     "judges": {"expert_iteration": "reviews"},
     "data.[dh]*": {"expert_iteration": "reviews"},
+    "objective.texts": {"supervised": "c_rlft"},
+    **{
+        f"objective.{name}.*": {"supervised": name}
+        for name in ("quark", "c_rlft", "chain_of_hindsight", "pro", "slic", "orpo")
+    },
+    "objective.unlikelihood.*": {"supervised": "unlikelihood"},
+    "objective.figa.*": {"supervised": "figa"},
+    "data.pairs": {"supervised": "orpo"},
+    "data.min_gap": {"supervised": "orpo"},
 }
 
 # Values that make sense where half of a number does not, or is the same to a run so short.
@@ -128,6 +138,13 @@ OTHER: dict[str, Any] = {
     "search.aggregation": "min",
     "improve.method": "all_right",
     "improve.rounds": 2,
+    "objective.method": "pro",
+    "objective.texts": ("Poor: ", "Good: "),
+    "objective.figa.nll_min": 0.0,
+    "objective.figa.nll_max": 9.0,
+    "candidates.read": "pairs",
+    "samples.per_prompt": 3,
+    "train.max_sequences": 8,
 }
 
 # What must be changed beside a key for the change to make sense.
@@ -144,10 +161,13 @@ WITH = {
     ("search", "data.source"): "data.max_length=500",
     ("expert_iteration", "data.source"): "data.max_length=500,train.row_length=500",
     ("expert_iteration", "data.max_length"): "prm",
+    ("supervised", "data.instruction"): "data.domains=('movie',)",
+    ("supervised", "data.source"): "orpo",
+    ("supervised", "data.max_length"): "orpo",
 }
 
 # Keys that only say what must not be: they are read where a value is refused by them.
-GUARDS = {"train.min_pairs": 16}
+GUARDS = {"train.min_pairs": 16, "train.min_sequences": 17}
 
 
 def matching(table: dict, key: str, default: Any = None) -> Any:
@@ -194,8 +214,9 @@ class Knobs:
     def config(self, argument: str, key: str = "", value: Any = None):
         parts = ["tiny", "sharding.devices=1", "log.tensorboard=False", *SHORT[self.experiment]]
         config = get(self.experiment, ",".join([*parts, argument] if argument else parts))
-        if self.experiment == "dpo":  # what the report compares with is there
-            config.compare.update(ppo_max=str(self._folder), reward_model=str(self._folder))
+        # What the report compares with is there.
+        if "compare" in config:
+            config.compare.update({name: str(self._folder) for name in config.compare})
         if key:
             *groups, leaf = key.split(".")
             node = config
@@ -285,11 +306,14 @@ def test_unread_keys_are_refused_and_read_where_the_refusal_says(knobs, experime
         assert runs.seen(key, value, argument), f"nobody reads {key}, not even with {argument}"
 
 
-@pytest.mark.parametrize("experiment", ["reward_model", "dpo"])
+@pytest.mark.parametrize("experiment", ["reward_model", "dpo", "supervised"])
 def test_guards_refuse_by_their_name(knobs, experiment):
-    for key, value in GUARDS.items():
+    runs = knobs(experiment)
+    guards = {key: value for key, value in GUARDS.items() if key in runs.keys()}
+    assert guards
+    for key, value in guards.items():
         with pytest.raises(ValueError, match=key.split(".")[-1]):
-            knobs(experiment).seen(key, value)
+            runs.seen(key, value)
 
 
 @pytest.mark.slow

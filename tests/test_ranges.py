@@ -62,6 +62,14 @@ MEANS_IT = {
         "loss.margin_coef": (0,),
         "dpo.sft_coef": (0,),
         "dpo.label_smoothing": (0,),
+        "objective.quark.*": (0,),
+        "objective.rrhf.*": (0,),  # a power of 0 is without the length
+        "objective.slic.*": (0,),
+        "objective.pro.*": (0,),
+        "objective.orpo.*": (0,),
+        "objective.unlikelihood.*": (0,),
+        "objective.figa.*weight": (0,),
+        "objective.chain_of_hindsight.max_rate": (0,),
     },
     START: {
         "*optimizer.warmup_fraction": (0,),
@@ -71,6 +79,7 @@ MEANS_IT = {
         "sampling.temperature": (0,),  # greedy
         "advantage.discount": (0,),  # the next reward alone
         "advantage.lambda_": (0,),  # the TD error
+        "objective.figa.nll_min": (0,),  # the likeliest tokens too
         "trpo.damping": (0,),  # of a Fisher matrix that has no flat direction
     },
     NEVER: {
@@ -80,6 +89,7 @@ MEANS_IT = {
         "ppo.entropy_max": (1e30,),
         "ppo.advantage_clip": (1e30,),
         "*optimizer.max_grad_norm": (1e30,),
+        "objective.figa.nll_max": (1e30,),
     },
 }
 

@@ -134,12 +134,24 @@ class PairBatches(Batches):
         super().__init__(len(pairs), seed)
         self._pairs, self._pad_id = pairs, pad_id
         self._filled_to = multiple_of * positive("parts", parts)
-        self._lengths = lengths_of(pairs)
-        edges = tuple(buckets or bucket_lengths(self._lengths, num_buckets=num_buckets))
-        self._bucket_of = assign_buckets(self._lengths, edges)
+        lengths, self._used = self._measured(pairs)
+        edges = tuple(buckets or bucket_lengths(lengths, num_buckets=num_buckets))
+        self._bucket_of = assign_buckets(lengths, edges)
         self._shapes = tuple(
-            _pair_shape(length, max_tokens, min_pairs, max_pairs, multiple_of) for length in edges
+            _pair_shape(length, self._sides, max_tokens, min_pairs, max_pairs, multiple_of)
+            for length in edges
         )
+
+    # What a subclass with other groups than pairs says of them.
+    _sides = 2
+
+    def _measured(self, pairs: Sequence[Any]) -> tuple[np.ndarray, int]:
+        """The longest side of each pair, int64 [n], and the tokens of all sides together."""
+        return lengths_of(pairs), total_tokens(pairs)
+
+    def _padded(self, pairs: Sequence[Any], shape: Shape) -> Arrays:
+        """The arrays of some pairs."""
+        return pad_pairs(pairs, shape, self._pad_id)
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -149,12 +161,11 @@ class PairBatches(Batches):
     def describe(self) -> str:
         """One line for the log: shapes, batches of an epoch and the share of padding."""
         plan = self._plan_of(self._epoch)
-        room = sum(2 * self._shapes[b].rows * self._shapes[b].length for b, _ in plan)
-        used = total_tokens(self._pairs)
+        room = sum(self._sides * self._shapes[b].rows * self._shapes[b].length for b, _ in plan)
         shapes = ", ".join(f"{shape.rows}x{shape.length}" for shape in self._shapes)
         return (
             f"{len(self._shapes)} shapes (pairs x tokens: {shapes}), {len(plan)} batches an epoch, "
-            f"{1 - used / room:.0%} padding"
+            f"{1 - self._used / room:.0%} padding"
         )
 
     def _plan(self, generator: np.random.Generator) -> list[tuple[int, list[int]]]:
@@ -169,7 +180,7 @@ class PairBatches(Batches):
         filler = [-1] * (rows - len(members))
         mine = self._mine(members + filler)
         shape = Shape(len(mine), shape.length)
-        batch = pad_pairs([self._pairs[i] for i in mine if i >= 0], shape, self._pad_id)
+        batch = self._padded([self._pairs[i] for i in mine if i >= 0], shape)
         return batch | {"index": np.array([max(i, 0) for i in mine], dtype=np.int32)}
 
 
@@ -260,20 +271,21 @@ def pad_prompts(prompts: Sequence[EncodedPrompt], length: int, *, pad_id: int = 
 
 
 def _pair_shape(
-    length: int, max_tokens: int, min_pairs: int, max_pairs: int, multiple_of: int
+    length: int, sides: int, max_tokens: int, min_pairs: int, max_pairs: int, multiple_of: int
 ) -> Shape:
     """Returns the rows of a bucket: as many as max_tokens and max_pairs allow."""
     if not 1 <= min_pairs <= max_pairs:
         raise ValueError(f"min_pairs={min_pairs}, max_pairs={max_pairs}: need 1 <= min <= max")
     positive("multiple_of", multiple_of)
-    fit = min(max_tokens // (2 * length), max_pairs)
+    fit = min(max_tokens // (sides * length), max_pairs)
     rows = fit - fit % multiple_of
     if rows < min_pairs or not rows:
         least = -(-min_pairs // multiple_of) * multiple_of
         raise ValueError(
-            f"max_tokens={max_tokens} and max_pairs={max_pairs} allow {rows} pairs of 2 x {length} "
-            f"tokens (a multiple of {multiple_of}), but min_pairs={min_pairs}: set max_tokens>="
-            f"{2 * length * least} and max_pairs>={least}, or lower min_pairs or max_length"
+            f"max_tokens={max_tokens} and max_pairs={max_pairs} allow {rows} pairs of {sides} x "
+            f"{length} tokens (a multiple of {multiple_of}), but min_pairs={min_pairs}: set "
+            f"max_tokens>={sides * length * least} and max_pairs>={least}, or lower min_pairs or "
+            "max_length"
         )
     return Shape(rows, length)
 

@@ -69,6 +69,18 @@ DPO_PANELS = (
     ),
 )
 
+SUPERVISED_PANELS = (
+    Panel("Loss", "as the method has it", {"loss/supervised": ""}),
+    Panel("Its two terms", "weighted", {"loss/sft": "imitation", "loss/aux": "auxiliary"}),
+    Panel("Ranked rightly", "share of prompts", {"rank/accuracy": ""}, baseline=0.5),
+    Panel(
+        "Log-probability of the candidates",
+        "nats per token",
+        {"rank/best_log_prob": "best", "rank/worst_log_prob": "worst"},
+    ),
+    Panel("Quark", "nats per token", {"quark/kl": "KL", "quark/entropy": "entropy"}),
+)
+
 REWARD_MODEL_PANELS = (
     Panel(
         "Pair accuracy",

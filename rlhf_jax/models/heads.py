@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,16 +67,29 @@ def log_probs_of(
 ) -> tuple[jax.Array, jax.Array | None]:
     """The same from hidden states `[B, W, D]` that predict `targets [B, W]`: nothing is shifted."""
 
-    @jax.checkpoint
     def head(hidden, targets):
         logits = model.logits(hidden)
         log_probs = select_log_probs(logits, targets, temperature=temperature)
         return log_probs, entropy(logits / temperature) if with_entropy else None
 
-    width = targets.shape[1]
     chunk = chunk or fitting_columns(targets.shape[0], model.config.vocab_size)
+    return by_columns(head, hidden, targets, chunk=chunk)
+
+
+def by_columns(head: Callable[..., Any], *arrays: jax.Array, chunk: int) -> Any:
+    """What a function makes of columns, some of them at a time and again in the backward pass.
+
+    Args:
+      head: from arrays `[B, C, ...]` to a tree of arrays `[B, C]`; no column looks at another.
+      *arrays: `[B, W, ...]` each.
+      chunk: C, how many columns exist at once.
+
+    Returns:
+      The tree of `head`, with arrays `[B, W]`.
+    """
+    head, width = jax.checkpoint(head), arrays[0].shape[1]
     if width <= chunk:
-        return head(hidden, targets)
+        return head(*arrays)
     count = -(-width // chunk)
 
     def split(x):
@@ -85,7 +100,7 @@ def log_probs_of(
     def join(x):
         return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :width]
 
-    results = jax.lax.map(lambda pair: head(*pair), (split(hidden), split(targets)))
+    results = jax.lax.map(lambda parts: head(*parts), tuple(map(split, arrays)))
     return jax.tree.map(join, results)
 
 

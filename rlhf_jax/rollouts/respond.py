@@ -54,6 +54,7 @@ class NoRewardModel:
         return jnp.zeros(tokens.shape[0], jnp.float32)
 
 
+@functools.lru_cache(maxsize=16)  # Respondents of all splits share one compiled function.
 def make_evaluate(sharding: Sharding, temperature: float) -> Callable[..., experience.Evaluation]:
     """`evaluate(rollout, reference, reward_model)` of answers, jitted; there is no critic."""
     evaluate = functools.partial(experience.evaluate, critic=None, temperature=temperature)

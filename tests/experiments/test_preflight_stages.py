@@ -9,8 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import command, preflight
-from experiments import dpo as dpo_experiment
+from experiments import answering, command, preflight
 from rlhf_jax.methods import dpo, reward_model, sft
 from rlhf_jax.preflight import verdict
 from rlhf_jax.preflight.programs import measure
@@ -94,7 +93,7 @@ def record(monkeypatch) -> dict[str, Recorder]:
 
     for module in (sft, reward_model, dpo):
         made("train step", module, "make_step")
-    made("generate", dpo_experiment, "make_generate")
+    made("generate", answering, "compiled_generate")
     made("answers", respond, "make_evaluate")
     there("sft", sft, "negative_log_likelihood")
     there("reward_model", reward_model, "score")
