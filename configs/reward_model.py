@@ -22,6 +22,10 @@ Variants:
   half        on the first half of the training texts, so that `gold` may judge what it is used for
   ai_labels   on pairs that a language model labels in place of people, softly (RLAIF): those of
               configs/ai_labels.py of the same scale
+  pointwise   from the ratings of texts, by squared error
+  listwise    from the order of four texts, by all of its pairs
+  plackett_luce  from the order of four texts, by its likelihood
+  votes       from pairs with the share of single raters who prefer the chosen, as soft labels
   gold        on the second half, with a seed of its own: the judge `gold`, see docs/judges.md;
               held-out pair accuracy .739 at quickstart, the VADER rule .710
 """
@@ -29,7 +33,9 @@ Variants:
 from ml_collections import ConfigDict
 
 from configs import common
-from configs.unread import Unread, rows_by
+from configs.unread import Unread, among, rows_by
+
+RANKED = ("pointwise", "listwise", "plackett_luce")
 
 
 def _quickstart() -> ConfigDict:
@@ -45,6 +51,12 @@ def _quickstart() -> ConfigDict:
     config.data.max_length = 128  # tokens of a prompt with one response
     config.data.min_gap = 1.0  # the least difference between two ratings that make a pair
     config.data.pairs = 20_000  # to train on
+    # Texts of a group, for loss.comparisons "pointwise", "listwise" and "plackett_luce"; there are
+    # as many groups as hold the texts of data.pairs pairs.
+    config.data.responses = 4
+    # For reviews, with soft labels: whether a label is the share of single raters who prefer the
+    # chosen, in place of 1.
+    config.data.votes = False
     config.data.validation_pairs = 500  # held out, for the curves
     config.data.eval_pairs = 2_000  # held out, for the report
     config.data.reference_texts = 1_000  # responses whose scores get mean 0 and std 1
@@ -59,8 +71,8 @@ def _quickstart() -> ConfigDict:
     config.train.microbatches = 1  # parts of a step, one after the other
     config.loss = ConfigDict()
     config.loss.lm_coef = 0.3  # beta_rm, weight of the language-model loss on the chosen
-    # Comparisons of a batch: its "pairs", or in a "batch" all texts whose ratings differ by
-    # data.min_gap.
+    # What is learned: "pairs"; in a "batch" all texts whose ratings differ by data.min_gap; or of
+    # groups of texts their scores, "pointwise", or their order, "listwise" or "plackett_luce".
     config.loss.comparisons = "pairs"
     # Weight c of a pair's margin m, the column `margin` or the gap of the ratings, in
     # -log sigmoid(r_w - r_l - c m) (Llama 2, arXiv 2307.09288, eq. 2); 0 is off, as in the paper.
@@ -170,10 +182,30 @@ SCALES = {
     "moss_en": lambda: _moss(_paper_en()),
     "moss_zh": lambda: _moss(_paper_zh()),
 }
-VARIANTS = {"no_lm": _no_lm, "harm": _harm, "half": common.half}
-VARIANTS |= {"gold": _gold, "ai_labels": _ai_labels}
+
+
+def _form(comparisons: str) -> common.Change:
+    def change(config: ConfigDict) -> None:
+        config.loss.comparisons = comparisons
+
+    return change
+
+
+def _votes(config: ConfigDict) -> None:
+    config.data.votes = True
+    config.loss.update(labels="soft", comparisons="pairs")
+
+
+VARIANTS: dict[str, common.Change] = {"no_lm": _no_lm, "harm": _harm, "half": common.half}
+VARIANTS |= {"gold": _gold, "ai_labels": _ai_labels, "votes": _votes}
+VARIANTS |= {name: _form(name) for name in RANKED}
 # Of other sources data.pairs and data.eval_pairs say how many are taken.
-UNREAD = (Unread("data.limit", unless="data.source", is_=rows_by("limit", streams=True)),)
+UNREAD = (
+    Unread("data.limit", unless="data.source", is_=rows_by("limit", streams=True)),
+    Unread("data.responses", unless="loss.comparisons", is_=among(*RANKED)),
+    Unread("data.votes", unless="data.source", is_=rows_by("votes")),
+    Unread("data.votes", unless="loss.labels", is_=among("soft")),
+)
 
 
 def derive(config: ConfigDict) -> None:

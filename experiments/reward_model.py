@@ -10,18 +10,20 @@ config.json and summary.json to the run folder.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import scipy.stats
 from ml_collections import ConfigDict
 
 from configs import common
 from experiments import command, folders, judging, reporting, stages
 from experiments.settings import EvalConfig, PairData, Shared, judge_names
 from rlhf_jax.data.batches import PairBatches, once_pairs, pair_batches
+from rlhf_jax.data.candidates import CandidateBatches
 from rlhf_jax.data.examples import Examples
 from rlhf_jax.data.schemas import Encoded, EncodedPair
 from rlhf_jax.data.store import margins_of
@@ -30,13 +32,15 @@ from rlhf_jax.evaluation import plots
 from rlhf_jax.evaluation.comparison import (
     Interval,
     bootstrap_interval,
+    calibration_error,
     pair_accuracy,
     paired_outcomes,
 )
-from rlhf_jax.evaluation.judges import judge_pairs
+from rlhf_jax.evaluation.judges import Judge, judge_pairs
+from rlhf_jax.methods import ranked as ranked_responses
 from rlhf_jax.methods import reward_model
 from rlhf_jax.methods.pairwise import LABELS, PairTrainConfig
-from rlhf_jax.methods.reward_model import COMPARISONS, RewardModelConfig
+from rlhf_jax.methods.reward_model import COMPARISONS, RANKED, RewardModelConfig
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.runtime import distributed
 from rlhf_jax.runtime.files import naming
@@ -67,13 +71,27 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pairs(PairData):
-    """Pairs to learn from, and the responses whose scores get mean 0 and std 1."""
+    """What to learn from, and the responses whose scores get mean 0 and std 1.
 
+    Attributes:
+      responses: Of a group, where scores or orders are learned.
+      votes: Whether the soft label of a pair is the share of single raters.
+      reference_texts: Responses for the normalisation.
+    """
+
+    responses: int
+    votes: bool
     reference_texts: int
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, reference_texts="[2, inf)")  # one has no deviation
+        # One reference has no deviation, and one response no order.
+        check(self, reference_texts="[2, inf)", responses="[2, inf)")
+
+    @property
+    def groups(self) -> int:
+        """Groups that hold as many texts as the pairs."""
+        return max(1, 2 * self.pairs // self.responses)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +136,56 @@ class Settings(Shared):
     def method(self) -> RewardModelConfig:
         """What the model minimises."""
         return RewardModelConfig(min_gap=self.data.min_gap, **dataclasses.asdict(self.loss))
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What is learned, endlessly.
+
+    Attributes:
+      batches: of pairs, or of groups of texts.
+      ratings: `[n, 2]` of the pairs, where all texts of a batch are to be compared.
+      margins: about those of the pairs, for the banner.
+      of: what an example is.
+    """
+
+    batches: PairBatches | StreamedBatches
+    ratings: np.ndarray | None = None
+    margins: str = "none: no pairs"
+    of: str = "pairs"
+
+
+def read_material(
+    settings: Settings, task: Task, held_out: Examples[EncodedPair], tokenizer: Any, devices: int
+) -> Material:
+    """Pairs, or where scores or orders are learned, groups of texts.
+
+    Args:
+      settings: those of the run.
+      task: has them.
+      held_out: pairs of the same source.
+      tokenizer: of the model.
+      devices: over which batches are spread.
+    """
+    if settings.loss.comparisons not in RANKED:
+        pairs, ratings = training_pairs(settings, task, tokenizer)
+        batches = training_batches(settings, pairs, tokenizer, devices)
+        return Material(batches, ratings, margins_line(settings, pairs, held_out))
+    data = settings.data
+    groups = task.ranked(
+        tokenizer,
+        "train",
+        max_length=data.max_length,
+        count=data.groups,
+        responses=data.responses,
+    )
+    batching = settings.train.batching(devices)
+    for bound in ("min_pairs", "max_pairs"):  # as many texts as those of so many pairs
+        batching[bound] = max(1, 2 * batching[bound] // data.responses)
+    batches = CandidateBatches(
+        groups, seed=settings.seed, pad_id=tokenizer.pad_token_id, num_buckets=3, **batching
+    )
+    return Material(batches, of=f"groups of {data.responses}")
 
 
 def training_pairs(
@@ -222,6 +290,75 @@ def accuracy_on_people(
     return bootstrap_interval(paired_outcomes(*scores))
 
 
+def held_out_numbers(
+    settings: Settings,
+    task: Task,
+    tokenizer: Any,
+    model: ScalarModel,
+    scores: tuple[np.ndarray, np.ndarray],
+    pairs: Sequence[EncodedPair],
+    batches: Sequence[dict],
+    sharding: Sharding,
+) -> dict[str, float]:
+    """What a reward model is worth besides the accuracy on pairs.
+
+    Args:
+      settings: those of the run.
+      task: has held-out texts that people rated; where it has none, there is no rank correlation.
+      tokenizer: of the model.
+      model: as it was trained: its scores are log-odds.
+      scores: of both sides of the held-out pairs, in the order of the batches, by the same model.
+      pairs: these pairs, in any order.
+      batches: of them.
+      sharding: where batches go.
+    """
+    chosen, rejected = scores
+    chances = 1 / (1 + np.exp(-(chosen - rejected).astype(np.float64)))
+    order = np.concatenate([batch["index"][batch["valid"]] for batch in batches])
+    longer = np.array(
+        [np.sign(len(pairs[i].chosen.tokens) - len(pairs[i].rejected.tokens)) for i in order]
+    )
+    numbers = {
+        "calibration error": calibration_error(chosen, rejected),
+        "Brier score": float(np.mean((1 - chances) ** 2)),
+    }
+    if longer.any():
+        agrees = (chances > 0.5) == (longer > 0)
+        numbers["prefers the longer"] = float(np.mean(agrees[longer != 0]))
+        numbers["people prefer the longer"] = float(np.mean(longer[longer != 0] > 0))
+    data = settings.data
+    try:
+        groups = task.ranked(
+            tokenizer, "test", max_length=data.max_length, count=data.eval_pairs, responses=2
+        )
+    except ValueError:
+        return numbers
+    rated = {
+        document.tokens.tobytes(): (document, score)
+        for one in groups
+        for document, score in zip(one.documents, one.scores, strict=True)
+    }
+    texts = [EncodedPair(document, document, 0.0) for document, _ in rated.values()]
+    batching = settings.train.batching(sharding.data) | {"pad_id": tokenizer.pad_token_id}
+    placed = once_pairs(texts, **batching)
+    mine = reward_model.score_side(model, placed, 0, sharding)
+    place = np.concatenate([batch["index"][batch["valid"]] for batch in placed])
+    theirs = np.array([score for _, score in rated.values()])[place]
+    return numbers | {"Spearman with people": float(scipy.stats.spearmanr(mine, theirs).statistic)}
+
+
+def require_sft(settings: Settings) -> str:
+    """The folder of the model that training starts from, once it is there."""
+    folder = stages.require(
+        settings.inputs.model,
+        stage="sft",
+        argument=common.stage_argument("sft", settings),
+        build=settings.inputs.build,
+    )
+    stages.check_lengths({"data.max_length": settings.data.max_length}, folder)
+    return folder
+
+
 def save_scores(
     path: Path,
     pairs: Sequence[EncodedPair],
@@ -263,6 +400,28 @@ def draw_figures(workdir: Path, chosen: np.ndarray, rejected: np.ndarray) -> Non
     plots.plot_accuracy(curves, workdir / "accuracy.png")
 
 
+def conclude(
+    workdir: Path,
+    accuracy: float,
+    accuracies: Mapping[str, float],
+    judges: Mapping[str, Judge],
+    on_people: Interval | None,
+    score_bias: float,
+) -> None:
+    """Says what came out."""
+    beside = [
+        f"{judges[name].name} {share:.3f} on the same pairs ({accuracy - share:+.3f})"
+        for name, share in accuracies.items()
+    ]
+    print(f"reward model: held-out pair accuracy {', '.join([f'{accuracy:.3f}', *beside])}")
+    if on_people is not None:
+        print(f"on pairs that people ranked: {on_people.value:.3f} {on_people[1:]}")
+    print(
+        f"model in {workdir / 'model'}; other tools leave out its score_bias, "
+        f"{score_bias:+.4f} (docs/run.md)"
+    )
+
+
 def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     """Trains, normalises, evaluates and saves; resumes where an earlier run stopped."""
     settings = command.open_config("reward_model", config, Settings)
@@ -274,9 +433,7 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
 
     # 1. The SFT model with a new scalar head, and pairs that people, or a judge, have ranked.
     inputs, data = settings.inputs, settings.data
-    argument = common.stage_argument("sft", settings)
-    folder = stages.require(inputs.model, stage="sft", argument=argument, build=inputs.build)
-    stages.check_lengths({"data.max_length": data.max_length}, folder)
+    folder = require_sft(settings)
     require_labels(settings)
     ranked = settings.pairs_task()
     date = folders.date(settings.workdir)
@@ -285,29 +442,33 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     model = stages.load_scalar(folder, settings.model, sharding, key=key, layers=inputs.layers)
     tuning = stages.make_tuning(settings, model)
     references = reference_texts(settings, ranked, tokenizer)
-    pairs, ratings = training_pairs(settings, ranked, tokenizer)
-    batches = training_batches(settings, pairs, tokenizer, sharding.data)
-    batches.share(sharding.local_rows)
     validation, test = (
         ranked.preferences(tokenizer, split, max_length=data.max_length, count=count)
         for split, count in (("validation", data.validation_pairs), ("test", data.eval_pairs))
     )
+    material = read_material(settings, ranked, validation, tokenizer, sharding.data)
+    batches = material.batches
+    batches.share(sharding.local_rows)
     batching = train.batching(sharding.data) | {"pad_id": tokenizer.pad_token_id}
     validation_batches = once_pairs(validation, **batching)
 
     # 2. Optimizer and the compiled step.
     optimizer, schedule = make_optimizer(settings.optimizer, train.steps)
-    train_step = reward_model.make_step(method, train, optimizer, sharding, trunk=tuning.trunk)
+    make_step = (
+        ranked_responses.make_step if method.comparisons in RANKED else reward_model.make_step
+    )
+    train_step = make_step(method, train, optimizer, sharding, trunk=tuning.trunk)
     state = create_state(tuning.take(), optimizer, sharding)
     reporting.banner(
         "Reward model",
         {
             "model": f"{stages.parameters_line(tuning, state.model)}, from {folder}",
-            "pairs": f"{batches.count_text()} ({len(validation):,} and {len(test):,} held out)",
-            "pairs per update": f"{train.min_pairs} to {train.max_pairs}, "
+            material.of: f"{batches.count_text()} ({len(validation):,} and {len(test):,} pairs held "
+            "out)",
+            "texts per update": f"{2 * train.min_pairs} to {2 * train.max_pairs}, "
             f"at most {train.max_tokens:,} tokens",
             "batches": batches.describe(),
-            "margins": margins_line(settings, pairs, validation),
+            "margins": material.margins,
             "updates": f"{train.steps:,} in {train.microbatches} microbatches; "
             f"{batches.epochs_text(train.steps)}",
             "devices": f"{sharding.mesh.size}, {sharding.mode}",
@@ -317,14 +478,14 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     )
 
     # 3. Train.
-    show = ("loss/bradley_terry", "reward/accuracy", "eval/accuracy")
+    show = ("loss/bradley_terry", "loss/ranked", "reward/accuracy", "eval/accuracy")
     pinned = stages.inputs(tokenizer, ranked, date=date, models={"inputs.model": folder})
     with settings.run(train.steps, "reward model", show, pinned, on_step=on_step) as run:
         state = run.restore(state, batches)
         for step in run.steps():
             batch = next(batches)
-            if ratings is not None:
-                batch["ratings"] = ratings[batch["index"]]
+            if material.ratings is not None:
+                batch["ratings"] = material.ratings[batch["index"]]
             state, metrics = train_step(state, sharding.put_batch(batch))
             metrics["optim/learning_rate"] = schedule(step)
             if run.is_due(step, settings.eval.every):
@@ -354,6 +515,9 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     }
     accuracy = pair_accuracy(chosen, rejected)
     on_people = accuracy_on_people(settings, task, tokenizer, trained, sharding)
+    numbers = held_out_numbers(
+        settings, ranked, tokenizer, trained, scores, test, test_batches, sharding
+    )
     if distributed.is_main():
         draw_figures(run.workdir, chosen, rejected)
         scale = float(np.std(scores) / np.std([chosen, rejected]))
@@ -365,21 +529,12 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
             "accuracy_interval": bootstrap_interval(paired_outcomes(chosen, rejected))[1:],
             "judges_accuracy": accuracies,
             "people_accuracy": on_people,
+            "numbers": numbers,
             "held_out_pairs": len(test),
             "score_bias": score_bias,
         }
     )
-    beside = [
-        f"{judges[name].name} {share:.3f} on the same pairs ({accuracy - share:+.3f})"
-        for name, share in accuracies.items()
-    ]
-    print(f"reward model: held-out pair accuracy {', '.join([f'{accuracy:.3f}', *beside])}")
-    if on_people is not None:
-        print(f"on pairs that people ranked: {on_people.value:.3f} {on_people[1:]}")
-    print(
-        f"model in {run.workdir / 'model'}; other tools leave out its score_bias, "
-        f"{score_bias:+.4f} (docs/run.md)"
-    )
+    conclude(run.workdir, accuracy, accuracies, judges, on_people, score_bias)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ READ_IN = {
         "ppo_max": "optimizer.schedule=linear,critic_optimizer.schedule=linear"
     },
     "trpo.*": {"ppo_max": "trpo"},
+    "data.responses": {"reward_model": "listwise"},
+    "data.votes": {"reward_model": "loss.labels=soft"},
     "penalty.*": {"ppo_max": "penalty_adaptive,train.iterations=3"},
     "ppo.entropy_max": {"ppo_max": "entropy"},
     "kl.horizon": {"ppo_max": "adaptive_kl"},

@@ -89,6 +89,7 @@ REWARD_MODEL_PANELS = (
         baseline=0.5,
     ),
     Panel("Bradley-Terry loss", "nats per pair", {"loss/bradley_terry": ""}),
+    Panel("Loss of rankings", "nats a prompt", {"loss/ranked": ""}),
     Panel("Margin", "chosen − rejected score", {"reward/margin": ""}),
     Panel("LM loss", "nats per token", {"loss/lm": ""}),
     Panel("Gradient norm", "norm", {"optim/grad_norm": ""}),

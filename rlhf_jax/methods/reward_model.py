@@ -31,7 +31,11 @@ from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training.step import make_train_step
 
-COMPARISONS = ("pairs", "batch")
+# What is learned: pairs, all comparisons of a batch, or several responses of a prompt at once, by
+# their scores or by their order (`methods.ranked`).
+POINTWISE, LISTWISE, PLACKETT_LUCE = "pointwise", "listwise", "plackett_luce"
+RANKED = (POINTWISE, LISTWISE, PLACKETT_LUCE)
+COMPARISONS = ("pairs", "batch", *RANKED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,8 @@ class RewardModelConfig:
     Attributes:
       lm_coef: β_rm, weight of the language-model loss on the chosen response; 0 is off.
       comparisons: "pairs" compares the two texts of each pair; "batch" compares every two texts of
-        a batch whose ratings differ by at least `min_gap`.
+        a batch whose ratings differ by at least `min_gap`; "pointwise", "listwise" and
+        "plackett_luce" learn from several responses to a prompt, see `methods.ranked`.
       min_gap: the least difference between two ratings; for "batch" only.
       margin_coef: weight of the margin by which the chosen should score higher: that of the pair,
         or for "batch" the difference of the ratings; 0 is off.
@@ -49,7 +54,7 @@ class RewardModelConfig:
         holds, as AI feedback gives it. For "pairs" without margins.
 
     Raises:
-      ValueError: a field out of range, or soft labels with margins or ratings.
+      ValueError: a field out of range, soft labels with margins or ratings, or margins of rankings.
     """
 
     lm_coef: float = 0.0
@@ -71,6 +76,12 @@ class RewardModelConfig:
             raise ValueError(
                 f"loss.labels='soft' takes the probability of each pair: loss.margin_coef="
                 f"{self.margin_coef} must be 0 and loss.comparisons={self.comparisons!r} 'pairs'"
+            )
+
+        if self.margin_coef and self.comparisons in RANKED:
+            raise ValueError(
+                f"loss.margin_coef={self.margin_coef} is of pairs: it must be 0 with "
+                f"loss.comparisons={self.comparisons!r}"
             )
 
     def check_batches(self, train: PairTrainConfig) -> None:

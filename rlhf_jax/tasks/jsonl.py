@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.data.convert import every_row, rows_of_kind
+from rlhf_jax.data.convert import every_row, first_text, rows_of_kind
+from rlhf_jax.data.feedback_rows import as_pairs
 from rlhf_jax.data.jsonl import existing, read_jsonl, stamps
 from rlhf_jax.data.schemas import DropCounts, Kind, Row
-from rlhf_jax.data.splits import SPLITS
+from rlhf_jax.data.splits import SPLITS, split_of
 from rlhf_jax.tasks.task import Task, TaskConfig
 
 
@@ -28,11 +29,37 @@ class JSONLines(Task):
     def rows(self, kind: Kind, split: str, drops: DropCounts, *, count: int = 0) -> Iterable[Row]:
         """Yields rows of a split; see `Task.rows`."""
         if not self._path.is_dir():
-            return rows_of_kind(read_jsonl(existing(self._path)), kind, split, drops)
+            rows = _of_kind(read_jsonl(existing(self._path)), kind)
+            return rows_of_kind(rows, kind, split, drops)
         names = SPLITS if split == "all" else [split]
         files = [existing(self._path / f"{name}.jsonl") for name in names]
-        rows = (row for file in files for row in read_jsonl(file))
+        rows = _of_kind((row for file in files for row in read_jsonl(file)), kind)
         return rows_of_kind(rows, kind, split, drops, belongs=every_row)
+
+    def feedback(
+        self, split: str, drops: DropCounts, *, count: int, responses: int
+    ) -> Iterable[Row]:
+        """Yields the rows that have responses; see `Task.feedback`.
+
+        Raises:
+          ValueError: no row has any.
+        """
+        del count, responses
+        folder = self._path.is_dir()
+        rows = read_jsonl(existing(self._path / f"{split}.jsonl" if folder else self._path))
+        several = [
+            row
+            for row in rows
+            if isinstance(row, dict)
+            and "responses" in row
+            and (folder or split in ("all", split_of(first_text(row))))
+        ]
+        if not several:
+            raise ValueError(
+                f"{self._path} has no rows of {split} with responses, and scores, a ranking or "
+                "votes of them"
+            )
+        return several
 
     def fingerprint(self, split: str) -> list[Any]:
         """Returns path, size and time of the files."""
@@ -48,3 +75,10 @@ class JSONLines(Task):
         """Brings rows to a kind; of one file without splits, those of training."""
         belongs = every_row if self._path.is_dir() else None
         return rows_of_kind(rows, kind, "train", drops, belongs=belongs)
+
+
+def _of_kind(rows: Iterable[Row], kind: Kind) -> Iterable[Row]:
+    """Rows with several responses as the pairs that follow from them; others as they are."""
+    if kind != "preference":
+        return rows
+    return (pair for row in rows for pair in (as_pairs(row) if isinstance(row, dict) else [row]))

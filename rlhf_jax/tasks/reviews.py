@@ -20,6 +20,7 @@ import numpy as np
 from rlhf_jax.data import comparisons, prepare
 from rlhf_jax.data.encode import IDENTICAL_TOKENS
 from rlhf_jax.data.examples import Examples
+from rlhf_jax.data.feedback_rows import share_preferring
 from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, Kind, Message, Row
 from rlhf_jax.data.sets import reviews
 from rlhf_jax.data.splits import half_of, split_of
@@ -30,7 +31,7 @@ from rlhf_jax.tasks.task import Task, TaskConfig
 class Reviews(Task):
     """Reviews of films and products, editorials and tweets; see `data.sets.reviews`."""
 
-    reads = ("domains", "half", "instruction", "limit", "min_gap")
+    reads = ("domains", "half", "instruction", "limit", "min_gap", "votes")
     judges = ("vader",)
 
     def __init__(self, config: TaskConfig):
@@ -45,7 +46,12 @@ class Reviews(Task):
         config, loaded = self.config, self._reviews(split, drops)
         if kind == "preference":
             return reviews.preference_rows(
-                loaded, min_gap=config.min_gap, num_pairs=count, seed=config.seed, drops=drops
+                loaded,
+                min_gap=config.min_gap,
+                num_pairs=count,
+                seed=config.seed,
+                votes=config.votes,
+                drops=drops,
             )
         if kind == "sft":
             rows = reviews.sft_rows(loaded)
@@ -54,6 +60,15 @@ class Reviews(Task):
         if self._asked:
             rows = [{"prompt": self._asked, "opening": row["prompt"]} for row in rows]
         return rows
+
+    def feedback(
+        self, split: str, drops: DropCounts, *, count: int, responses: int
+    ) -> Iterable[Row]:
+        """Yields groups of rated texts; see `Task.feedback`."""
+        rows = reviews.feedback_rows(
+            self._reviews(split, drops), responses=responses, count=count, seed=self.config.seed
+        )
+        return (row | {"prompt": self._asked or ""} for row in rows)
 
     def texts(self) -> list[str]:
         """Returns all training texts of all domains: models of every variant share a vocabulary."""
@@ -84,14 +99,14 @@ class Reviews(Task):
         if len(domains) > 1:
             raise ValueError(f"reviews of several domains {sorted(domains)} cannot be asked as one")
         rows = [self._response_row(review.text) for review in loaded]
-        sides: list[tuple[Encoded, float]] = []
+        sides: list[tuple[Encoded, reviews.Review]] = []
         # Encoded before pairs are drawn: a review stands in many pairs.
         encoded = prepare.encoded_rows("sft", rows, tokenizer, max_length=sys.maxsize)
         for review, document in zip(loaded, encoded, strict=True):
             if document is None or len(document.tokens) > max_length:
                 drops.drop("review longer than max_length")
             else:
-                sides.append((document, review.rating))
+                sides.append((document, review))
         pairs, ratings = self._drawn(sides, count, drops)
         print(f"pairs ({split}): {drops.summary()}")
         self.note("preference", split, pairs)
@@ -103,10 +118,10 @@ class Reviews(Task):
             super().check_ratings()
 
     def _drawn(
-        self, sides: list[tuple[Encoded, float]], count: int, drops: DropCounts
+        self, sides: list[tuple[Encoded, reviews.Review]], count: int, drops: DropCounts
     ) -> tuple[list[EncodedPair], np.ndarray]:
         """Draws pairs of encoded reviews, the better one first."""
-        ratings = np.array([rating for _, rating in sides], dtype=np.float32)
+        ratings = np.array([review.rating for _, review in sides], dtype=np.float32)
         drawn = comparisons.score_pairs(
             ratings.tolist(),
             [""] * len(sides),
@@ -114,10 +129,12 @@ class Reviews(Task):
             num_pairs=count,
             seed=self.config.seed,
         )
-        pairs = [
-            EncodedPair(sides[better][0], sides[worse][0], float(ratings[better] - ratings[worse]))
-            for better, worse in drawn
-        ]
+        pairs = []
+        for better, worse in drawn:
+            (chosen, high), (rejected, low) = sides[better], sides[worse]
+            p_chosen = share_preferring(high.marks, low.marks) if self.config.votes else 1.0
+            margin = float(ratings[better] - ratings[worse])
+            pairs.append(EncodedPair(chosen, rejected, margin, p_chosen))
         differ = [not np.array_equal(pair.chosen.tokens, pair.rejected.tokens) for pair in pairs]
         drops.keep(sum(differ))
         drops.drop(IDENTICAL_TOKENS, len(pairs) - sum(differ))

@@ -20,9 +20,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rlhf_jax.data import prepare
+from rlhf_jax.data.candidates import Candidates
 from rlhf_jax.data.convert import texts_of
 from rlhf_jax.data.digests import rows_digest
 from rlhf_jax.data.examples import Examples, StreamedExamples
+from rlhf_jax.data.feedback_rows import encode_ranked
 from rlhf_jax.data.schemas import DropCounts, Encoded, EncodedPair, EncodedPrompt, Kind, Row
 from rlhf_jax.data.solutions import Solution
 from rlhf_jax.data.splits import HALVES, check_split
@@ -48,6 +50,7 @@ class TaskConfig:
       limit: the most rows; 0 is all of them. Pairs have a count of their own.
       instruction: of reviews: what the system asks of the assistant; empty is plain text.
       min_gap: the least difference of the ratings of a pair that is drawn.
+      votes: of reviews: whether a pair has the share of single raters who prefer the chosen.
       seed: of pairs and prompts that are drawn.
     """
 
@@ -57,6 +60,7 @@ class TaskConfig:
     limit: int = 0
     instruction: str = ""
     min_gap: float = 1.0
+    votes: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -186,6 +190,61 @@ class Task(abc.ABC):
           count: the most pairs, where they are not streamed.
         """
         return self._examples("preference", tokenizer, split, max_length, count)
+
+    def feedback(
+        self, split: str, drops: DropCounts, *, count: int, responses: int
+    ) -> Iterable[Row]:
+        """Yields prompts with several responses and their scores, ranking or votes.
+
+        See `data.feedback_rows`.
+
+        Args:
+          split: "train", "validation" or "test".
+          drops: counts what is left out.
+          count: how many prompts are wanted.
+          responses: how many responses a prompt gets, for tasks that draw.
+
+        Raises:
+          ValueError: the source has none.
+        """
+        raise ValueError(
+            f"data.source={self.config.source!r} has no scores or rankings of several responses: "
+            "give reviews, or jsonl:FILE with rows of prompt, responses and scores, ranking or "
+            "votes"
+        )
+
+    def ranked(
+        self, tokenizer: Any, split: str, *, max_length: int, count: int, responses: int
+    ) -> list[Candidates]:
+        """Returns several responses to each prompt, the best first; see `feedback`.
+
+        Args:
+          tokenizer: with a chat template.
+          split: see `documents`.
+          max_length: the most tokens of a prompt with a response.
+          count: the most prompts.
+          responses: of a prompt, for tasks that draw.
+
+        Raises:
+          ValueError: the source has none, or a row is wrong.
+        """
+        drops = DropCounts()
+        rows = self.feedback(split, drops, count=count, responses=responses)
+        found = encode_ranked(
+            itertools.islice(rows, count), tokenizer, max_length=max_length, drops=drops
+        )
+        if not found:
+            raise ValueError(
+                f"no response of data.source={self.config.source!r} is left: {drops.summary()}"
+            )
+        print(f"ranked responses ({split}): {drops.summary()}")
+        sides = [
+            EncodedPair(document, document, score)
+            for one in found
+            for document, score in zip(one.documents, one.scores, strict=True)
+        ]
+        self.note("preference", f"{split}, ranked", sides)
+        return found
 
     def rated(
         self, tokenizer: Any, split: str, *, max_length: int, count: int

@@ -15,12 +15,13 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from rlhf_jax.data import comparisons
+from rlhf_jax.data.feedback_rows import share_preferring
 from rlhf_jax.data.schemas import DropCounts, Row
 from rlhf_jax.data.sets import archives
 from rlhf_jax.data.splits import check_split, clean_text, normalise, split_of
@@ -42,6 +43,7 @@ class Review(NamedTuple):
       rating: the mean of the votes, in [-4, 4].
       std: the standard deviation of the votes.
       votes: how many people voted.
+      marks: their votes, each in [-4, 4]; empty where they are not known.
     """
 
     domain: str
@@ -49,6 +51,7 @@ class Review(NamedTuple):
     rating: float
     std: float
     votes: int
+    marks: tuple[float, ...] = ()
 
 
 def load_reviews(
@@ -115,7 +118,7 @@ def parse_reviews(
             drops.drop("rated differently in two files")
         else:
             std = math.sqrt(sum((mark - mean) ** 2 for mark in marks) / len(marks))
-            reviews.append(Review(domain, cleaned, rating, std, len(marks)))
+            reviews.append(Review(domain, cleaned, rating, std, len(marks), tuple(marks)))
     return reviews
 
 
@@ -178,12 +181,55 @@ def prompt_rows(
     return [{"prompt": prompt} for prompt in prompts]
 
 
+def feedback_rows(
+    reviews: Sequence[Review], *, responses: int, count: int, seed: int
+) -> Iterator[Row]:
+    """Yields groups of rated texts of one domain, each with the votes of its raters.
+
+    Every text is in one group before any is in a second one. A group whose texts are all rated
+    alike says nothing, and comes too.
+
+    Args:
+      reviews: texts with votes.
+      responses: texts of a group.
+      count: how many groups.
+      seed: of the draw.
+
+    Yields:
+      Rows {"prompt": "", "responses", "votes"}; see `data.feedback_rows`.
+
+    Raises:
+      ValueError: no domain has so many texts.
+    """
+    domains: dict[str, list[Review]] = {}
+    for review in reviews:
+        domains.setdefault(review.domain, []).append(review)
+    domains = {name: some for name, some in domains.items() if len(some) >= responses}
+    if not domains:
+        raise ValueError(f"no domain has {responses} rated texts")
+    generator = np.random.default_rng(seed)
+    drawn = 0
+    while True:
+        groups = []
+        for some in domains.values():
+            order = generator.permutation(len(some))
+            whole = len(some) - len(some) % responses
+            groups += [[some[i] for i in part] for part in order[:whole].reshape(-1, responses)]
+        for place in generator.permutation(len(groups)):
+            if drawn == count:
+                return
+            drawn += 1
+            texts, votes = zip(*((one.text, list(one.marks)) for one in groups[place]), strict=True)
+            yield {"prompt": "", "responses": list(texts), "votes": list(votes)}
+
+
 def preference_rows(
     reviews: Sequence[Review],
     *,
     min_gap: float = 1.0,
     num_pairs: int,
     seed: int,
+    votes: bool = False,
     drops: DropCounts | None = None,
 ) -> list[Row]:
     """Returns pairs of texts of one domain whose ratings differ by at least `min_gap`.
@@ -195,6 +241,7 @@ def preference_rows(
       min_gap: the least difference of mean ratings; must be positive.
       num_pairs: how many; fewer come back where fewer exist.
       seed: of the draw.
+      votes: whether a pair has "p_chosen", the share of its raters who prefer the chosen.
       drops: counts pairs of identical texts.
 
     Returns:
@@ -218,6 +265,8 @@ def preference_rows(
         margin = round(chosen.rating - rejected.rating, 6)
         rows.append({"prompt": "", "chosen": chosen.text, "rejected": rejected.text})
         rows[-1] |= {"margin": margin, "domain": chosen.domain}
+        if votes:
+            rows[-1]["p_chosen"] = share_preferring(chosen.marks, rejected.marks)
     return rows
 
 
