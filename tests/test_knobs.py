@@ -42,7 +42,7 @@ SHORT = {
     "process_reward": ("train.steps=2", "eval.every=1"),
     "search": ("search.seeds=1",),
     "expert_iteration": ("improve.rounds=1",),
-    "supervised": ("train.steps=2", "eval.every=1", "samples.prompts=12"),
+    "supervised": ("train.steps=2", "eval.every=1"),
 }
 
 # Keys that are refused at `tiny`, and a run that reads them.
@@ -155,6 +155,7 @@ WITH = {
     ("supervised", "data.instruction"): "data.domains=('movie',)",
     ("supervised", "data.source"): "orpo",
     ("supervised", "data.max_length"): "orpo",
+    ("supervised", "train.max_tokens"): "orpo,train.max_sequences=64",
 }
 
 # Keys that only say what must not be: they are read where a value is refused by them.
@@ -295,7 +296,8 @@ def test_unread_keys_are_refused_and_read_where_the_refusal_says(knobs, experime
 @pytest.mark.parametrize("experiment", ["reward_model", "dpo", "supervised"])
 def test_guards_refuse_by_their_name(knobs, experiment):
     runs = knobs(experiment)
-    guards = {key: value for key, value in GUARDS.items() if key in runs.keys()}
+    there = runs.keys()
+    guards = {key: value for key, value in GUARDS.items() if key in there}
     assert guards
     for key, value in guards.items():
         with pytest.raises(ValueError, match=key.split(".")[-1]):
