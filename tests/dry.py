@@ -30,6 +30,7 @@ import pytest
 
 # All of them now: what a module jits when it is imported must not be jitted by what stands in.
 from experiments import (
+    curate,
     curating,
     dpo,
     expert_iteration,
@@ -67,6 +68,7 @@ MAINS = {
     "search": search.main,
     "expert_iteration": expert_iteration.main,
     "supervised": supervised.main,
+    "curate": curate.main,
 }
 JIT = jax.jit
 JITTED = type(jax.jit(lambda: 0))

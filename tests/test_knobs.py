@@ -43,6 +43,7 @@ SHORT = {
     "search": ("search.seeds=1",),
     "expert_iteration": ("improve.rounds=1",),
     "supervised": ("train.steps=2", "eval.every=1"),
+    "curate": ("keep.similarity=1.0",),
 }
 
 # Keys that are refused at `tiny`, and a run that reads them.
@@ -74,6 +75,8 @@ READ_IN = {
     "objective.figa.*": {"supervised": "figa"},
     "data.pairs": {"supervised": "orpo"},
     "data.min_gap": {"supervised": "orpo"},
+    "keep.threshold": {"curate": "threshold"},
+    "keep.quantiles": {"curate": "quantiles"},
 }
 
 # Values that make sense where half of a number does not, or is the same to a run so short.
@@ -136,6 +139,8 @@ OTHER: dict[str, Any] = {
     "candidates.read": "pairs",
     "samples.per_prompt": 3,
     "train.max_sequences": 8,
+    "keep.rule": "quantiles",
+    "keep.similarity": 0.1,
 }
 
 # What must be changed beside a key for the change to make sense.
