@@ -99,9 +99,8 @@ def _objective() -> ConfigDict:
     keys.figa = ConfigDict()
     keys.figa.weight = 1.0  # of tokens that only the better response has
     keys.figa.negative_weight = 0.5  # of tokens that only the worse one has
-    # These count while their negative log-likelihood is within, nats.
-    keys.figa.nll_min = 0.6
-    keys.figa.nll_max = 1.0
+    keys.figa.nll_min = 0.6  # these count from this negative log-likelihood on, nats
+    keys.figa.nll_max = 1.0  # and up to this one
     return keys
 
 

@@ -31,6 +31,7 @@ import pytest
 # All of them now: what a module jits when it is imported must not be jitted by what stands in.
 from experiments import (
     ai_labels,
+    curate,
     curating,
     dpo,
     expert_iteration,
@@ -69,6 +70,7 @@ MAINS = {
     "expert_iteration": expert_iteration.main,
     "ai_labels": ai_labels.main,
     "supervised": supervised.main,
+    "curate": curate.main,
 }
 JIT = jax.jit
 JITTED = type(jax.jit(lambda: 0))

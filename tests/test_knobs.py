@@ -44,7 +44,8 @@ SHORT = {
     "search": ("search.seeds=1",),
     "expert_iteration": ("improve.rounds=1",),
     "ai_labels": (),
-    "supervised": ("train.steps=2", "eval.every=1", "samples.prompts=12"),
+    "supervised": ("train.steps=2", "eval.every=1"),
+    "curate": ("keep.similarity=1.0",),
 }
 
 # Keys that are refused at `tiny`, and a run that reads them.
@@ -79,6 +80,8 @@ READ_IN = {
     "objective.figa.*": {"supervised": "figa"},
     "data.pairs": {"supervised": "orpo"},
     "data.min_gap": {"supervised": "orpo"},
+    "keep.threshold": {"curate": "threshold"},
+    "keep.quantiles": {"curate": "quantiles"},
 }
 
 # Values that make sense where half of a number does not, or is the same to a run so short.
@@ -147,6 +150,8 @@ OTHER: dict[str, Any] = {
     "candidates.read": "pairs",
     "samples.per_prompt": 3,
     "train.max_sequences": 8,
+    "keep.rule": "quantiles",
+    "keep.similarity": 0.1,
 }
 
 # What must be changed beside a key for the change to make sense.
@@ -166,6 +171,7 @@ WITH = {
     ("supervised", "data.instruction"): "data.domains=('movie',)",
     ("supervised", "data.source"): "orpo",
     ("supervised", "data.max_length"): "orpo",
+    ("supervised", "train.max_tokens"): "orpo,train.max_sequences=64",
 }
 
 # Keys that only say what must not be: they are read where a value is refused by them.
@@ -311,7 +317,8 @@ def test_unread_keys_are_refused_and_read_where_the_refusal_says(knobs, experime
 @pytest.mark.parametrize("experiment", ["reward_model", "dpo", "supervised"])
 def test_guards_refuse_by_their_name(knobs, experiment):
     runs = knobs(experiment)
-    guards = {key: value for key, value in GUARDS.items() if key in runs.keys()}
+    there = runs.keys()
+    guards = {key: value for key, value in GUARDS.items() if key in there}
     assert guards
     for key, value in guards.items():
         with pytest.raises(ValueError, match=key.split(".")[-1]):

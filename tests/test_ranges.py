@@ -79,6 +79,7 @@ MEANS_IT = {
         "sampling.temperature": (0,),  # greedy
         "advantage.discount": (0,),  # the next reward alone
         "advantage.lambda_": (0,),  # the TD error
+        "keep.threshold": (0, -1),  # a score may be negative
         "objective.figa.nll_min": (0,),  # the likeliest tokens too
         "trpo.damping": (0,),  # of a Fisher matrix that has no flat direction
     },

@@ -60,7 +60,12 @@ _CONTROL = re.compile(r"<[^\s<>]+>|\[[A-Z_]+\]")  # how control tokens are calle
 
 @dataclasses.dataclass(frozen=True)
 class QuarkConfig:
-    """Attributes are α of the KL to the reference, and β of the entropy."""
+    """What Quark adds to imitation.
+
+    Attributes:
+      kl_coef: α, of the KL to the reference.
+      entropy_coef: β, of the entropy.
+    """
 
     kl_coef: float = 0.05
     entropy_coef: float = 0.06
@@ -71,7 +76,11 @@ class QuarkConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CRLFTConfig:
-    """β: the better class has reward 0 and weight 1, the worse one -1 and weight exp(-1/β)."""
+    """The weights of the classes.
+
+    Attributes:
+      beta: β; the better class has reward 0 and weight 1, the worse one -1 and weight exp(-1/β).
+    """
 
     beta: float = 0.5
 
@@ -81,7 +90,12 @@ class CRLFTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HindsightConfig:
-    """The largest share of a row's tokens that are hidden: read as padding, trained as ever."""
+    """What keeps an answer from being copied out of the one before.
+
+    Attributes:
+      max_rate: the largest share of a row's tokens that are hidden: read as padding, trained all
+        the same. The paper hides them from attention.
+    """
 
     max_rate: float = 0.05
 
@@ -91,7 +105,12 @@ class HindsightConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RRHFConfig:
-    """The weight w of the ranking, and the power a of the length that divides likelihoods."""
+    """The ranking.
+
+    Attributes:
+      rank_weight: w.
+      length_power: a, the power of the length that divides a log-likelihood.
+    """
 
     rank_weight: float = 1.0
     length_power: float = 1.0
@@ -102,7 +121,12 @@ class RRHFConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SLiCConfig:
-    """The margin δ of the hinge in nats, and the weight λ of imitation."""
+    """The hinge, and what it is held to.
+
+    Attributes:
+      margin: δ, in nats of whole responses.
+      target_weight: λ, of imitation.
+    """
 
     margin: float = 1.0
     target_weight: float = 0.1
@@ -113,7 +137,11 @@ class SLiCConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PROConfig:
-    """The weight w of imitation, beside (K-1)²."""
+    """Imitation beside the ranking.
+
+    Attributes:
+      sft_weight: w, which (K-1)² multiplies.
+    """
 
     sft_weight: float = 0.05
 
@@ -123,7 +151,11 @@ class PROConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ORPOConfig:
-    """The weight λ of the odds ratio."""
+    """The odds ratio.
+
+    Attributes:
+      weight: λ.
+    """
 
     weight: float = 0.1
 
@@ -133,7 +165,11 @@ class ORPOConfig:
 
 @dataclasses.dataclass(frozen=True)
 class UnlikelihoodConfig:
-    """The weight of what is unlearned."""
+    """What is unlearned.
+
+    Attributes:
+      weight: of the worse response, as a mean over its tokens.
+    """
 
     weight: float = 1.0
 
@@ -180,6 +216,15 @@ class SupervisedConfig:
       method: one of `METHODS`.
       texts: words before prompts, from those of the worst responses to those of the best; read by
         the quality prompts. Quark has as many quantiles.
+      quark: for the method of its name, as are all that follow.
+      c_rlft: see quark.
+      chain_of_hindsight: see quark.
+      rrhf: see quark.
+      slic: see quark.
+      pro: see quark.
+      orpo: see quark.
+      unlikelihood: see quark.
+      figa: see quark.
     """
 
     method: str

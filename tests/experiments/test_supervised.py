@@ -1,4 +1,4 @@
-"""Every method of supervised alignment through its own `main` at `tiny`, on one file of samples."""
+"""Every method of supervised alignment at `tiny`, on one file of samples, and curation of it."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs import curate as curate_configs
 from configs import supervised as configs
-from experiments import curating
+from experiments import curate, curating
 from experiments import supervised as experiment
+from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.methods.supervised import METHODS, PROMPTED
 from rlhf_jax.runtime.metrics import read_metrics
+from rlhf_jax.tasks import TaskConfig, make_task
 from rlhf_jax.training.record import read_config, read_summary
 
 pytestmark = pytest.mark.slow
@@ -75,7 +78,8 @@ def test_every_method_trains_and_reports_what_it_read(chain, root, method):
 
 def test_the_methods_share_one_file_of_samples(chain, root):
     run(chain, root, "rrhf"), run(chain, root, "slic")
-    (file,) = (root / curating.KEPT).iterdir()
+    file, *others = (root / curating.KEPT).iterdir()
+    assert not others
     rows = curating.read_rows(file)
     assert len(rows) == 24 and all(len(row["responses"]) == 4 for row in rows)
     assert max(len(ids) for row in rows for ids in row["tokens"]) == 8  # max_new_tokens
@@ -84,7 +88,6 @@ def test_the_methods_share_one_file_of_samples(chain, root):
 
 
 def test_a_file_of_candidates_is_read_in_place_of_samples(chain, root, tmp_path):
-    (file,) = (root / curating.KEPT).iterdir() if (root / curating.KEPT).exists() else (None,)
     rows = [
         {"prompt": f"I think {n} is", "responses": [" good", " bad"], "scores": [1.0, float(n % 3)]}
         for n in range(60)
@@ -97,7 +100,6 @@ def test_a_file_of_candidates_is_read_in_place_of_samples(chain, root, tmp_path)
     assert summary["read"] == {
         "prompts": 60, "responses": 120, "labels": 120, "rows": 40, "sequences": 80
     }  # fmt: skip
-    assert file is None or file.exists()
 
 
 @pytest.mark.parametrize(
@@ -132,3 +134,49 @@ def test_bad_input_is_one_line(chain, root, tmp_path, rows, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         experiment.main(config)
     assert "\n" not in str(caught.value)
+
+
+def curated(chain, root: Path, *changes: str) -> Path:
+    """A tiny run of curation on the session's models."""
+    parts = ["tiny", "sharding.devices=1", "log.tensorboard=False", *changes]
+    config = curate_configs.get_config(",".join(parts))
+    config.root, config.workdir = str(root), str(root / f"curate-{'-'.join(changes)}")
+    config.inputs.update(model=str(chain.sft), reward_model=str(chain.reward_model))
+    curate.main(config)
+    return Path(config.workdir)
+
+
+def test_curation_keeps_the_samples_of_the_methods_as_rankings(chain, root, capsys):
+    run(chain, root, "rrhf")
+    capsys.readouterr()
+    folder = curated(chain, root, "rankings")
+    assert "training prompts: kept in " in capsys.readouterr().out  # and not drawn again
+    assert len(list((root / curating.KEPT).iterdir())) == 1
+    rows, summary = curating.read_rows(folder / curate.DATA), read_summary(folder)
+    assert len(rows) == summary["rows"] == summary["kept"]["curate/prompts"]
+    assert summary["drawn"]["curate/answers"] == 96
+    kept = sum(len(row["responses"]) for row in rows)
+    assert kept == summary["kept"]["curate/answers"]
+    assert kept + sum(int(n) for n in summary["dropped"].values()) == 96
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert {"inputs.model", "inputs.reward_model", "seed"} <= set(rows[0]["sampler"])
+    report = (folder / "report.md").read_text()
+    assert "| reward, mean" in report and "nats an answer" in report
+    # As pairs the rows are a source of every stage.
+    tokenizer = load_tokenizer(chain.sft)
+    task = make_task(TaskConfig(f"jsonl:{folder / curate.DATA}"))
+    pairs = task.preferences(tokenizer, "all", max_length=96, count=0)
+    assert 0 < len(pairs) <= len(rows) and all(pair.margin > 0 for pair in pairs)
+    assert len(task.documents(tokenizer, "all", max_length=96)) > 0
+    assert len(task.prompts(tokenizer, "all", max_length=96)) == len(rows)
+
+
+def test_curation_for_fine_tuning_keeps_the_best(chain, root):
+    folder = curated(chain, root, "best_of_n", "samples.per_prompt=4", "keep.cut=True")
+    summary = read_summary(folder)
+    assert summary["kept"]["curate/reward"] > summary["drawn"]["curate/reward"]
+    # Of four without ties, log 4 - 3/4; a little more where some say nothing.
+    assert summary["kl"] == pytest.approx(np.log(4) - 3 / 4, abs=0.2)
+    task = make_task(TaskConfig(f"jsonl:{folder / curate.DATA}"))
+    documents = task.documents(load_tokenizer(chain.sft), "all", max_length=96)
+    assert len(documents) == summary["rows"]
