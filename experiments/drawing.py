@@ -134,11 +134,26 @@ def draw_bars(figure: PaperFigure, done: Mapping[str, Mapping[str, Any]], title:
         for name, seed in seeds.items()
         for judge, rate in seed["win_rates"].items()
     ]
+    return stacked_bars(bars, title, OUTCOMES)
+
+
+def stacked_bars(
+    bars: Sequence[tuple[str, Mapping[str, Any]]],
+    title: str,
+    outcomes: Sequence[tuple[str, str]],
+) -> Figure:
+    """Shares of wins, ties and losses as bars of one length.
+
+    Args:
+      bars: a name, and the shares.
+      title: above.
+      outcomes: what each part is called, and its key among the shares; three.
+    """
     drawn = new_figure(1, 1, width=8.0, height=1.2 + 0.4 * len(bars))
     (axes,) = drawn.axes
     drawn.suptitle(title, fontsize=12, parse_math=False)
     left = np.zeros(len(bars))
-    for (outcome, key), color in zip(OUTCOMES, (COLORS[0], "lightgrey", COLORS[1]), strict=True):
+    for (outcome, key), color in zip(outcomes, (COLORS[0], "lightgrey", COLORS[1]), strict=True):
         shares = np.array([100 * rate[key] for _, rate in bars])
         axes.barh(range(len(bars)), shares, left=left, color=color, label=outcome)
         for place, share in enumerate(shares):
@@ -149,7 +164,7 @@ def draw_bars(figure: PaperFigure, done: Mapping[str, Mapping[str, Any]], title:
     axes.set_yticks(range(len(bars)), [name for name, _ in bars])
     axes.invert_yaxis()
     axes.set_xlabel("% of test prompts")
-    drawn.legend(loc="outside lower center", ncols=len(OUTCOMES), frameon=False)
+    drawn.legend(loc="outside lower center", ncols=len(outcomes), frameon=False)
     return drawn
 
 

@@ -3,10 +3,10 @@
   python -m experiments.feedback_forms runs/reward_model/quickstart*
 
 Reads finished runs of `experiments.reward_model`, whatever their form (pairs, ratings, rankings,
-votes), their budget (`data.pairs`) and their seed, and lays them beside each other at equal reading:
-how many texts each was trained on, how many labels of people they came with, accuracy on held-out
-pairs, rank correlation with people, calibration and taste for length. Writes `feedback_forms.json`,
-`feedback_forms.md` and `feedback_forms.png`.
+votes), their budget (`data.pairs`) and their seed, and lays them beside each other at equal
+reading: how many texts each was trained on, how many labels of people they came with, accuracy on
+held-out pairs, rank correlation with people, calibration and taste for length. Writes
+`feedback_forms.json`, `feedback_forms.md` and `feedback_forms.png`.
 """
 
 from __future__ import annotations

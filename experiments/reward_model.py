@@ -463,8 +463,8 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
         "Reward model",
         {
             "model": f"{stages.parameters_line(tuning, state.model)}, from {folder}",
-            material.of: f"{batches.count_text()} ({len(validation):,} and {len(test):,} pairs held "
-            "out)",
+            material.of: batches.count_text(),
+            "pairs held out": f"{len(validation):,} and {len(test):,}",
             "texts per update": f"{2 * train.min_pairs} to {2 * train.max_pairs}, "
             f"at most {train.max_tokens:,} tokens",
             "batches": batches.describe(),

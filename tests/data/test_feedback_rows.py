@@ -86,7 +86,7 @@ def test_groups_come_encoded_with_the_best_first():
     assert ["fine" in said[0], "good" in said[1], "bad" in said[2]] == [True] * 3
     assert first.scores == (-1.0, -2.0, -3.0)
     assert len(second.documents) == 1 and second.scores == (2.0,)
-    with pytest.raises(ValueError, match="row 1: .*no feedback"):
+    with pytest.raises(ValueError, match=r"row 1: .*no feedback"):
         encode_ranked([rows[0], row()], tokenizer, max_length=64, drops=drops)
 
 
