@@ -43,7 +43,7 @@ RENAMED = {
 }
 
 # Variants that the stages before take as well; "harm" is named after the source that it reads.
-PASSED_ON = ("harm", "half")
+PASSED_ON = ("harm", "zh", "half")
 
 _SOURCES = "data.source data.prompt_source"
 _FALLING = among("linear", "cosine")
@@ -387,13 +387,18 @@ def half(config: ConfigDict) -> None:
     config.data.half = "first"
 
 
+def zh(config: ConfigDict) -> None:
+    """The variant `zh`: Chinese shop reviews in place of English ones."""
+    config.data.update(source="reviews_zh", domains=(), instruction="")
+
+
 def check_halves(config: ConfigDict, variant: str) -> None:
     """Refuses a variant that takes half of the texts of a source that is not divided.
 
     Raises:
       ValueError: names the variant and the source.
     """
-    if config.data.source != "reviews":
+    if config.data.source not in ("reviews", "reviews_zh"):
         raise ValueError(
             f"the variant {variant} takes half of the rated reviews, and data.source="
             f"{config.data.source!r} is not divided: judges=('reward_model:FOLDER',) names a "

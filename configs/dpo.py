@@ -19,6 +19,7 @@ Variants:
   beta_0.05, beta_0.5     a weaker and a stronger pull to the reference
   sft                     with -0.01 log pi(chosen), the other term of the slides' L_total
 
+  zh                      Chinese shop reviews
   half                    the first half of the texts, so that the judge `gold` may be asked
 
 Pairs are those of the reward model and prompts those of PPO-max, read from their configs, so that
@@ -130,6 +131,7 @@ VARIANTS = {
     "beta_0.05": _dpo(beta=0.05),
     "beta_0.5": _dpo(beta=0.5),
     "sft": _dpo(sft_coef=0.01),
+    "zh": common.zh,
     "half": common.half,
 }
 

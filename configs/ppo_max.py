@@ -31,6 +31,8 @@ Variants (what an ablation changes; PPO-max is the default):
   penalty, penalty_adaptive  PPO-penalty; adaptive_kl  adaptive token-level KL coefficient; trpo
   harm               harmful prompts and a reward model of people's harm scores, opt-in:
                      `smollm2,harm`
+  zh                 Chinese shop reviews; no rule judges them: quickstart,zh,half with
+                     judges=('gold',)
   half               prompts and reward model of the first half of the texts, so that the judge
                      `gold` may be asked: quickstart,half,judges=('vader','gold')
   rlaif              the reward model learns from AI labels in place of people's ratings (Lee et al.
@@ -335,6 +337,7 @@ VARIANTS = {
     "td": _changes(advantage={"method": "td"}),
     "k_step": _changes(advantage={"method": "k_step", "k": 4}),
     "harm": _harm,
+    "zh": common.zh,
     "half": common.half,
     "rlaif": _rlaif,
     "rloo": _sampled("rloo", samples=4),

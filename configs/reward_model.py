@@ -19,6 +19,7 @@ Variants:
   no_lm       without the LM loss
   harm        people's harm scores for answers of language models, opt-in: `smollm2,harm`; each
               prompt is in one split only
+  zh          Chinese shop reviews, of which people said no more than good or bad
   half        on the first half of the training texts, so that `gold` may judge what it is used for
   ai_labels   on pairs that a language model labels in place of people, softly (RLAIF): those of
               configs/ai_labels.py of the same scale
@@ -196,7 +197,12 @@ def _votes(config: ConfigDict) -> None:
     config.loss.update(labels="soft", comparisons="pairs")
 
 
-VARIANTS: dict[str, common.Change] = {"no_lm": _no_lm, "harm": _harm, "half": common.half}
+VARIANTS: dict[str, common.Change] = {
+    "zh": common.zh,
+    "no_lm": _no_lm,
+    "harm": _harm,
+    "half": common.half,
+}
 VARIANTS |= {"gold": _gold, "ai_labels": _ai_labels, "votes": _votes}
 VARIANTS |= {name: _form(name) for name in RANKED}
 # Of other sources data.pairs and data.eval_pairs say how many are taken.

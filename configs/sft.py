@@ -14,6 +14,7 @@ Scales:
 Variants:
   pretrain    other text (editorials and tweets) instead of the task's: a model without SFT, for
               the ablation `policy_pretrained` of ppo_max
+  zh          Chinese shop reviews
   harm        answers to harmful prompts that everybody found harmless, opt-in: `smollm2,harm`
   arithmetic  sums in steps, each with what remains of the sum; at `smollm2` word problems
 """
@@ -140,7 +141,16 @@ SCALES = {
     "paper_en": _paper_en,
     "paper_zh": _paper_zh,
 }
-VARIANTS = {"pretrain": _pretrain, "harm": _harm, "arithmetic": _arithmetic}
+
+
+def _zh(config: ConfigDict) -> None:
+    common.zh(config)
+    if config.scale != "tiny" and not config.inputs.model:
+        # A letter is three bytes: common ones become tokens of their own.
+        config.tokenizer.vocab_size = 4096
+
+
+VARIANTS = {"zh": _zh, "pretrain": _pretrain, "harm": _harm, "arithmetic": _arithmetic}
 # A pretrained model has its own sizes and tokenizer.
 UNREAD = (
     Unread("sizes.* tokenizer.*", unless="inputs.model", is_=EMPTY),

@@ -14,6 +14,7 @@ from rlhf_jax.tasks.jsonl import JSONLines
 from rlhf_jax.tasks.llamafactory import LlamaFactory
 from rlhf_jax.tasks.mix import Mix
 from rlhf_jax.tasks.reviews import Reviews
+from rlhf_jax.tasks.reviews_zh import ReviewsZh
 from rlhf_jax.tasks.steps import PRM800K, MathShepherd, Solutions, Stepwise
 from rlhf_jax.tasks.task import TASKS, Task, TaskConfig, make_task
 
@@ -21,6 +22,7 @@ __all__ = ["TASKS", "Examples", "Task", "TaskConfig", "make_task"]
 
 TASKS |= {
     "reviews": Reviews,
+    "reviews_zh": ReviewsZh,
     "hh": HH,
     "jsonl": JSONLines,
     "harm": Harm,

@@ -181,13 +181,16 @@ class Reviews(Task):
         return {"prompt": self._asked, "response": text}
 
     def _reviews(self, split: str, drops: DropCounts) -> list[reviews.Review]:
-        domains = self.config.domains or ("movie", "amazon")
-        loaded = reviews.load_reviews(split, domains=domains, drops=drops)
+        loaded = self._read(split, drops)
         if self.config.half:
             kept = [review for review in loaded if self._is_of_half(review.text)]
             drops.drop("of the other half", len(loaded) - len(kept))
             loaded = kept
         return loaded[: self.config.limit or None]
+
+    def _read(self, split: str, drops: DropCounts) -> list[reviews.Review]:
+        domains = self.config.domains or ("movie", "amazon")
+        return reviews.load_reviews(split, domains=domains, drops=drops)
 
     def _is_of_half(self, text: str) -> bool:
         """Whether a text is of the half that is read; one that is held out is of both."""
