@@ -46,7 +46,8 @@ def _task(scale: str) -> ConfigDict:
     config.compare.reward_model = ""  # folder; empty is the reward model of the same scale
     config.model, config.lora = pairs.model, pairs.lora
     config.data = pairs.data
-    del config.data.reference_texts
+    for key in ("reference_texts", "responses", "votes"):
+        del config.data[key]
     config.data.prompt_source = prompts.data.prompt_source  # of prompts; empty is data.source
     config.data.prompt_buckets = prompts.data.prompt_buckets  # lengths of padded prompts
     config.sampling = prompts.sampling
