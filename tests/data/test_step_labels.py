@@ -154,3 +154,8 @@ def test_batches_may_have_labels_at_every_token():
     encoded = encode_solutions([faultless], TOKENIZER, max_length=64, drops=DropCounts())
     (batch,) = SolutionBatches(encoded, **settings).once()
     assert batch["traced"][0, :length].tolist() == encoded[0].response.tolist()
+    # A right answer does not make up for a wrong step.
+    lucky = dataclasses.replace(SOLUTION, labels=(1, -1, 1), right=True)
+    encoded = encode_solutions([lucky], TOKENIZER, max_length=64, drops=DropCounts())
+    (batch,) = SolutionBatches(encoded, **settings).once()
+    assert not batch["traced"].any()

@@ -12,7 +12,7 @@ from tests import scripted, tiny
 
 TOKENIZER = scripted.tokenizer()
 CONFIG = tiny.model_config(vocab_size=300)
-PROMPTS = [np.arange(3, 3 + n, dtype=np.int32) for n in (4, 20, 9)]
+PROMPTS = [np.arange(3, 3 + n, dtype=np.int32) for n in (40, 4, 20, 9)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
