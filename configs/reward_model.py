@@ -22,13 +22,17 @@ Variants:
   half        on the first half of the training texts, so that `gold` may judge what it is used for
   ai_labels   on pairs that a language model labels in place of people, softly (RLAIF): those of
               configs/ai_labels.py of the same scale
+  constitutional  the same by the principles of a constitution, on samples of its SL-CAI model
   gold        on the second half, with a seed of its own: the judge `gold`, see docs/judges.md;
               held-out pair accuracy .739 at quickstart, the VADER rule .710
 """
 
+from collections.abc import Sequence
+
 from ml_collections import ConfigDict
 
 from configs import common
+from configs.ai_labels import CONSTITUTIONAL
 from configs.unread import Unread, rows_by
 
 
@@ -171,7 +175,7 @@ SCALES = {
     "moss_zh": lambda: _moss(_paper_zh()),
 }
 VARIANTS = {"no_lm": _no_lm, "harm": _harm, "half": common.half}
-VARIANTS |= {"gold": _gold, "ai_labels": _ai_labels}
+VARIANTS |= {"gold": _gold, "ai_labels": _ai_labels, CONSTITUTIONAL: _ai_labels}
 # Of other sources data.pairs and data.eval_pairs say how many are taken.
 UNREAD = (Unread("data.limit", unless="data.source", is_=rows_by("limit", streams=True)),)
 
@@ -180,8 +184,16 @@ def derive(config: ConfigDict) -> None:
     """The folders of the stages before."""
     inputs = config.inputs
     inputs.model = inputs.model or common.stage_folder("sft", config)
-    if "ai_labels" in config.variants:
-        inputs.labels = inputs.labels or common.stage_folder("ai_labels", config, leaf="labels")
+    if {"ai_labels", CONSTITUTIONAL} & set(config.variants):
+        labelled = labels_variants(config.variants)
+        inputs.labels = inputs.labels or common.stage_folder(
+            "ai_labels", config, *labelled, leaf="labels"
+        )
+
+
+def labels_variants(variants: Sequence[str]) -> tuple[str, ...]:
+    """The variants of configs/ai_labels.py that go with some of these here."""
+    return (CONSTITUTIONAL,) if CONSTITUTIONAL in variants else ()
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -31,6 +31,7 @@ import pytest
 # All of them now: what a module jits when it is imported must not be jitted by what stands in.
 from experiments import (
     ai_labels,
+    constitutional,
     dpo,
     expert_iteration,
     ppo_max,
@@ -66,6 +67,7 @@ MAINS = {
     "search": search.main,
     "expert_iteration": expert_iteration.main,
     "ai_labels": ai_labels.main,
+    "constitutional": constitutional.main,
 }
 JIT = jax.jit
 JITTED = type(jax.jit(lambda: 0))

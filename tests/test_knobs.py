@@ -44,6 +44,7 @@ SHORT = {
     "search": ("search.seeds=1",),
     "expert_iteration": ("improve.rounds=1",),
     "ai_labels": (),
+    "constitutional": ("revise.rounds=1",),
 }
 
 # Keys that are refused at `tiny`, and a run that reads them.
@@ -60,6 +61,7 @@ READ_IN = {
     "train.epochs": {
         "sft": "train.steps=0,train.epochs=2.0",
         "expert_iteration": "train.steps=0,train.epochs=2.0",
+        "constitutional": "train.steps=0,train.epochs=2.0",
     },
     "labels.max_new_tokens": {"ai_labels": "reasons"},
     "labels.*": {"process_reward": "rollouts"},
@@ -127,6 +129,10 @@ OTHER: dict[str, Any] = {
     "loss.tokens": ("-", "?", "*"),
     "search.aggregation": "min",
     "improve.method": "all_right",
+    "labels.constitution": "harmless",
+    "revise.constitution": "harmless",
+    "revise.rounds": 2,
+    "revise.max_length": 120,
     "improve.rounds": 2,
 }
 
@@ -140,6 +146,9 @@ WITH = {
     ("sft", "train.minibatch"): "train.microbatches=1",
     ("process_reward", "train.microbatches"): "train.microbatches=1",
     ("expert_iteration", "train.microbatches"): "train.microbatches=1",
+    ("constitutional", "train.microbatches"): "train.microbatches=1",
+    ("constitutional", "train.minibatch"): "train.microbatches=1",
+    ("ai_labels", "labels.constitution"): "constitutional",
     ("process_reward", "data.source"): "data.max_length=500,train.row_length=500",
     ("search", "data.source"): "data.max_length=500",
     ("expert_iteration", "data.source"): "data.max_length=500,train.row_length=500",
