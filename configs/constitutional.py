@@ -66,6 +66,7 @@ def _tiny() -> ConfigDict:
     config.samples.rows = 16
     config.sampling.max_new_tokens = 8
     config.train.update(steps=2, epochs=0.0, minibatch=8, microbatches=2, row_length=64)
+    config.optimizer.schedule = "cosine"
     config.eval.samples = 2
     return config
 

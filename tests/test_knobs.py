@@ -148,6 +148,7 @@ WITH = {
     ("expert_iteration", "train.microbatches"): "train.microbatches=1",
     ("constitutional", "train.microbatches"): "train.microbatches=1",
     ("constitutional", "train.minibatch"): "train.microbatches=1",
+    ("constitutional", "data.limit"): "data.prompts=100",
     ("ai_labels", "labels.constitution"): "constitutional",
     ("process_reward", "data.source"): "data.max_length=500,train.row_length=500",
     ("search", "data.source"): "data.max_length=500",
