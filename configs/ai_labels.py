@@ -12,9 +12,13 @@ Variants:
   reasons     the same after reasons, with labels clamped to 0.4 and 0.6 (Bai et al. 2022)
   rate        each response alone, from 1 to 10
   pairs       the pairs of the data, that people ranked, in place of samples
+  constitutional  samples of the model that experiments.constitutional makes, compared by the
+              principles of its constitution (Bai et al. 2022, section 4)
   half        prompts and pairs of the first half of the texts, see docs/judges.md
   harm        prompts of the harm data, opt-in; the report shows no pair of it
 """
+
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
@@ -40,6 +44,9 @@ def _quickstart() -> ConfigDict:
     config.labels.of = "samples"  # two of the policy's to each prompt; or the "pairs" of the data
     # What the judge is asked: a template of rlhf_jax/methods/feedback_templates, or a TOML file.
     config.labels.template = "score_reviews"
+    # Whose principles fill the field {question} of the template, one drawn for each pair: a name of
+    # rlhf_jax/methods/constitutions, or a TOML file; empty for templates without that field.
+    config.labels.constitution = ""
     config.labels.reasons = False  # whether a judge that compares gives reasons first
     config.labels.max_new_tokens = 96  # of the reasons
     config.labels.clamp = 0.5  # labels stay within 0.5 - clamp and 0.5 + clamp
@@ -92,19 +99,29 @@ def _pairs(config: ConfigDict) -> None:
     config.labels.of = "pairs"
 
 
+def _constitutional(config: ConfigDict) -> None:
+    config.inputs.policy = ""
+    config.labels.template = "compare_cai"
+    config.labels.constitution = "harmless" if config.data.source == "harm" else "reviews"
+
+
 def _harm(config: ConfigDict) -> None:
     config.data.update(source="harm", domains=(), instruction="", max_length=192)
-    config.labels.template = "compare_rlaif"
+    by_principle = bool(config.labels.constitution)
+    config.labels.template = "compare_cai" if by_principle else "compare_rlaif"
+    config.labels.constitution = "harmless" if by_principle else ""
     config.sampling.max_new_tokens = 64
     config.eval.samples = 0
 
 
+CONSTITUTIONAL = "constitutional"
 SCALES = {"tiny": _tiny, "quickstart": _quickstart, "smollm2": _smollm2}
 VARIANTS = {
     "compare": _compare,
     "reasons": _reasons,
     "rate": _rate,
     "pairs": _pairs,
+    CONSTITUTIONAL: _constitutional,
     "half": common.half,
     "harm": _harm,
 }
@@ -118,8 +135,13 @@ UNREAD = (
 def derive(config: ConfigDict) -> None:
     """The folders of the policy and of the judge."""
     inputs = config.inputs
-    inputs.policy = inputs.policy or common.stage_folder("sft", config)
+    inputs.policy = inputs.policy or common.stage_folder(policy_stage(config.variants), config)
     inputs.judge = inputs.judge or inputs.policy
+
+
+def policy_stage(variants: Sequence[str]) -> str:
+    """The experiment that makes the policy."""
+    return CONSTITUTIONAL if CONSTITUTIONAL in variants else "sft"
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -37,6 +37,8 @@ Variants (what an ablation changes; PPO-max is the default):
                      `gold` may be asked: quickstart,half,judges=('vader','gold')
   rlaif              the reward model learns from AI labels in place of people's ratings (Lee et al.
                      2023): variant ai_labels of configs/reward_model.py
+  constitutional     from the SL-CAI model, with a reward model of comparisons by the principles
+                     (Bai et al. 2022): smollm2,constitutional
   reinforce, total_return, reward_to_go, reward_to_go_baseline, td, rloo, grpo
                      the choices of Φ_t on the slide "Policy Gradient Methods"
 """
@@ -44,6 +46,7 @@ Variants (what an ablation changes; PPO-max is the default):
 from ml_collections import ConfigDict
 
 from configs import common, sft
+from configs.ai_labels import CONSTITUTIONAL
 from configs.unread import EMPTY, SET, Unread, among, no
 
 
@@ -254,6 +257,10 @@ def _rlaif(config: ConfigDict) -> None:
     config.inputs.reward_variant = "ai_labels"
 
 
+def _constitutional(config: ConfigDict) -> None:
+    config.inputs.update(model="", reference="", reward_variant=CONSTITUTIONAL)
+
+
 def _longer(times: float):
     """A variant with another number of iterations after those of the critic alone."""
 
@@ -340,6 +347,7 @@ VARIANTS = {
     "zh": common.zh,
     "half": common.half,
     "rlaif": _rlaif,
+    CONSTITUTIONAL: _constitutional,
     "rloo": _sampled("rloo", samples=4),
     "grpo": _sampled("grpo", samples=4),
 }
@@ -388,6 +396,9 @@ def derive(config: ConfigDict) -> None:
             f"inputs.policy_variant={inputs.policy_variant!r} is read where inputs.model is empty, "
             f"and here it is {inputs.model!r}"
         )
+    if CONSTITUTIONAL in config.variants:
+        trained = common.stage_folder(CONSTITUTIONAL, config)
+        inputs.model, inputs.reference = inputs.model or trained, inputs.reference or trained
     if not inputs.model:
         inputs.model = common.stage_folder("sft", config, *_named(inputs.policy_variant))
     inputs.reference = inputs.reference or common.stage_folder("sft", config)

@@ -27,9 +27,12 @@ Variants:
   listwise    from the order of four texts, by all of its pairs
   plackett_luce  from the order of four texts, by its likelihood
   votes       from pairs with the share of single raters who prefer the chosen, as soft labels
+  constitutional  the same by the principles of a constitution, on samples of its SL-CAI model
   gold        on the second half, with a seed of its own: the judge `gold`, see docs/judges.md;
               held-out pair accuracy .739 at quickstart, the VADER rule .710
 """
+
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
@@ -37,6 +40,7 @@ from configs import common
 from configs.unread import Unread, among, rows_by
 
 RANKED = ("pointwise", "listwise", "plackett_luce")
+from configs.ai_labels import CONSTITUTIONAL
 
 
 def _quickstart() -> ConfigDict:
@@ -203,7 +207,8 @@ VARIANTS: dict[str, common.Change] = {
     "harm": _harm,
     "half": common.half,
 }
-VARIANTS |= {"gold": _gold, "ai_labels": _ai_labels, "votes": _votes}
+VARIANTS |= {"gold": _gold, "ai_labels": _ai_labels, CONSTITUTIONAL: _ai_labels}
+VARIANTS["votes"] = _votes
 VARIANTS |= {name: _form(name) for name in RANKED}
 # Of other sources data.pairs and data.eval_pairs say how many are taken.
 UNREAD = (
@@ -218,8 +223,16 @@ def derive(config: ConfigDict) -> None:
     """The folders of the stages before."""
     inputs = config.inputs
     inputs.model = inputs.model or common.stage_folder("sft", config)
-    if "ai_labels" in config.variants:
-        inputs.labels = inputs.labels or common.stage_folder("ai_labels", config, leaf="labels")
+    if {"ai_labels", CONSTITUTIONAL} & set(config.variants):
+        labelled = labels_variants(config.variants)
+        inputs.labels = inputs.labels or common.stage_folder(
+            "ai_labels", config, *labelled, leaf="labels"
+        )
+
+
+def labels_variants(variants: Sequence[str]) -> tuple[str, ...]:
+    """The variants of configs/ai_labels.py that go with some of these here."""
+    return (CONSTITUTIONAL,) if CONSTITUTIONAL in variants else ()
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

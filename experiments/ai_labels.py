@@ -24,17 +24,17 @@ from ml_collections import ConfigDict
 from tabulate import tabulate
 
 from configs import common
-from experiments import command, folders, reporting, solving, stages
+from configs.ai_labels import policy_stage
+from experiments import asking, command, folders, reporting, solving, stages
 from experiments.settings import DataConfig, Shared
-from rlhf_jax.data.encode import encode_prompt
 from rlhf_jax.data.schemas import DropCounts, Row
-from rlhf_jax.data.templates import ChatTokenizer
 from rlhf_jax.evaluation.agreement import cohen_kappa
 from rlhf_jax.evaluation.comparison import Interval, bootstrap_interval
 from rlhf_jax.evaluation.language_model import short_name
 from rlhf_jax.evaluation.report import escape_markdown
 from rlhf_jax.methods import ai_feedback
 from rlhf_jax.methods.ai_feedback import Chain, Compared, Comparison, FeedbackModel, Template
+from rlhf_jax.methods.constitution import Principle, load_constitution
 from rlhf_jax.rollouts.answers import sample_answers
 from rlhf_jax.rollouts.rollout import SamplingConfig
 from rlhf_jax.runtime import distributed
@@ -91,6 +91,7 @@ class LabelsConfig:
     Attributes:
       of: "samples" of the policy, or the "pairs" of the data.
       template: See `ai_feedback.load_template`.
+      constitution: Whose principles it is asked by, one drawn for each pair; empty for none.
       reasons: Whether it gives reasons first.
       max_new_tokens: Of the reasons.
       clamp: Labels stay within ½ ± clamp.
@@ -100,6 +101,7 @@ class LabelsConfig:
 
     of: str
     template: str
+    constitution: str
     reasons: bool
     max_new_tokens: int
     clamp: float
@@ -118,10 +120,22 @@ class LabelsConfig:
                 f"labels.reasons=True needs a template that asks for reasons, and labels.template="
                 f"{self.template!r} does not: it has no rationale"
             )
-        if "{question}" in template.prompt:
+        if ("{question}" in template.prompt) != bool(self.constitution):
             raise ValueError(
-                f"labels.template={self.template!r} asks by a principle, which no pair has here"
+                f"labels.template={self.template!r} and labels.constitution={self.constitution!r} "
+                "do not go together: a template with the field {question} needs a constitution, "
+                "and no other takes one"
             )
+        self.principles()
+
+    def principles(self) -> tuple[Principle, ...]:
+        """Those of the constitution; none without one."""
+        if not self.constitution:
+            return ()
+        try:
+            return load_constitution(self.constitution).principles
+        except ValueError as error:
+            raise ValueError(f"labels.constitution: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,31 +222,28 @@ class Labeller:
         if labels.reasons:
             key = jax.random.fold_in(jax.random.key(self._settings.seed), len(name))
             chain = Chain(key, labels.max_new_tokens)
-        clamp = (0.5 - labels.clamp, 0.5 + labels.clamp)
-        asked = [pair.asked() for pair in pairs]
-        return ai_feedback.label(self._judge, asked, self.template, chain=chain, clamp=clamp)
+        questions, principles = None, labels.principles()
+        if principles:
+            rng = np.random.default_rng([self._settings.seed, len(name)])
+            picked = rng.integers(len(principles), size=len(pairs))
+            questions = [principles[int(i)].comparison for i in picked]
+        return ai_feedback.label(
+            self._judge,
+            [pair.asked() for pair in pairs],
+            self.template,
+            questions=questions,
+            chain=chain,
+            clamp=(0.5 - labels.clamp, 0.5 + labels.clamp),
+        )
 
 
 def sampled_pairs(
     settings: Settings, task: Task, split: str, policy: Any, tokenizer: Any, sharding: Sharding
 ) -> tuple[list[Pair], DropCounts]:
     """Two samples of the policy to each prompt; equal and empty ones are dropped and counted."""
-    drops, read, chat = DropCounts(), DropCounts(), ChatTokenizer(tokenizer)
+    drops, count = DropCounts(), settings.data.counts()[split]
     room = settings.data.max_length - settings.sampling.max_new_tokens
-    rows, prompts = [], []
-    for row in task.rows("prompt", split, drops):
-        opening = row.get("opening", "")
-        encoded = encode_prompt(row["prompt"], chat, room, read, opening=opening)
-        if encoded is None:
-            continue
-        rows.append(row)
-        prompts.append(encoded)
-        if len(rows) == settings.data.counts()[split]:
-            break
-    if not rows:
-        raise ValueError(f"data.source={settings.data.source!r} has no prompts of {split}")
-    print(f"prompts ({split}): {read.summary()}")
-    task.note("prompt", split, prompts)
+    rows, prompts = asking.prompts_of(task, tokenizer, split, count, room)
     drawn = sample_answers(
         policy,
         prompts,
@@ -429,8 +440,9 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     labels, of_samples = settings.labels, settings.labels.of == SAMPLES
 
     # 1. The policy, and the judge, which may be the same model.
-    argument = common.stage_argument("sft", settings)
-    folder = stages.require(inputs.policy, stage="sft", argument=argument, build=inputs.build)
+    stage = policy_stage(settings.variants)
+    argument = common.stage_argument(stage, settings)
+    folder = stages.require(inputs.policy, stage=stage, argument=argument, build=inputs.build)
     if inputs.judge != folder:
         stages.require(inputs.judge)
     if of_samples:

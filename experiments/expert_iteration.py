@@ -27,17 +27,16 @@ from tabulate import tabulate
 from configs import common
 from configs.expert_iteration import scorer_stage
 from experiments import command, folders, judging, reporting, solving, stages
+from experiments.distilling import distil
 from experiments.improving import METHODS, REWARD_MODEL, Measured, ProblemWorld, PromptWorld, World
 from experiments.process_reward import Problems
 from experiments.settings import Shared, judge_names
 from experiments.solving import SampleConfig, Solver
-from rlhf_jax.data.batches import packed_batches
 from rlhf_jax.data.encode import encode_prompt
-from rlhf_jax.data.prepare import encode_rows
 from rlhf_jax.data.schemas import DropCounts
 from rlhf_jax.data.templates import ChatTokenizer
 from rlhf_jax.evaluation.comparison import bootstrap_interval
-from rlhf_jax.methods import expert_iteration, sft
+from rlhf_jax.methods import expert_iteration
 from rlhf_jax.methods.expert_iteration import Example
 from rlhf_jax.methods.sft import SFTConfig
 from rlhf_jax.rollouts.rollout import SamplingConfig
@@ -46,9 +45,8 @@ from rlhf_jax.runtime.files import write_whole
 from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.tasks import Task
-from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
+from rlhf_jax.training.optimizers import OptimizerConfig
 from rlhf_jax.training.run import OnStep
-from rlhf_jax.training.step import create_state
 
 FIRST, LATEST = "first", "last"
 SHOWN = 6  # problems of the report
@@ -113,48 +111,6 @@ class Settings(Shared):
     optimizer: OptimizerConfig
     eval: AttemptsConfig
     judges: tuple[str, ...]
-
-
-def distil(
-    settings: Settings,
-    start: Any,
-    examples: Sequence[Example],
-    tokenizer: Any,
-    sharding: Sharding,
-    number: int,
-) -> tuple[Any, dict[str, float]]:
-    """Fine-tunes on the pool; returns the model, and what the last update measured.
-
-    With nothing in the pool the model stays what it is.
-    """
-    train, drops = settings.train, DropCounts()
-    if not examples:
-        print(f"round {number}: no attempt was kept, and the policy stays as it is")
-        return start, {}
-    documents = encode_rows(
-        "sft",
-        expert_iteration.as_rows(examples),
-        tokenizer,
-        max_length=settings.data.max_length,
-        drops=drops,
-    )
-    batches = packed_batches(
-        documents,
-        rows=train.minibatch,
-        length=train.row_length,
-        seed=settings.seed + number,
-        pad_id=tokenizer.pad_token_id,
-    )
-    steps = train.updates(batches)
-    optimizer, _ = make_optimizer(settings.optimizer, steps)
-    tuning = stages.make_tuning(settings, start, name=f"round {number}")
-    train_step = sft.make_step(train, optimizer, sharding, trunk=tuning.trunk)
-    state = create_state(tuning.take(), optimizer, sharding)
-    metrics: dict[str, Any] = {}
-    for _ in range(steps):
-        state, metrics = train_step(state, sharding.put_batch(next(batches)))
-    told = {"loss/lm": float(metrics["loss/lm"]), "improve/updates": float(steps)}
-    return tuning.merged(state.model), told
 
 
 def write_report(
@@ -325,7 +281,8 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
                 examples = expert_iteration.pool(read_pool(run.workdir, number))
                 # Distillation: fine-tuning on everything that was found so far.
                 start = last if settings.improve.start == LATEST else first
-                policy, metrics = distil(settings, start, examples, tokenizer, sharding, number)
+                rows = expert_iteration.as_rows(examples)
+                policy, metrics = distil(settings, start, rows, tokenizer, sharding, number)
                 stages.save(policy, run.workdir / "rounds" / str(number), tokenizer)
                 metrics["improve/kept"] = float(len(found.examples))
                 metrics["improve/pool"] = float(len(examples))

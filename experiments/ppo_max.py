@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import common
+from configs.ai_labels import policy_stage
 from experiments import command, folders, judging, reporting, stages
 from experiments.settings import (
     Answering,
@@ -141,10 +142,11 @@ def require_stages(settings: Settings) -> None:
     # Judges first: one that may not judge is refused before anything is trained.
     judging.require_judges(judge_names(settings.judges, settings.prompt_task()), settings)
     variant = (inputs.policy_variant,) if inputs.policy_variant else ()
+    start = policy_stage(settings.variants)
     scored_by = (inputs.reward_variant,) if inputs.reward_variant else ()
     for folder, stage, variants in (
-        (inputs.reference, "sft", ()),
-        (inputs.model, "sft", variant),
+        (inputs.reference, start, ()),
+        (inputs.model, start, variant),
         (inputs.reward_model, "reward_model", scored_by),
     ):
         argument = common.stage_argument(stage, settings, *variants)

@@ -20,6 +20,7 @@ import scipy.stats
 from ml_collections import ConfigDict
 
 from configs import common
+from configs.reward_model import labels_variants
 from experiments import command, folders, judging, reporting, stages
 from experiments.settings import EvalConfig, PairData, Shared, judge_names
 from rlhf_jax.data.batches import PairBatches, once_pairs, pair_batches
@@ -264,7 +265,8 @@ def require_labels(settings: Settings) -> None:
     """Finds or makes the pairs that a language model labels, where it is to."""
     inputs = settings.inputs
     if inputs.labels:
-        argument = common.stage_argument("ai_labels", settings)
+        variants = labels_variants(settings.variants)
+        argument = common.stage_argument("ai_labels", settings, *variants)
         stages.require(inputs.labels, stage="ai_labels", argument=argument, build=inputs.build)
 
 

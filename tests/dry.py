@@ -31,6 +31,7 @@ import pytest
 # All of them now: what a module jits when it is imported must not be jitted by what stands in.
 from experiments import (
     ai_labels,
+    constitutional,
     curate,
     curating,
     dpo,
@@ -71,6 +72,7 @@ MAINS = {
     "ai_labels": ai_labels.main,
     "supervised": supervised.main,
     "curate": curate.main,
+    "constitutional": constitutional.main,
 }
 JIT = jax.jit
 JITTED = type(jax.jit(lambda: 0))

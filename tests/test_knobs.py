@@ -46,6 +46,7 @@ SHORT = {
     "ai_labels": (),
     "supervised": ("train.steps=2", "eval.every=1"),
     "curate": ("keep.similarity=1.0",),
+    "constitutional": ("revise.rounds=1",),
 }
 
 # Keys that are refused at `tiny`, and a run that reads them.
@@ -64,6 +65,7 @@ READ_IN = {
     "train.epochs": {
         "sft": "train.steps=0,train.epochs=2.0",
         "expert_iteration": "train.steps=0,train.epochs=2.0",
+        "constitutional": "train.steps=0,train.epochs=2.0",
     },
     "labels.max_new_tokens": {"ai_labels": "reasons"},
     "labels.*": {"process_reward": "rollouts"},
@@ -142,6 +144,10 @@ OTHER: dict[str, Any] = {
     "loss.tokens": ("-", "?", "*"),
     "search.aggregation": "min",
     "improve.method": "all_right",
+    "labels.constitution": "harmless",
+    "revise.constitution": "harmless",
+    "revise.rounds": 2,
+    "revise.max_length": 120,
     "improve.rounds": 2,
     "objective.method": "pro",
     "objective.texts": ("Poor: ", "Good: "),
@@ -164,6 +170,10 @@ WITH = {
     ("sft", "train.minibatch"): "train.microbatches=1",
     ("process_reward", "train.microbatches"): "train.microbatches=1",
     ("expert_iteration", "train.microbatches"): "train.microbatches=1",
+    ("constitutional", "train.microbatches"): "train.microbatches=1",
+    ("constitutional", "train.minibatch"): "train.microbatches=1",
+    ("constitutional", "data.limit"): "data.prompts=100",
+    ("ai_labels", "labels.constitution"): "constitutional",
     ("process_reward", "data.source"): "data.max_length=500,train.row_length=500",
     ("search", "data.source"): "data.max_length=500",
     ("expert_iteration", "data.source"): "data.max_length=500,train.row_length=500",

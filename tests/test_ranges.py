@@ -41,6 +41,8 @@ MEANS_IT = {
         "sft:train.epochs": (0,),  # train.steps says how long
         "expert_iteration:train.epochs": (0,),
         "eval.people": (0,),
+        "constitutional:train.epochs": (0,),
+        "revise.ordinary": (0,),
         "labels.above": (0,),  # one completion that arrives is enough
     },
     SAME: {
@@ -77,6 +79,7 @@ MEANS_IT = {
         "*optimizer.b1": (0,),  # no memory of gradients before
         "*optimizer.b2": (0,),
         "sampling.temperature": (0,),  # greedy
+        "revise.temperature": (0,),
         "advantage.discount": (0,),  # the next reward alone
         "advantage.lambda_": (0,),  # the TD error
         "keep.threshold": (0, -1),  # a score may be negative
