@@ -29,6 +29,7 @@ ASIDE = {
     "checkpoint.*": "when a state is kept",
     "sharding.*": "where arrays lie",
     "collapse.[rskp]*": "seen where a policy collapses: tests/training/test_collapse_in_a_run.py",
+    "keep.cut": "seen where answers are cut: tests/methods/test_curation.py",
     "improve.start": "whose weights a round begins with, and here all folders hold the same",
     "model.attention": "which kernel computes the same, on a GPU",
 }
@@ -157,6 +158,7 @@ WITH = {
     ("search", "data.source"): "data.max_length=500",
     ("expert_iteration", "data.source"): "data.max_length=500,train.row_length=500",
     ("expert_iteration", "data.max_length"): "prm",
+    ("curate", "data.limit"): "samples.prompts=60",
     ("supervised", "data.instruction"): "data.domains=('movie',)",
     ("supervised", "data.source"): "orpo",
     ("supervised", "data.max_length"): "orpo",
