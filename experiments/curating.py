@@ -161,11 +161,12 @@ class Sampler:
 
 
 def prompt_rows(task: Task, split: str, count: int) -> list[Row]:
-    """The first prompts of a split, as {"prompt"} and perhaps "opening".
+    """The first prompts of a split, as {"prompt"} and perhaps "opening"; at most `data.limit`.
 
     Raises:
       ValueError: there are none.
     """
+    count = min(count, task.config.limit or count)
     rows = itertools.islice(task.rows("prompt", split, DropCounts(), count=count), count)
     found = [{name: row[name] for name in ("prompt", "opening") if row.get(name)} for row in rows]
     if not found:

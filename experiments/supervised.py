@@ -305,7 +305,7 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     words = find_words(settings, folder, tokenizer)
     policy = stages.make_tuning(settings, stages.load_policy(folder, settings.model, sharding))
     reference = policy.trunk or stages.load_policy(folder, settings.model, sharding, frozen=True)
-    scorer = None
+    scorer: Any = None
     if scorer_folder:
         scorer = stages.load_scalar(scorer_folder, settings.model, sharding, frozen=True)
 

@@ -408,6 +408,9 @@ def _patch_outputs(patch: pytest.MonkeyPatch, notes: Notes) -> None:
         aside = ("command", "hardware", "wall_seconds")
         notes.add("the report", {k: repr(v) for k, v in content.items() if k not in aside})
 
+    def write_rows(path: Any, rows: Any) -> None:
+        notes.add("the rows", repr(rows))
+
     def finish(self: Any, summary: Any) -> None:
         notes.add("the summary", repr(summary))
 
@@ -416,6 +419,7 @@ def _patch_outputs(patch: pytest.MonkeyPatch, notes: Notes) -> None:
     patch.setattr(record, "run_info", lambda settings: {"command": "", "config": settings})
     patch.setattr(runs, "progress", lambda *a, initial: Progress(*a, initial, stream=io.StringIO()))
     patch.setattr(runs.Run, "finish", finish)
+    patch.setattr(curating, "write_rows", write_rows)
     patch.setattr(hf_weights, "save_model", save_model)
     patch.setattr(report, "write_report", write_report)
     patch.setattr(report, "print_summary", lambda *a, **k: None)

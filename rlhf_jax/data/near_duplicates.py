@@ -13,10 +13,9 @@ SHINGLE = 3  # words
 def near_duplicates(texts: Sequence[str], similarity: float, *, size: int = SHINGLE) -> list[int]:
     """Which earlier text each text nearly repeats; -1 where none.
 
-        J(a, b) = |A ∩ B| / |A ∪ B| ≥ similarity
-
-    A and B are the runs of `size` words of two texts, letter case and punctuation aside; a text
-    that is shorter is one run. A text is compared with those before it that repeat none themselves.
+    Similarity is the Jaccard index of the runs of `size` words of two texts, letter case and
+    punctuation aside: runs that both have, over different runs of either. A text that is shorter is
+    one run. A text is compared with those before it that repeat none themselves.
 
     Args:
       texts: in their order.

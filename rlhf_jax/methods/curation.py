@@ -214,7 +214,7 @@ def as_rows(config: CurationConfig, kept: Sequence[Kept]) -> list[Row]:
         ]
     rows = []
     for one in kept:
-        row = {name: one.row[name] for name in ("prompt", "opening") if name in one.row}
+        row: Row = {name: one.row[name] for name in ("prompt", "opening") if name in one.row}
         for name in ("responses", "scores", "ended"):
             if name in one.row:
                 row[name] = [one.row[name][place] for place in one.places]

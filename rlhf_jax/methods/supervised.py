@@ -210,21 +210,12 @@ class FIGAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SupervisedConfig:
-    """The objective.
+    """The objective. What the method of a name reads is the group of this name.
 
     Attributes:
       method: one of `METHODS`.
       texts: words before prompts, from those of the worst responses to those of the best; read by
         the quality prompts. Quark has as many quantiles.
-      quark: for the method of its name, as are all that follow.
-      c_rlft: see quark.
-      chain_of_hindsight: see quark.
-      rrhf: see quark.
-      slic: see quark.
-      pro: see quark.
-      orpo: see quark.
-      unlikelihood: see quark.
-      figa: see quark.
     """
 
     method: str
