@@ -37,10 +37,10 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from configs import common
+from configs.ai_labels import CONSTITUTIONAL
 from configs.unread import Unread, among, rows_by
 
 RANKED = ("pointwise", "listwise", "plackett_luce")
-from configs.ai_labels import CONSTITUTIONAL
 
 
 def _quickstart() -> ConfigDict:
@@ -207,8 +207,7 @@ VARIANTS: dict[str, common.Change] = {
     "harm": _harm,
     "half": common.half,
 }
-VARIANTS |= {"gold": _gold, "ai_labels": _ai_labels, CONSTITUTIONAL: _ai_labels}
-VARIANTS["votes"] = _votes
+VARIANTS |= {"gold": _gold, "ai_labels": _ai_labels, CONSTITUTIONAL: _ai_labels, "votes": _votes}
 VARIANTS |= {name: _form(name) for name in RANKED}
 # Of other sources data.pairs and data.eval_pairs say how many are taken.
 UNREAD = (
