@@ -23,11 +23,11 @@ Variants:
   half        on the first half of the training texts, so that `gold` may judge what it is used for
   ai_labels   on pairs that a language model labels in place of people, softly (RLAIF): those of
               configs/ai_labels.py of the same scale
+  constitutional  the same by the principles of a constitution, on samples of its SL-CAI model
   pointwise   from the ratings of texts, by squared error
   listwise    from the order of four texts, by all of its pairs
   plackett_luce  from the order of four texts, by its likelihood
   votes       from pairs with the share of single raters who prefer the chosen, as soft labels
-  constitutional  the same by the principles of a constitution, on samples of its SL-CAI model
   gold        on the second half, with a seed of its own: the judge `gold`, see docs/judges.md;
               held-out pair accuracy .739 at quickstart, the VADER rule .710
 """

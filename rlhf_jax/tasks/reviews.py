@@ -13,7 +13,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -31,8 +31,15 @@ from rlhf_jax.tasks.task import Task, TaskConfig
 class Reviews(Task):
     """Reviews of films and products, editorials and tweets; see `data.sets.reviews`."""
 
-    reads = ("domains", "half", "instruction", "limit", "min_gap", "votes")
-    judges = ("vader",)
+    reads: ClassVar[tuple[str, ...]] = (
+        "domains",
+        "half",
+        "instruction",
+        "limit",
+        "min_gap",
+        "votes",
+    )
+    judges: tuple[str, ...] = ("vader",)
 
     def __init__(self, config: TaskConfig):
         super().__init__(config)
