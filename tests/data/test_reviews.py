@@ -29,8 +29,8 @@ def make(count, domain="movie"):
 def test_parse_cleans_joins_and_counts():
     drops = DropCounts()
     assert parse(drops=drops) == [
-        Review("movie", 'A "fine" film & more', 1.5, 0.5, 2),
-        Review("movie", "Dreadful.", -2.0, 0.0, 2),
+        Review("movie", 'A "fine" film & more', 1.5, 0.5, 2, (1, 2)),
+        Review("movie", "Dreadful.", -2.0, 0.0, 2, (-2, -2)),
     ]
     assert drops == {"empty text": 1, "rated differently in two files": 1}
 
