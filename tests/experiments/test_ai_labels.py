@@ -92,7 +92,7 @@ def test_pairs_of_equal_lengths_say_nothing_of_a_love_of_length():
     [
         ("labels.template=nothing", "labels.template: no template 'nothing'"),
         ("rate,labels.reasons=True", "labels.reasons=True needs a template that asks for reasons"),
-        ("labels.template=compare_cai", "asks by a principle"),
+        ("labels.template=compare_cai", "needs a constitution"),
         ("labels.clamp=0.6", r"labels.clamp=0.6 must be in \(0, 0.5\]"),
         ("data.max_length=8", "data.max_length=8 leaves no room for a prompt"),
     ],
