@@ -32,8 +32,6 @@ def _quickstart() -> ConfigDict:
     config.samples = ConfigDict()
     config.samples.per_problem = 4  # solutions that the policy writes to each problem
     config.samples.rows = 512  # the most that are drawn at a time
-    # Beginnings of each solution with a last step that is made wrong, to train on beside it.
-    config.samples.corrupted = 0
     config.sampling = common.sampling(144)
     config.labels = ConfigDict()
     config.labels.method = "exact"  # of steps: the verifier's; "rollouts"; "human"
@@ -105,8 +103,6 @@ def _human(config: ConfigDict) -> None:
 SCALES = {"tiny": _tiny, "quickstart": _quickstart, "smollm2": _smollm2}
 VARIANTS = {"outcome": _outcome, "rollouts": _rollouts, "human": _human, "last_token": _last_token}
 UNREAD = (
-    Unread("samples.corrupted", unless="labels.method", is_=among("exact")),
-    Unread("samples.corrupted", unless="loss.supervision", is_=among("process")),
     Unread("samples.* sampling.*", unless="labels.method", is_=among("exact", "rollouts")),
     Unread("labels.completions labels.above", unless="labels.method", is_=among("rollouts")),
     Unread("loss.neutral loss.every_token", unless="loss.supervision", is_=among("process")),

@@ -38,7 +38,7 @@ from rlhf_jax.data.templates import ChatTokenizer
 from rlhf_jax.evaluation import steps as step_metrics
 from rlhf_jax.methods import monte_carlo, process_reward
 from rlhf_jax.methods.process_reward import PROCESS, ProcessRewardConfig, SolutionTrainConfig
-from rlhf_jax.methods.solving import Attempt, as_solution, corrupted
+from rlhf_jax.methods.solving import Attempt, as_solution
 from rlhf_jax.rollouts.rollout import SamplingConfig
 from rlhf_jax.runtime import distributed
 from rlhf_jax.runtime.files import write_whole
@@ -112,17 +112,6 @@ class LabelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CorruptConfig(SampleConfig):
-    """Solutions, and beginnings of each with a last step that is made wrong."""
-
-    corrupted: int
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, corrupted="[0, inf)")
-
-
-@dataclasses.dataclass(frozen=True)
 class StepsEval(EvalConfig):
     """When held-out steps are scored, and below which chance one counts as wrong."""
 
@@ -139,7 +128,7 @@ class Settings(Shared):
 
     inputs: Inputs
     data: Problems
-    samples: CorruptConfig
+    samples: SampleConfig
     sampling: SamplingConfig
     labels: LabelConfig
     loss: ProcessRewardConfig
@@ -193,26 +182,9 @@ def labelled_solutions(
         for one in some
         if one.steps
     ]
-    if split != "train":
+    if settings.labels.method == EXACT or split != "train":
         return Labelled(exact)
-    if settings.labels.method == EXACT:
-        return Labelled([*exact, *made_wrong(settings, problems, attempts)])
     return estimated(settings, solver, policy, problems, attempts, exact)
-
-
-def made_wrong(
-    settings: Settings, problems: Sequence[Problem], attempts: Sequence[Sequence[Attempt]]
-) -> list[Solution]:
-    """Beginnings of attempts whose last step is made wrong, where a PRM is to see some."""
-    count = settings.samples.corrupted if settings.loss.supervision == PROCESS else 0
-    rng = np.random.default_rng([settings.seed, 1])
-    found = [
-        corrupted(problem, one, rng)
-        for problem, some in zip(problems, attempts, strict=True)
-        for one in some
-        for _ in range(count)
-    ]
-    return [one for one in found if one is not None]
 
 
 def estimated(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -93,42 +92,6 @@ def as_solution(problem: Problem, one: Attempt) -> Solution:
     wrong = labels.index(NEGATIVE) if NEGATIVE in labels else -1
     letters = arithmetic.letters_right(problem, one.steps, wrong) if wrong >= 0 else 0
     return Solution(problem.question, one.steps, tuple(labels), right, letters)
-
-
-def corrupted(problem: Problem, one: Attempt, rng: np.random.Generator) -> Solution | None:
-    """A beginning of an attempt whose last step is made wrong, with the verifier's labels.
-
-    A number of one of the steps that are right is changed by up to ten, and what follows is left
-    out. A policy errs seldom and always alike; a reward model that sees errors of every kind as
-    often as right steps has something to compare.
-
-    Args:
-      problem: what was asked.
-      one: an attempt.
-      rng: draws the step, the number and by how much it changes.
-
-    Returns:
-      None where no step before the first error holds a number, or where the verifier finds the
-      changed one right.
-    """
-    right = len(one.steps) if one.first_error < 0 else one.first_error
-    if not right:
-        return None
-    place = int(rng.integers(right))
-    numbers = list(re.finditer(r"(?<![\d.])\d+(?![\d.])", one.steps[place]))
-    if not numbers:
-        return None
-    number = numbers[int(rng.integers(len(numbers)))]
-    changed = int(number[0]) + int(rng.choice([-10, -3, -2, -1, 1, 2, 3, 10]))
-    start, end = number.span()
-    step = f"{one.steps[place][:start]}{abs(changed)}{one.steps[place][end:]}"
-    steps = (*one.steps[:place], step)
-    labels = arithmetic.verify(problem, "".join(steps)).steps
-    if labels[place] is not False:
-        return None
-    letters = arithmetic.letters_right(problem, steps, place)
-    rated = tuple(None if label is None else POSITIVE for label in labels[:place])
-    return Solution(problem.question, steps, (*rated, NEGATIVE), None, letters)
 
 
 def canonical(answer: str | None) -> str | None:

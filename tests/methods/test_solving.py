@@ -2,12 +2,11 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 
-from rlhf_jax.data.sets.arithmetic import Sizes, load_problems, sum_problem, verify
+from rlhf_jax.data.sets.arithmetic import sum_problem
 from rlhf_jax.methods.monte_carlo import hard_labels, step_values
-from rlhf_jax.methods.solving import as_solution, attempt, canonical, corrupted, statistics
+from rlhf_jax.methods.solving import as_solution, attempt, canonical, statistics
 from rlhf_jax.rollouts.answers import Answer
 
 PROBLEM = sum_problem("4 - 1 + 7")
@@ -109,28 +108,3 @@ def test_hard_labels():
 def test_attempts_are_plain_data():
     one = of(RIGHT)
     assert type(one)(**dataclasses.asdict(one)) == one
-
-
-def test_a_step_that_is_made_wrong_ends_a_beginning_that_is_right():
-    problem = load_problems("chain_sum", "train", 1, Sizes(6, 6))[0]
-    whole = attempt(problem, "".join(problem.steps), tokens=1, ended=True)
-    rng = np.random.default_rng(0)
-    found = [corrupted(problem, whole, rng) for _ in range(200)]
-    assert all(one is not None for one in found)
-    assert {len(one.steps) for one in found} == set(range(1, len(problem.steps) + 1))
-    for one in found:
-        *before, last = one.steps
-        assert tuple(before) == problem.steps[: len(before)] and last != problem.steps[len(before)]
-        assert one.labels == (1,) * len(before) + (-1,) and one.right is None
-        assert verify(problem, one.response).steps == (True,) * len(before) + (False,)
-    assert len({one.response for one in found}) > 50
-
-
-def test_only_what_comes_before_the_first_error_is_made_wrong():
-    problem = load_problems("chain_sum", "train", 1, Sizes(4, 4))[0]
-    text = "".join([problem.steps[0], "= 100 + 100\n", *problem.steps[2:]])
-    wrong = attempt(problem, text, tokens=1, ended=True)
-    rng = np.random.default_rng(0)
-    assert {len(corrupted(problem, wrong, rng).steps) for _ in range(20)} == {1}
-    never = attempt(problem, "= 100\n", tokens=1, ended=True)
-    assert corrupted(problem, never, rng) is None
