@@ -8,6 +8,7 @@ Scales:
   smollm2     from SmolLM2-135M after SFT on word problems, adapters of rank 8
 Variants:
   outcome     an outcome reward model: was the final answer right, asked at every token
+  likelihood  a step is as likely to be right as the model is to write it: no label token
   rollouts    labels by completing each step (Math-Shepherd) in place of the verifier's
   last_token  the label of a step is asked at its last token alone, as in the paper
   human       labels by people: data.source=prm800k:FOLDER, or another source of labelled steps
@@ -38,7 +39,8 @@ def _quickstart() -> ConfigDict:
     config.labels.completions = 8  # of each step, for "rollouts"
     config.labels.above = 0.0  # share of them that must arrive for a step to count as right
     config.loss = ConfigDict()
-    config.loss.supervision = "process"  # a class of each step; "outcome" is one for all tokens
+    # "process", a class of each step; "outcome", one for all tokens; "likelihood", its probability.
+    config.loss.supervision = "process"
     config.loss.neutral = "positive"  # how a neutral step counts in a score, or "negative"
     # Whether the label of a step is asked at all of its tokens, or, as in the paper, at the last.
     config.loss.every_token = True
@@ -87,6 +89,10 @@ def _outcome(config: ConfigDict) -> None:
     config.loss.supervision = "outcome"
 
 
+def _likelihood(config: ConfigDict) -> None:
+    config.loss.supervision = "likelihood"
+
+
 def _rollouts(config: ConfigDict) -> None:
     config.labels.method = "rollouts"
 
@@ -101,11 +107,19 @@ def _human(config: ConfigDict) -> None:
 
 
 SCALES = {"tiny": _tiny, "quickstart": _quickstart, "smollm2": _smollm2}
-VARIANTS = {"outcome": _outcome, "rollouts": _rollouts, "human": _human, "last_token": _last_token}
+VARIANTS = {
+    "outcome": _outcome,
+    "likelihood": _likelihood,
+    "rollouts": _rollouts,
+    "human": _human,
+    "last_token": _last_token,
+}
 UNREAD = (
     Unread("samples.* sampling.*", unless="labels.method", is_=among("exact", "rollouts")),
     Unread("labels.completions labels.above", unless="labels.method", is_=among("rollouts")),
-    Unread("loss.neutral loss.every_token", unless="loss.supervision", is_=among("process")),
+    Unread("loss.every_token", unless="loss.supervision", is_=among("process")),
+    Unread("loss.neutral", unless="loss.supervision", is_=among("process", "likelihood")),
+    Unread("loss.tokens", unless="loss.supervision", is_=among("process", "outcome")),
 )
 
 

@@ -37,7 +37,12 @@ from rlhf_jax.data.step_labels import (
 from rlhf_jax.data.templates import ChatTokenizer
 from rlhf_jax.evaluation import steps as step_metrics
 from rlhf_jax.methods import monte_carlo, process_reward
-from rlhf_jax.methods.process_reward import PROCESS, ProcessRewardConfig, SolutionTrainConfig
+from rlhf_jax.methods.process_reward import (
+    LIKELIHOOD,
+    OUTCOME,
+    ProcessRewardConfig,
+    SolutionTrainConfig,
+)
 from rlhf_jax.methods.solving import Attempt, as_solution
 from rlhf_jax.rollouts.rollout import SamplingConfig
 from rlhf_jax.runtime import distributed
@@ -305,7 +310,7 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     folder = solving.require_policy(settings)
     date = folders.date(settings.workdir)
     tokenizer = stages.load_tokenizer(folder, date=date)
-    token_ids = method.token_ids(tokenizer)
+    token_ids = () if method.supervision == LIKELIHOOD else method.token_ids(tokenizer)
     model = stages.load_policy(folder, settings.model, sharding)
     solver = solving.make_solver(settings, tokenizer, sharding)
     labelled = {
@@ -324,7 +329,7 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
         length=train.row_length,
         seed=settings.seed,
         pad_id=tokenizer.pad_token_id,
-        every_token=method.every_token,
+        every_token=method.every_token and method.supervision != LIKELIHOOD,
     )
 
     # 2. Optimizer and the compiled step.
@@ -350,7 +355,7 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     def scores_of(model: Any, solutions: Sequence[EncodedSolution]) -> list[np.ndarray]:
         return process_reward.score_steps(
             model,
-            [(one.tokens, one.ends) for one in solutions],
+            [(one.tokens, one.ends, int(one.begins[0])) for one in solutions],
             sharding,
             config=method,
             token_ids=token_ids,
@@ -388,7 +393,7 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     if distributed.is_main():
         write_report(settings, run.workdir, numbers, labelled["test"].solutions, scores)
     run.finish({"numbers": numbers, "held_out_solutions": len(encoded["test"])})
-    which = "step_accuracy" if method.supervision == PROCESS else "outcome_accuracy"
+    which = "outcome_accuracy" if method.supervision == OUTCOME else "step_accuracy"
     print(
         f"process reward model: {which} {numbers[which]:.3f}, first-error F1 "
         f"{numbers['first_error_f1']:.3f} on {len(encoded['test']):,} held-out solutions; "

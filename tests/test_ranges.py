@@ -43,7 +43,6 @@ MEANS_IT = {
         "eval.people": (0,),
         "constitutional:train.epochs": (0,),
         "revise.ordinary": (0,),
-        "samples.corrupted": (0,),
         "labels.above": (0,),  # one completion that arrives is enough
     },
     SAME: {

@@ -46,6 +46,12 @@ class EncodedSolution(NamedTuple):
     token_labels: np.ndarray
     right: float
 
+    @property
+    def begins(self) -> np.ndarray:
+        """Int32 [S], index of the first token of each step; without any it is behind the end."""
+        first = np.argmax(self.response)
+        return np.concatenate([[first], self.ends[:-1] + 1]).astype(np.int32)
+
 
 def encode_whole_prompt(
     prompt: str | Sequence[Message], tokenizer: ChatTokenizer, max_length: int
@@ -159,6 +165,8 @@ class SolutionBatches(PackedBatches):
       traced   [B, T] bool    tokens of solutions that are right, and no step of which is wrong
       right    [B, T] float32 whether the final answer of the token's solution is right; NaN where
                               nobody knows, and on padding
+      begins   [B, T] int32   at the last token of each step the place of its first one in the row;
+                              0 elsewhere
 
     Args:
       solutions: encoded.
@@ -188,16 +196,18 @@ class SolutionBatches(PackedBatches):
         shape = batch["tokens"].shape
         labels = np.full(shape, UNRATED, np.int32)
         right, traced = np.full(shape, np.nan, np.float32), np.zeros(shape, bool)
+        begins = np.zeros(shape, np.int32)
         filler: list[list[int]] = [[]] * (self._shape.rows - len(item))
         for row, members in enumerate(self._mine(item + filler)):
             start = 0
             for member in members:
                 one = self._solutions[member]
                 labels[row, start + one.ends] = one.labels
+                begins[row, start + one.ends] = start + one.begins
                 if self._every_token:
                     labels[row, start : start + len(one.tokens)] = one.token_labels
                 right[row, start : start + len(one.tokens)] = one.right
                 faultless = one.right == 1.0 and (one.labels > 0).all()
                 traced[row, start : start + len(one.tokens)] = one.response & faultless
                 start += len(one.tokens)
-        return batch | {"labels": labels, "right": right, "traced": traced}
+        return batch | {"labels": labels, "right": right, "traced": traced, "begins": begins}

@@ -2,14 +2,23 @@
 
 After the last token of a step the model is asked for one of three label tokens: wrong, neutral,
 right (Lightman et al. 2023, section 2.6). An outcome model is asked the same at every token of a
-solution, with the outcome as its target and two of the tokens (Cobbe et al. 2021, section 4.2). So
-either is an ordinary language model on file, with no head of its own.
+solution, with the outcome as its target and two of the tokens (Cobbe et al. 2021, section 4.2). A
+likelihood model is asked nothing: a step is as likely to be right as it is to be written,
+
+    P(right) = π(step | prompt, steps before)
+
+so that what the policy knows when it writes serves to judge as well. Right steps are made more
+likely and first errors less, −log π and −log(1 − π), which is the language-model loss and the
+unlikelihood of whole steps. It needs steps that can be written in few ways; an implicit reward by
+the ratio to a reference (Yuan et al. 2024, arXiv 2412.01981) does not, and needs a second model.
+So each is an ordinary language model on file, with no head of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,15 +38,17 @@ from rlhf_jax.losses import language_model_loss, outcome_loss, step_label_loss, 
 from rlhf_jax.losses.process import NEGATIVE, POSITIVE
 from rlhf_jax.methods.reductions import reduction_weights, weighted_sum
 from rlhf_jax.methods.search import Partial
-from rlhf_jax.models.heads import log_probs_of
+from rlhf_jax.models.heads import log_probs_of, next_token_log_probs
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.rollouts.rescore import read_in_batches
 from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
 from rlhf_jax.training.step import make_train_step
 
-PROCESS, OUTCOME = "process", "outcome"
-SUPERVISIONS = (PROCESS, OUTCOME)
+PROCESS, OUTCOME, LIKELIHOOD = "process", "outcome", "likelihood"
+SUPERVISIONS = (PROCESS, OUTCOME, LIKELIHOOD)
+# −log(1 − π) of a step that is certain has no bound.
+_MOST_CERTAIN = 1e-6
 NEUTRALS = ("positive", "negative")
 
 
@@ -46,7 +57,8 @@ class ProcessRewardConfig:
     """What a reward model of solutions learns.
 
     Attributes:
-      supervision: "process", a class of each step; or "outcome", one for all tokens of a solution.
+      supervision: "process", a class of each step; "outcome", one for all tokens of a solution; or
+        "likelihood", the probability of each step, for which no label token is read.
       neutral: whether a neutral step counts as right, "positive", or not, "negative", in a score.
       every_token: whether a PRM is asked for the label of a step at all of its tokens, as an ORM is
         for the outcome, or only at the last one (Lightman et al. 2023). It is scored at the last
@@ -126,6 +138,35 @@ def class_logits(model: Transformer, hidden: jax.Array, token_ids: Sequence[int]
     return model.logits_of(hidden, jnp.asarray(token_ids))
 
 
+def step_log_probs(log_probs: jax.Array, begins: jax.Array, ends: jax.Array) -> jax.Array:
+    """log π of whole steps, in nats.
+
+    Args:
+      log_probs: `[B, T]`, at each token that of the token given those before it.
+      begins: `[B, S]` int32, the first token of each step.
+      ends: `[B, S]` int32, the last one; below `begins` for a step without tokens, whose sum is 0.
+
+    Returns:
+      `[B, S]`, at most 0 up to rounding.
+    """
+    sums = jnp.pad(jnp.cumsum(log_probs.astype(jnp.float32), axis=-1), ((0, 0), (1, 0)))
+    return jnp.take_along_axis(sums, ends + 1, -1) - jnp.take_along_axis(sums, begins, -1)
+
+
+def likelihood_loss(log_likelihood: jax.Array, right: jax.Array) -> jax.Array:
+    """−log P of a label where P(right) = π.
+
+        −log π            of a right step
+        −log(1 − π)       of a wrong one
+
+    Args:
+      log_likelihood: log π of steps, any shape.
+      right: bool, same shape.
+    """
+    log_pi = jnp.minimum(log_likelihood, -_MOST_CERTAIN)
+    return jnp.where(right, -log_pi, -jnp.log(-jnp.expm1(log_pi)))
+
+
 def outcome_logit(logits: jax.Array) -> jax.Array:
     """z `[...]` of p(right) = σ(z), from logits `[..., 3]`: right against wrong."""
     return logits[..., POSITIVE] - logits[..., NEGATIVE]
@@ -137,7 +178,7 @@ def prepare(batch: dict[str, jax.Array], *, config: ProcessRewardConfig) -> dict
     Steps behind the first wrong one have no label, see `data.step_labels`. Of an outcome model
     every token of a solution counts.
     """
-    if config.supervision == PROCESS:
+    if config.supervision != OUTCOME:
         trained = batch["labels"] != UNRATED
     else:
         trained = batch["loss_mask"] & ~jnp.isnan(batch["right"])
@@ -155,24 +196,35 @@ def loss_fn(
     config: ProcessRewardConfig,
     token_ids: tuple[int, ...],
 ) -> tuple[jax.Array, dict]:
-    """Mean over labelled steps of −log p(label), or over tokens of the outcome loss.
+    """Mean over labelled steps of −log P(label), or over tokens of the outcome loss.
 
     Args:
       model: the language model.
       batch: of `SolutionBatches`, with what `prepare` adds.
-      config: which of both.
-      token_ids: of the labels, three.
+      config: which of them.
+      token_ids: of the labels, three; none where the likelihood of steps is all.
     """
     hidden = model(batch["tokens"], batch["segments"])
-    logits = class_logits(model, hidden, token_ids)
     trained, weights = batch["trained"], batch["weights"]
-    if config.supervision == PROCESS:
+    said: jax.Array | None = None
+    if config.supervision == LIKELIHOOD or config.lm_coef:
+        said, _ = log_probs_of(model, hidden[:, :-1], batch["tokens"][:, 1:])
+    # Right or not, with neutral steps on the side that scores put them.
+    bar = POSITIVE if config.neutral == "negative" else POSITIVE - 1
+    if config.supervision == LIKELIHOOD:
+        assert said is not None
+        places = jnp.broadcast_to(jnp.arange(trained.shape[1]), trained.shape)
+        log_pi = step_log_probs(jnp.pad(said, ((0, 0), (1, 0))), batch["begins"], places)
+        right = batch["labels"] >= bar
+        losses = likelihood_loss(jnp.where(trained, log_pi, -1.0), right)
+        correct = (log_pi > math.log(0.5)) == right
+    elif config.supervision == PROCESS:
+        logits = class_logits(model, hidden, token_ids)
         losses = step_label_loss(logits, batch["labels"], where=trained)
-        # Right or not, with neutral steps on the side that scores put them.
-        bar = POSITIVE if config.neutral == "negative" else POSITIVE - 1
         correct = (step_scores(logits, neutral=config.neutral) > 0.5) == (batch["labels"] >= bar)
     else:
-        z, right = outcome_logit(logits), jnp.where(trained, batch["right"], 0.0)
+        z = outcome_logit(class_logits(model, hidden, token_ids))
+        right = jnp.where(trained, batch["right"], 0.0)
         # One token each: packed rows hold several solutions, each with an outcome of its own.
         losses = outcome_loss(z[..., None], right, where=trained[..., None])[..., 0]
         correct = (z > 0) == (right > 0.5)
@@ -181,8 +233,8 @@ def loss_fn(
     metrics = {"loss/step_labels": loss, "steps/accuracy": accuracy}
     if not config.lm_coef:
         return loss, metrics
-    log_probs, _ = log_probs_of(model, hidden[:, :-1], batch["tokens"][:, 1:])
-    nll = language_model_loss(log_probs, where=batch["traced"][:, 1:], per_token=True)
+    assert said is not None
+    nll = language_model_loss(said, where=batch["traced"][:, 1:], per_token=True)
     metrics["loss/lm"] = weighted_sum(nll, batch["lm_weights"])
     return loss + config.lm_coef * metrics["loss/lm"], metrics
 
@@ -216,7 +268,13 @@ def probabilities(
     config: ProcessRewardConfig,
     token_ids: tuple[int, ...],
 ) -> jax.Array:
-    """P(right) `[B, T]` float32 read at every token; of a PRM it means something at step ends."""
+    """P(right) `[B, T]` float32 read at every token; of a PRM it means something at step ends.
+
+    Of a likelihood model log π of each token, whose sums are those of steps.
+    """
+    if config.supervision == LIKELIHOOD:
+        log_probs, _ = next_token_log_probs(model, tokens, segments)
+        return jnp.pad(log_probs, ((0, 0), (1, 0)))
     logits = class_logits(model, model(tokens, segments), token_ids)
     if config.supervision == OUTCOME:
         return jax.nn.sigmoid(outcome_logit(logits))
@@ -225,7 +283,7 @@ def probabilities(
 
 def score_steps(
     model: Transformer,
-    encoded: Sequence[tuple[np.ndarray, np.ndarray]],
+    encoded: Sequence[tuple[np.ndarray, np.ndarray, int]],
     sharding: Sharding,
     *,
     config: ProcessRewardConfig,
@@ -233,11 +291,12 @@ def score_steps(
     pad_id: int,
     rows: int = 128,
 ) -> list[np.ndarray]:
-    """P(right) at the last token of each step, of any number of solutions in batches of few shapes.
+    """P(right) of each step, of any number of solutions in batches of few shapes.
 
     Args:
       model: PRM or ORM.
-      encoded: tokens [T] and step ends [S] of each, from `data.step_labels.encode_steps`.
+      encoded: tokens [T] and step ends [S] of each, from `data.step_labels.encode_steps`, and where
+        its first step begins.
       sharding: where batches go.
       config: what the model learned.
       token_ids: of the labels.
@@ -248,9 +307,16 @@ def score_steps(
       float32 [S] for each.
     """
     read = functools.partial(probabilities, model, config=config, token_ids=token_ids)
-    texts = [tokens for tokens, _ in encoded]
+    texts = [tokens for tokens, _, _ in encoded]
     values = read_in_batches(read, texts, pad_id=pad_id, rows=rows, sharding=sharding)
-    return [of[ends] for of, (_, ends) in zip(values, encoded, strict=True)]
+    if config.supervision != LIKELIHOOD:
+        return [of[ends] for of, (_, ends, _) in zip(values, encoded, strict=True)]
+    found = []
+    for of, (_, ends, begin) in zip(values, encoded, strict=True):
+        edges = np.concatenate([[begin], ends + 1])
+        sums = np.concatenate([[0.0], np.cumsum(of, dtype=np.float64)])[edges]
+        found.append(np.exp(np.minimum(np.diff(sums), 0.0)).astype(np.float32))
+    return found
 
 
 class StepScorer:
@@ -293,7 +359,7 @@ class StepScorer:
         self._model, self._tokenizer, self._prompts = model, chat, found
         self._sharding, self._config = sharding, config
         self._max_length, self._rows = max_length, rows
-        self._token_ids = config.token_ids(tokenizer)
+        self._token_ids = () if config.supervision == LIKELIHOOD else config.token_ids(tokenizer)
         self._pad_id = tokenizer.pad_token_id
 
     def __call__(self, partials: Sequence[Partial]) -> list[list[float]]:
@@ -305,7 +371,8 @@ class StepScorer:
                 self._prompts[one.problem], texts, self._tokenizer, ended=one.ended
             )
             fits = ends < self._max_length
-            encoded.append((tokens[: self._max_length], ends[fits]))
+            begin = len(self._prompts[one.problem])
+            encoded.append((tokens[: self._max_length], ends[fits], begin))
         scores = score_steps(
             self._model,
             encoded,

@@ -1,6 +1,7 @@
 """Reward models of steps and outcomes: targets, scores, and that they can be learned."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from rlhf_jax.methods.process_reward import (
     ProcessRewardConfig,
     SolutionTrainConfig,
     StepScorer,
+    likelihood_loss,
     loss_fn,
     make_step,
     prepare,
@@ -30,6 +32,7 @@ PAD = TOKENIZER.pad_token_id
 MODEL = tiny.model_config(vocab_size=300)
 SHARDING = Sharding(make_mesh(1), "zero2")
 PRM, ORM = ProcessRewardConfig(), ProcessRewardConfig(supervision="outcome")
+LIKELY = ProcessRewardConfig(supervision="likelihood")
 IDS = PRM.token_ids(TOKENIZER)
 SOLUTIONS = [
     Solution("12 + 3 - 4 =", ("= 15 - 4\n", "= 12\n", "#### 12"), (1, -1, None), False),
@@ -76,6 +79,41 @@ def test_the_loss_of_a_prm_is_the_mean_over_labelled_steps():
     assert float(metrics["loss/step_labels"]) == float(found)
 
 
+def log_likelihoods(one) -> list[float]:
+    """log π of each step of a solution."""
+    values = logits_of(model(), one.tokens)
+    log_p = values - np.log(np.exp(values).sum(-1, keepdims=True))
+    said = [log_p[t - 1, one.tokens[t]] for t in range(1, len(one.tokens))]
+    edges = [int(np.argmax(one.response)), *(int(end) + 1 for end in one.ends)]
+    return [sum(said[a - 1 : b - 1]) for a, b in itertools.pairwise(edges)]
+
+
+def test_a_step_is_as_likely_to_be_right_as_to_be_written():
+    for one, found in zip(ENCODED, scores(LIKELY), strict=True):
+        np.testing.assert_allclose(found, np.exp(log_likelihoods(one)), rtol=1e-4)
+
+
+def test_the_loss_of_likelihoods_is_that_of_their_labels():
+    terms = []
+    for one in ENCODED:
+        for log_pi, label in zip(log_likelihoods(one), one.labels, strict=True):
+            if label != UNRATED:
+                terms.append(-log_pi if label >= 1 else -np.log1p(-np.exp(log_pi)))
+    assert len(terms) == 5
+    found, metrics = loss(LIKELY, batch_of())
+    assert float(found) == pytest.approx(np.mean(terms), rel=1e-4)
+    # A model that was never trained writes no step more often than not.
+    assert float(metrics["steps/accuracy"]) == pytest.approx(2 / 5)
+
+
+def test_a_wrong_step_that_is_certain_has_a_finite_loss_and_gradient():
+    log_pi = jnp.array([-1e-9, -1e-9, -50.0, 0.0])
+    right = jnp.array([False, True, False, False])
+    value, slope = jax.value_and_grad(lambda x: likelihood_loss(x, right).sum())(log_pi)
+    assert np.isfinite(value) and np.isfinite(slope).all()
+    np.testing.assert_allclose(likelihood_loss(log_pi, right)[1:3], [1e-6, 0], atol=1e-6)
+
+
 def test_the_loss_of_an_orm_is_the_mean_over_tokens_of_solutions_whose_outcome_is_known():
     terms = []
     for one in ENCODED[:2]:  # of the third nobody knows the outcome
@@ -117,7 +155,7 @@ def test_neutral_counts_either_way():
 
 
 def scores(config=PRM, rows=2, encoded=ENCODED, **changes):
-    pairs = [(one.tokens, one.ends) for one in encoded]
+    pairs = [(one.tokens, one.ends, int(one.begins[0])) for one in encoded]
     return score_steps(
         model(), pairs, SHARDING, config=config, token_ids=IDS, pad_id=PAD, rows=rows
     )
@@ -191,7 +229,7 @@ def test_logits_of_some_tokens_are_those_of_all(tied):
     np.testing.assert_allclose(some, one.logits(hidden)[..., list(IDS)], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("config", [PRM, ORM], ids=["prm", "orm"])
+@pytest.mark.parametrize("config", [PRM, ORM, LIKELY], ids=["prm", "orm", "likelihood"])
 def test_labels_can_be_learned_in_any_number_of_microbatches(config):
     optimizer, _ = make_optimizer(
         OptimizerConfig(learning_rate=2e-2, schedule="constant", warmup_fraction=0.0), 40

@@ -9,7 +9,10 @@ from rlhf_jax.data.schemas import DropCounts
 from rlhf_jax.data.sets import reviews_zh
 from rlhf_jax.tasks import TaskConfig, make_task
 
-TEXTS = {"pos": "很好的酒店\n\n很好的 酒店\n两边都有\n书不错\n", "neg": "服务很差\n两边都有\n屏幕坏了\n"}
+TEXTS = {
+    "pos": "很好的酒店\n\n很好的 酒店\n两边都有\n书不错\n",
+    "neg": "服务很差\n两边都有\n屏幕坏了\n",
+}
 
 
 def test_each_text_once_and_none_that_is_called_both():
