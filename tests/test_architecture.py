@@ -11,6 +11,7 @@ ROOMS = (
     "preflight",
     "methods",
     "tasks",
+    "feedback",
     "rollouts",
     "training",
     "evaluation",
