@@ -398,7 +398,10 @@ def write_report(
     reasons = ", after reasons" if labels.reasons else ""
     names = sorted({name for numbers in measured.values() for name in numbers})
     table = tabulate(
-        [[name, *(f"{one[name]:.3f}" for one in measured.values())] for name in names],
+        [
+            [name, *(f"{one[name]:.3f}" if name in one else "" for one in measured.values())]
+            for name in names
+        ],
         ["", *measured],
         "github",
         disable_numparse=True,
