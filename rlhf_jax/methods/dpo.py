@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -37,6 +38,8 @@ OBJECTIVES: dict[str, Callable[..., jax.Array]] = {
     "dpo": losses.dpo_loss,
     "ipo": losses.ipo_loss,
     "hinge": losses.dpo_hinge_loss,
+    "simpo": losses.simpo_loss,
+    "kto": losses.kto_loss,
 }
 
 
@@ -50,12 +53,18 @@ class DPOConfig:
       label_smoothing: assumed share of flipped labels, below ½; for "dpo" only.
       sft_coef: weight of -log π(y⁺|x), which keeps up the likelihood of chosen responses: the
         slides' L_total has this term and DPO's as its auxiliary one.
+      margin: γ, for "simpo" only.
+      desirable_weight: λ_D of chosen responses, for "kto" only.
+      undesirable_weight: λ_U of rejected ones, for "kto" only.
     """
 
     objective: str = "dpo"
     beta: float = 0.1
     label_smoothing: float = 0.0
     sft_coef: float = 0.0
+    margin: float = 1.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
     def __post_init__(self):
         check(
@@ -64,6 +73,9 @@ class DPOConfig:
             beta="(0, 1e6]",
             label_smoothing="[0, 0.5)",
             sft_coef="[0, 1e6]",
+            margin="[0, 1e6]",
+            desirable_weight="[0, 1e6]",
+            undesirable_weight="[0, 1e6]",
         )
         if self.label_smoothing and self.objective != "dpo":
             raise ValueError(
@@ -71,11 +83,53 @@ class DPOConfig:
                 f"{self.objective!r}: set it to 0"
             )
 
-    def loss(self, *log_probs: jax.Array) -> jax.Array:
-        """`[B]`, from `[B]` each: chosen, rejected under the policy, then under the reference."""
+    def loss(self, *log_probs: jax.Array, lengths: jax.Array, weights: jax.Array) -> jax.Array:
+        """The loss of each pair, `[B]`; KTO's is the mean of its two responses.
+
+        SimPO reads no reference. KTO's z is the mean log-ratio of all responses of the batch at
+        their own prompts, or 0 if that is negative; the paper pairs prompts with the responses to
+        others, which is the same where prompts are empty.
+
+        Args:
+          *log_probs: `[B]` each: chosen, rejected under the policy, then under the reference.
+          lengths: tokens of chosen and rejected, `[B, 2]`.
+          weights: of each pair in a mean over the batch, `[B]`.
+        """
         if self.objective == "dpo":
             return losses.dpo_loss(*log_probs, beta=self.beta, label_smoothing=self.label_smoothing)
+        if self.objective == "simpo":
+            tokens = jnp.maximum(lengths, 1)
+            means = (log_probs[0] / tokens[:, 0], log_probs[1] / tokens[:, 1])
+            return losses.simpo_loss(*means, beta=self.beta, margin=self.margin)
+        if self.objective == "kto":
+            return self._kto(*log_probs, weights=weights)
         return OBJECTIVES[self.objective](*log_probs, beta=self.beta)
+
+    def _kto(
+        self,
+        chosen: jax.Array,
+        rejected: jax.Array,
+        ref_chosen: jax.Array,
+        ref_rejected: jax.Array,
+        *,
+        weights: jax.Array,
+    ) -> jax.Array:
+        ratios = ((chosen - ref_chosen) + (rejected - ref_rejected)) / 2
+        kl = jnp.maximum(weighted_sum(ratios, weights), 0.0) / jnp.maximum(weights.sum(), 1e-6)
+        sides = ((chosen, ref_chosen, True), (rejected, ref_rejected, False))
+        good, bad = (
+            losses.kto_loss(
+                log_prob,
+                reference,
+                jnp.full(log_prob.shape, wanted),
+                jnp.broadcast_to(kl, log_prob.shape),
+                beta=self.beta,
+                desirable_weight=self.desirable_weight,
+                undesirable_weight=self.undesirable_weight,
+            )
+            for log_prob, reference, wanted in sides
+        )
+        return (good + bad) / 2
 
 
 class PairSet(NamedTuple):
@@ -102,7 +156,13 @@ def loss_fn(
       config: the loss.
     """
     log_probs = sequence_log_probs(model, batch)
-    metrics = pair_metrics(log_probs, batch["ref_log_probs"], batch["pair_weights"], config=config)
+    metrics = pair_metrics(
+        log_probs,
+        batch["ref_log_probs"],
+        batch["pair_weights"],
+        batch["loss_mask"][..., 1:].sum(-1),
+        config=config,
+    )
     if not config.sft_coef:
         return metrics["loss/dpo"], metrics
     imitation = -weighted_sum(log_probs[:, 0], batch["pair_weights"])
@@ -110,7 +170,12 @@ def loss_fn(
 
 
 def pair_metrics(
-    log_probs: jax.Array, ref_log_probs: jax.Array, weights: jax.Array, *, config: DPOConfig
+    log_probs: jax.Array,
+    ref_log_probs: jax.Array,
+    weights: jax.Array,
+    lengths: jax.Array,
+    *,
+    config: DPOConfig,
 ) -> dict[str, jax.Array]:
     """Weighted sums over pairs: the loss, whichever it is, and what the policy thinks of them.
 
@@ -118,11 +183,12 @@ def pair_metrics(
       log_probs: `[B, 2]`, under the policy, chosen first; differentiated.
       ref_log_probs: `[B, 2]`, under the reference.
       weights: `[B]`, the weight of each pair.
+      lengths: `[B, 2]`, tokens of each response.
       config: the loss.
     """
     four = (*log_probs.T, *ref_log_probs.T)
     numbers = {
-        "loss/dpo": config.loss(*four),
+        "loss/dpo": config.loss(*four, lengths=lengths, weights=weights),
         **losses.dpo_diagnostics(*four, beta=config.beta),
     }
     return {name: weighted_sum(number, weights) for name, number in numbers.items()}
@@ -166,7 +232,9 @@ def evaluate(
     count = len(held_out.pairs)
     log_probs = log_probs_of_pairs(model, held_out.batches, count, sharding)
     weights = np.full(count, 1 / count, np.float32)
-    metrics = _pair_metrics(log_probs, ref_log_probs, weights, config=config)
+    sides = ((pair.chosen, pair.rejected) for pair in held_out.pairs)
+    lengths = np.array([[side.loss_mask[1:].sum() for side in both] for both in sides])
+    metrics = _pair_metrics(log_probs, ref_log_probs, weights, lengths, config=config)
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 
