@@ -15,6 +15,9 @@ Scales:
 Variants:
   ipo                     squared distance of the margin from 1 / (2 beta) (Azar et al. 2023)
   hinge                   pairs that are right by a margin of 1 are left alone (Liu et al. 2023)
+  simpo                   means over tokens, a margin, no reference (Meng et al. 2024)
+  kto                     each response by itself, above or below a reference point (Ethayarajh et
+                          al. 2024)
   label_smoothing         one label in ten is assumed to be flipped (Mitchell 2023)
   beta_0.05, beta_0.5     a weaker and a stronger pull to the reference
   sft                     with -0.01 log pi(chosen), the other term of the slides' L_total
@@ -29,6 +32,7 @@ the methods can be compared.
 from ml_collections import ConfigDict
 
 from configs import common, ppo_max, reward_model
+from configs.unread import Unread, among
 
 
 def _task(scale: str) -> ConfigDict:
@@ -63,11 +67,14 @@ def _quickstart() -> ConfigDict:
     # One epoch: every pair costs a forward pass of the reference, whether it is used or not.
     config.data.update(pairs=5_000, validation_pairs=500)
     config.dpo = ConfigDict()
-    config.dpo.objective = "dpo"  # or "ipo", "hinge"
+    config.dpo.objective = "dpo"  # or "ipo", "hinge", "simpo", "kto"
     config.dpo.beta = 0.1  # strength of the pull to the reference
     config.dpo.label_smoothing = 0.0  # assumed share of flipped labels, for "dpo"
     config.dpo.sft_coef = 0.0  # weight of -log pi(chosen)
     config.dpo.labels = "hard"  # or "soft": rows have p_chosen, as AI feedback gives it; for "dpo"
+    config.dpo.margin = 1.0  # gamma, by which the chosen is to win, for "simpo"
+    config.dpo.desirable_weight = 1.0  # lambda of chosen responses, for "kto"
+    config.dpo.undesirable_weight = 1.0  # lambda of rejected responses, for "kto"
     config.train = ConfigDict()
     config.train.steps = 150  # updates
     config.train.max_tokens = 4096  # a step takes as many pairs as fit, padding included
@@ -128,6 +135,8 @@ def _dpo(**values):
 VARIANTS = {
     "ipo": _dpo(objective="ipo"),
     "hinge": _dpo(objective="hinge"),
+    "simpo": _dpo(objective="simpo", beta=2.0),
+    "kto": _dpo(objective="kto"),
     "label_smoothing": _dpo(label_smoothing=0.1),
     "beta_0.05": _dpo(beta=0.05),
     "beta_0.5": _dpo(beta=0.5),
@@ -137,7 +146,10 @@ VARIANTS = {
 }
 
 
-UNREAD = ()  # but for what no experiment reads
+UNREAD = (
+    Unread("dpo.margin", unless="dpo.objective", is_=among("simpo")),
+    Unread("dpo.desirable_weight dpo.undesirable_weight", unless="dpo.objective", is_=among("kto")),
+)
 SCALES = {"tiny": _tiny, "quickstart": _quickstart, "smollm2": _smollm2, "paper_en": _paper_en}
 
 

@@ -99,6 +99,11 @@ class Settings(Answering):
     def __post_init__(self):
         super().__post_init__()
         check_label(self.label, ("SFT", "PPO-max"))
+        if self.dpo.objective == "kto" and self.train.microbatches > 1:
+            raise ValueError(
+                f"train.microbatches={self.train.microbatches} must be 1 for dpo.objective='kto': "
+                "its reference point is a mean over the whole update"
+            )
 
     def sampled(self) -> dict[str, int]:
         """Tokens of the longest answer with its prompt, by the keys that set them."""

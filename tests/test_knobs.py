@@ -74,6 +74,8 @@ READ_IN = {
     "improve.max_steps": {"expert_iteration": "prm"},
     "judges": {"expert_iteration": "reviews"},
     "data.[dh]*": {"expert_iteration": "reviews"},
+    "dpo.margin": {"dpo": "simpo"},
+    "dpo.*desirable_weight": {"dpo": "kto"},
     "objective.texts": {"supervised": "c_rlft"},
     **{
         f"objective.{name}.*": {"supervised": name}

@@ -64,6 +64,8 @@ MEANS_IT = {
         "loss.margin_coef": (0,),
         "dpo.sft_coef": (0,),
         "dpo.label_smoothing": (0,),
+        "dpo.margin": (0,),
+        "dpo.*desirable_weight": (0,),
         "objective.quark.*": (0,),
         "objective.rrhf.*": (0,),  # a power of 0 is without the length
         "objective.slic.*": (0,),
@@ -204,6 +206,11 @@ def test_every_exception_is_one_of_a_key_that_is_there():
         ("reward_model", "data.min_gap=0.0", "data.min_gap=0.0 must be above 0"),
         ("reward_model", "data.domains=('books',)", "data.domains=.*must name some of movie"),
         ("reward_model", "data.source=reviws", "source='reviws' must be one of"),
+        (
+            "dpo",
+            "kto,train.microbatches=2",
+            "train.microbatches=2 must be 1 for dpo.objective='kto'",
+        ),
         ("sft", f"train.steps={10**12}", r"train.steps=1000000000000 must be below 2\*\*31"),
     ],
 )

@@ -25,6 +25,8 @@ from rlhf_jax.losses.dpo import (
     dpo_loss,
     implicit_rewards,
     ipo_loss,
+    kto_loss,
+    simpo_loss,
 )
 from rlhf_jax.losses.kl import (
     adaptive_kl_coef,
@@ -137,6 +139,7 @@ __all__ = [
     "kl_divergence",
     "kl_estimate",
     "kl_shaped_rewards",
+    "kto_loss",
     "language_model_loss",
     "last_token_mask",
     "leave_one_out_baseline",
@@ -171,6 +174,7 @@ __all__ = [
     "select_log_probs",
     "sequence_kl_reward",
     "sequence_log_prob",
+    "simpo_loss",
     "slic_loss",
     "soft_preference_loss",
     "step_label_loss",

@@ -149,6 +149,99 @@ def dpo_hinge_loss(
     return jax.nn.relu(1 - beta * margin)
 
 
+def simpo_loss(
+    chosen_log_probs: jax.Array,
+    rejected_log_probs: jax.Array,
+    *,
+    beta: Scalar,
+    margin: Scalar,
+) -> jax.Array:
+    """Preference loss on means over tokens, with a margin and without a reference.
+
+        u = β/|y⁺| log π_θ(y⁺|x) − β/|y⁻| log π_θ(y⁻|x) − γ
+        L = −log σ(u)
+
+    Source: Meng et al. 2024 (SimPO, arXiv 2405.14734), eq 6; there β is 2 to 10 and γ/β 0.3 to 0.6.
+
+    Args:
+      chosen_log_probs: log π_θ(y⁺|x) / |y⁺|, [...] float, means over tokens, differentiated.
+      rejected_log_probs: log π_θ(y⁻|x) / |y⁻|, same shape, differentiated.
+      beta: β.
+      margin: γ, by which the chosen response is to win.
+
+    Returns:
+      [...], unreduced.
+
+    Raises:
+      AssertionError: shapes differ, or a type is not float.
+
+    >>> print(simpo_loss(jnp.array([-2.0]), jnp.array([-2.5]), beta=2.0, margin=1.0).round(3))
+    [0.693]
+    """
+    check.same_shape(
+        check.floats(chosen_log_probs=chosen_log_probs, rejected_log_probs=rejected_log_probs)
+    )
+    check.scalars(beta=beta, margin=margin)
+    u = beta * (subtractable(chosen_log_probs) - subtractable(rejected_log_probs)) - margin
+    return jax.nn.softplus(-u)
+
+
+def kto_loss(
+    log_probs: jax.Array,
+    ref_log_probs: jax.Array,
+    desirable: jax.Array,
+    kl: jax.Array,
+    *,
+    beta: Scalar,
+    desirable_weight: Scalar = 1.0,
+    undesirable_weight: Scalar = 1.0,
+) -> jax.Array:
+    """Each response by itself: what people want is to be above a reference point, the rest below.
+
+        r = log(π_θ(y|x)/π_ref(y|x))
+        L = λ_D σ(−β(r − z))  if y is desirable,   λ_U σ(β(r − z))  otherwise
+
+    z is KL(π_θ ‖ π_ref), not differentiated. The paper estimates it from responses to other prompts
+    of the batch, and takes 0 where the estimate is negative: the caller does.
+
+    Source: Ethayarajh et al. 2024 (KTO, arXiv 2402.01306), eq 8; its constant λ_y is left in:
+    λ_y − v = λ_y (1 − σ(·)).
+
+    Args:
+      log_probs: log π_θ(y|x), [...] float, sums over tokens, differentiated.
+      ref_log_probs: log π_ref(y|x), same shape, constant.
+      desirable: True where people want the response, same shape, bool.
+      kl: z, same shape, constant.
+      beta: β.
+      desirable_weight: λ_D.
+      undesirable_weight: λ_U.
+
+    Returns:
+      [...], unreduced, between 0 and λ.
+
+    Raises:
+      AssertionError: shapes differ, or a type is wrong.
+
+    >>> at_reference = jnp.array([-5.0]), jnp.array([-5.0]), jnp.array([True]), jnp.zeros(1)
+    >>> print(kto_loss(*at_reference, beta=0.1))
+    [0.5]
+    """
+    check.same_shape(
+        check.floats(log_probs=log_probs, ref_log_probs=ref_log_probs, kl=kl),
+        check.masks(desirable=desirable),
+    )
+    check.scalars(
+        beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
+    )
+    ref_log_probs, kl = jax.lax.stop_gradient((ref_log_probs, kl))
+    above = beta * (subtractable(log_probs - ref_log_probs) - subtractable(kl))
+    return jnp.where(
+        desirable,
+        desirable_weight * jax.nn.sigmoid(-above),
+        undesirable_weight * jax.nn.sigmoid(above),
+    )
+
+
 def implicit_rewards(log_probs: jax.Array, ref_log_probs: jax.Array, *, beta: Scalar) -> jax.Array:
     """The reward that a policy stands for, up to a term of the prompt alone.
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -38,6 +39,8 @@ OBJECTIVES: dict[str, Callable[..., jax.Array]] = {
     "dpo": losses.dpo_loss,
     "ipo": losses.ipo_loss,
     "hinge": losses.dpo_hinge_loss,
+    "simpo": losses.simpo_loss,
+    "kto": losses.kto_loss,
 }
 
 
@@ -53,6 +56,9 @@ class DPOConfig:
         slides' L_total has this term and DPO's as its auxiliary one.
       labels: "hard", or "soft" where pairs hold the probability that the chosen is better; for
         "dpo" only.
+      margin: γ, for "simpo" only.
+      desirable_weight: λ_D of chosen responses, for "kto" only.
+      undesirable_weight: λ_U of rejected ones, for "kto" only.
     """
 
     objective: str = "dpo"
@@ -60,6 +66,9 @@ class DPOConfig:
     label_smoothing: float = 0.0
     sft_coef: float = 0.0
     labels: str = HARD
+    margin: float = 1.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
     def __post_init__(self):
         check(
@@ -69,6 +78,9 @@ class DPOConfig:
             label_smoothing="[0, 0.5)",
             sft_coef="[0, 1e6]",
             labels=LABELS,
+            margin="[0, 1e6]",
+            desirable_weight="[0, 1e6]",
+            undesirable_weight="[0, 1e6]",
         )
         if self.label_smoothing and self.objective != "dpo":
             raise ValueError(
@@ -82,11 +94,25 @@ class DPOConfig:
                 f"(here {self.objective!r}) and dpo.label_smoothing=0 (here {self.label_smoothing})"
             )
 
-    def loss(self, *log_probs: jax.Array, p_chosen: jax.Array | None = None) -> jax.Array:
-        """`[B]`, from `[B]` each: chosen, rejected under the policy, then under the reference.
+    def loss(
+        self,
+        *log_probs: jax.Array,
+        lengths: jax.Array,
+        weights: jax.Array,
+        p_chosen: jax.Array | None = None,
+    ) -> jax.Array:
+        """The loss of each pair, `[B]`; KTO's is the mean of its two responses.
 
         With soft labels p, L = p L(y⁺, y⁻) + (1 - p) L(y⁻, y⁺): `soft_preference_loss` of the
-        implicit rewards.
+        implicit rewards. SimPO reads no reference. KTO's z is the mean log-ratio of all responses
+        of the batch at their own prompts, or 0 if that is negative; the paper pairs prompts with
+        the responses to others, which is the same where prompts are empty.
+
+        Args:
+          *log_probs: `[B]` each: chosen, rejected under the policy, then under the reference.
+          lengths: tokens of chosen and rejected, `[B, 2]`.
+          weights: of each pair in a mean over the batch, `[B]`.
+          p_chosen: `[B]`, the probability that the chosen is better; read where labels are soft.
         """
         if self.labels == SOFT:
             assert p_chosen is not None
@@ -96,7 +122,39 @@ class DPOConfig:
             return p_chosen * straight + (1 - p_chosen) * swapped
         if self.objective == "dpo":
             return losses.dpo_loss(*log_probs, beta=self.beta, label_smoothing=self.label_smoothing)
+        if self.objective == "simpo":
+            tokens = jnp.maximum(lengths, 1)
+            means = (log_probs[0] / tokens[:, 0], log_probs[1] / tokens[:, 1])
+            return losses.simpo_loss(*means, beta=self.beta, margin=self.margin)
+        if self.objective == "kto":
+            return self._kto(*log_probs, weights=weights)
         return OBJECTIVES[self.objective](*log_probs, beta=self.beta)
+
+    def _kto(
+        self,
+        chosen: jax.Array,
+        rejected: jax.Array,
+        ref_chosen: jax.Array,
+        ref_rejected: jax.Array,
+        *,
+        weights: jax.Array,
+    ) -> jax.Array:
+        ratios = ((chosen - ref_chosen) + (rejected - ref_rejected)) / 2
+        kl = jnp.maximum(weighted_sum(ratios, weights), 0.0) / jnp.maximum(weights.sum(), 1e-6)
+        sides = ((chosen, ref_chosen, True), (rejected, ref_rejected, False))
+        good, bad = (
+            losses.kto_loss(
+                log_prob,
+                reference,
+                jnp.full(log_prob.shape, wanted),
+                jnp.broadcast_to(kl, log_prob.shape),
+                beta=self.beta,
+                desirable_weight=self.desirable_weight,
+                undesirable_weight=self.undesirable_weight,
+            )
+            for log_prob, reference, wanted in sides
+        )
+        return (good + bad) / 2
 
 
 class PairSet(NamedTuple):
@@ -127,6 +185,7 @@ def loss_fn(
         log_probs,
         batch["ref_log_probs"],
         batch["pair_weights"],
+        batch["loss_mask"][..., 1:].sum(-1),
         batch["p_chosen"] if config.labels == SOFT else None,
         config=config,
     )
@@ -140,6 +199,7 @@ def pair_metrics(
     log_probs: jax.Array,
     ref_log_probs: jax.Array,
     weights: jax.Array,
+    lengths: jax.Array,
     p_chosen: jax.Array | None = None,
     *,
     config: DPOConfig,
@@ -150,12 +210,13 @@ def pair_metrics(
       log_probs: `[B, 2]`, under the policy, chosen first; differentiated.
       ref_log_probs: `[B, 2]`, under the reference.
       weights: `[B]`, the weight of each pair.
+      lengths: `[B, 2]`, tokens of each response.
       p_chosen: `[B]`, the probability that the chosen is better; read where labels are soft.
       config: the loss.
     """
     four = (*log_probs.T, *ref_log_probs.T)
     numbers = {
-        "loss/dpo": config.loss(*four, p_chosen=p_chosen),
+        "loss/dpo": config.loss(*four, lengths=lengths, weights=weights, p_chosen=p_chosen),
         **losses.dpo_diagnostics(*four, beta=config.beta),
     }
     return {name: weighted_sum(number, weights) for name, number in numbers.items()}
@@ -199,9 +260,11 @@ def evaluate(
     count = len(held_out.pairs)
     log_probs = log_probs_of_pairs(model, held_out.batches, count, sharding)
     weights = np.full(count, 1 / count, np.float32)
+    sides = ((pair.chosen, pair.rejected) for pair in held_out.pairs)
+    lengths = np.array([[side.loss_mask[1:].sum() for side in both] for both in sides])
     soft = config.labels == SOFT
     labels = labels_of(held_out.pairs).astype(np.float32) if soft else None
-    metrics = _pair_metrics(log_probs, ref_log_probs, weights, labels, config=config)
+    metrics = _pair_metrics(log_probs, ref_log_probs, weights, lengths, labels, config=config)
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 

@@ -261,6 +261,8 @@ def test_loss_at_the_reference_is_log_2():
         ("", 0.598139),  # log(1 + e^-0.2)
         ("ipo", 9.0),  # (2 - 1 / 0.2)^2
         ("hinge", 0.8),  # 1 - 0.1 * 2
+        ("simpo", 0.313262),  # means -2 and -3: log(1 + e^-(2 * 1 - 1))
+        ("kto", 0.475021),  # log-ratios 1 and -1, z = 0: twice 1 / (1 + e^0.1), halved
         ("label_smoothing", 0.618139),  # 0.9 log(1 + e^-0.2) + 0.1 log(1 + e^0.2)
         ("beta_0.05", 0.644397),  # log(1 + e^-0.1)
         ("beta_0.5", 0.313262),  # log(1 + e^-1)
@@ -269,7 +271,8 @@ def test_loss_at_the_reference_is_log_2():
 def test_each_variant_has_its_loss(variant, loss):
     config = DPOConfig(**configs.get_config(f"tiny,{variant}").dpo)
     log_probs, reference = jnp.array([[-4.0, -9.0]]), jnp.array([[-5.0, -8.0]])
-    metrics = dpo.pair_metrics(log_probs, reference, jnp.ones(1), config=config)
+    lengths = jnp.array([[2, 3]])
+    metrics = dpo.pair_metrics(log_probs, reference, jnp.ones(1), lengths, config=config)
     np.testing.assert_allclose(metrics["loss/dpo"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["dpo/margin"], 2 * config.beta, rtol=1e-6)
     np.testing.assert_allclose(metrics["dpo/rejected_reward"], -config.beta, rtol=1e-6)
@@ -286,8 +289,35 @@ def test_sft_term_is_the_log_probability_of_chosen():
     models.close(same, metrics, 1e-5)
 
 
+def test_the_reference_point_of_kto_is_the_mean_of_the_whole_batch_and_never_negative():
+    config = DPOConfig("kto", beta=0.5, desirable_weight=2.0)
+    reference = jnp.zeros((3, 2))
+    # Log-ratios of two pairs and of filler, which does not count.
+    for shift in (0.0, -3.0):
+        log_probs = jnp.array([[1.0, -1.0], [4.0, 2.0], [90.0, 90.0]]) + shift
+        weights, lengths = jnp.array([0.5, 0.5, 0.0]), jnp.ones((3, 2))
+        metrics = dpo.pair_metrics(log_probs, reference, weights, lengths, config=config)
+        pairs = np.array([[1.0, -1.0], [4.0, 2.0]]) + shift
+        z = max(0.0, pairs.mean())
+        sigmoid = 1 / (1 + np.exp(0.5 * (pairs - z) * np.array([1, -1])))
+        np.testing.assert_allclose(metrics["loss/dpo"], (sigmoid * [2, 1]).mean(), rtol=1e-6)
+
+
+def test_simpo_on_a_model_is_that_of_means_over_tokens():
+    config, batch = DPOConfig("simpo", beta=2.0, margin=0.5), dpo.prepare(fixed_batch())
+    loss, _ = jax.jit(functools.partial(dpo.loss_fn, config=config))(models.language_model(), batch)
+    wanted = []
+    for pair in fixed_pairs():
+        means = [
+            plain_log_prob(models.language_model(), side, 16) / side.loss_mask.sum()
+            for side in pair[:2]
+        ]
+        wanted.append(np.log1p(np.exp(-(2.0 * (means[0] - means[1]) - 0.5))))
+    np.testing.assert_allclose(loss, np.mean(wanted), rtol=1e-5)
+
+
 def test_no_variant_is_left_out():
-    tested = {"ipo", "hinge", "label_smoothing", "beta_0.05", "beta_0.5", "sft"}
+    tested = {"ipo", "hinge", "simpo", "kto", "label_smoothing", "beta_0.05", "beta_0.5", "sft"}
     data = {"half", "zh"}  # not of the method: tests/test_configs.py
     assert set(configs.VARIANTS) == tested | data
 

@@ -91,7 +91,12 @@ def test_the_loss_of_dpo_by_hand():
     log_probs = jnp.array([[-4.0, -9.0], [-4.0, -9.0]])
     reference = jnp.array([[-5.0, -8.0], [-5.0, -8.0]])
     found = dpo.pair_metrics(
-        log_probs, reference, jnp.array([0.5, 0.5]), jnp.array(P), config=DPOConfig(labels="soft")
+        log_probs,
+        reference,
+        jnp.array([0.5, 0.5]),
+        jnp.ones((2, 2)),
+        jnp.array(P),
+        config=DPOConfig(labels="soft"),
     )
     # β u = 0.2: 0.598139 for the chosen, 0.798139 for the rejected.
     wanted = np.mean([p * 0.598139 + (1 - p) * 0.798139 for p in P])

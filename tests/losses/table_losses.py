@@ -164,6 +164,22 @@ def _preferences() -> list[Case]:
         Case("ipo_loss", _PAIR, p.ipo_loss, beta, "element", _BOTH),
         Case("dpo_hinge_loss", _PAIR, p.dpo_hinge_loss, beta, "element", _BOTH),
         Case(
+            "simpo_loss",
+            _sums("chosen_log_probs rejected_log_probs"),
+            p.simpo_loss,
+            {"beta": 2.0, "margin": 0.7},
+            "element",
+            _BOTH,
+        ),
+        Case(
+            "kto_loss",
+            {**_sums("log_probs ref_log_probs"), "desirable": "flag:", "kl": "positive:"},
+            p.kto_loss,
+            {**beta, "desirable_weight": 1.3, "undesirable_weight": 0.6},
+            "element",
+            ("log_probs",),
+        ),
+        Case(
             "implicit_rewards",
             _sums("log_probs ref_log_probs"),
             p.implicit_rewards,

@@ -276,6 +276,23 @@ def test_dpo_family():
     close(losses.dpo_gradient_coefficient(*pair, beta=0.1), [0.450166])  # 1/(1 + e^0.2)
 
 
+def test_simpo_and_kto():
+    # β(−1 + 2) − γ = 2 − 0.5; −ln σ(1.5) = ln(1 + e^−1.5) = 0.201413
+    found = losses.simpo_loss(jnp.array([-1.0]), jnp.array([-2.0]), beta=2.0, margin=0.5)
+    close(found, [0.2014133])
+    # r = 1 and −1, z = 0.5: λ_D σ(−0.1 · 0.5) = 2 · 0.487503, λ_U σ(0.1 · (−1.5)) = 3 · 0.462570.
+    found = losses.kto_loss(
+        jnp.array([-4.0, -7.0]),
+        jnp.array([-5.0, -6.0]),
+        jnp.array([True, False]),
+        jnp.full(2, 0.5),
+        beta=0.1,
+        desirable_weight=2.0,
+        undesirable_weight=3.0,
+    )
+    close(found, [0.9750052, 1.3877103])
+
+
 def test_baselines():
     scores = jnp.array([[1.0, 2.0, 6.0], [0.0, 0.0, 0.0]])
     close(losses.leave_one_out_baseline(scores), [[4, 3.5, 1.5], [0, 0, 0]])

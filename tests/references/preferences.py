@@ -96,6 +96,18 @@ def dpo_hinge_loss(
     return max(0.0, 1 - beta * margin)
 
 
+def simpo_loss(chosen_log_probs, rejected_log_probs, beta, margin):
+    return -log_sigmoid(beta * chosen_log_probs - beta * rejected_log_probs - margin)
+
+
+def kto_loss(log_probs, ref_log_probs, desirable, kl, beta, desirable_weight, undesirable_weight):
+    """λ_y − v(x, y), as the paper has it."""
+    gain = math.log(math.exp(log_probs) / math.exp(ref_log_probs)) - kl
+    if desirable:
+        return desirable_weight - desirable_weight / (1 + math.exp(-beta * gain))
+    return undesirable_weight - undesirable_weight / (1 + math.exp(beta * gain))
+
+
 def implicit_rewards(log_probs, ref_log_probs, beta):
     return beta * math.log(math.exp(log_probs) / math.exp(ref_log_probs))
 
