@@ -37,7 +37,7 @@ from rlhf_jax.methods.ai_feedback import Chain, Compared, Comparison, FeedbackMo
 from rlhf_jax.methods.constitution import Principle, load_constitution
 from rlhf_jax.rollouts.answers import sample_answers
 from rlhf_jax.rollouts.rollout import SamplingConfig
-from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime import digests, distributed
 from rlhf_jax.runtime.files import write_whole
 from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
@@ -477,6 +477,8 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     place = Path(settings.workdir) / folders.LABELS
     models = {"inputs.policy": folder, "inputs.judge": inputs.judge}
     pinned = stages.inputs(tokenizer, task, date=date, models=models)
+    # Files that may be edited between two starts.
+    pinned["asked"] = digests.of_text(repr(labeller.template), repr(labels.principles()))
     show = ("feedback/pairs", "feedback/flip_rate", "feedback/prefers_longer")
     with settings.run(len(SPLITS), "AI labels", show, pinned, on_step=on_step) as run:
         position = run.restore({"split": jnp.zeros((), jnp.int32)})

@@ -43,7 +43,7 @@ from rlhf_jax.methods.constitution import Constitution, Prompt, load_constitutio
 from rlhf_jax.methods.sft import SFTConfig
 from rlhf_jax.rollouts.answers import sample_answers
 from rlhf_jax.rollouts.rollout import SamplingConfig
-from rlhf_jax.runtime import distributed
+from rlhf_jax.runtime import digests, distributed
 from rlhf_jax.runtime.files import write_whole
 from rlhf_jax.runtime.settings import check
 from rlhf_jax.runtime.sharding import Sharding
@@ -173,6 +173,10 @@ class Asker:
         self._settings, self._sharding = settings, sharding
         self._chat = ChatTokenizer(tokenizer)
         self.read = DropCounts()
+
+    def cut(self) -> float:
+        """Prompts that lost examples, or did not fit even without, since `read` was cleared."""
+        return float(self.read[DropCounts.TRUNCATED] + self.read.dropped)
 
     def answers(
         self, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig, key: jax.Array
@@ -404,6 +408,7 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
     # 2. Answers, and rounds of critique and revision.
     models = {"inputs.policy": folder, "inputs.critic": inputs.critic}
     pinned = stages.inputs(tokenizer, task, date=date, models=models)
+    pinned["constitution"] = digests.of_text(repr(told))  # a file that may be edited in between
     show = ("revise/unchanged", "revise/words", *(f"judge/{name}" for name in judges))
     with settings.run(rounds + 1, "constitutional AI", show, pinned, on_step=on_step) as run:
         place = run.restore({"round": jnp.zeros((), jnp.int32)})
@@ -416,16 +421,16 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
                 metrics = constitution.response_statistics(responses)
             else:
                 before = [one["response"] for one in read_round(run.workdir, number - 1)]
+                critic.read.clear()
                 revised = one_round(settings, critic, rows, before, number)
                 responses = [one.response for one in revised]
                 lines = [dataclasses.asdict(one) for one in revised]
-                metrics = constitution.statistics(revised)
+                metrics = constitution.statistics(revised) | {"revise/cut": critic.cut()}
             write_round(run.workdir, number, lines)
             run.log(number, metrics | measured(responses, judges))
             run.checkpoint(number, place)
 
     # 3. SL-CAI: the policy is fine-tuned on the revisions of all rounds and ordinary documents.
-    print(f"prompts of critiques and revisions: {critic.read.summary()}")
     kept = [[one["response"] for one in read_round(run.workdir, n)] for n in range(1, rounds + 1)]
     learned = training_rows(settings, task, rows, kept)
     start = stages.load_policy(folder, settings.model, sharding)
