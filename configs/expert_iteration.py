@@ -18,7 +18,7 @@ Variants (Uesato et al. 2022, section 2.4; without one: an attempt whose final a
 from ml_collections import ConfigDict
 
 from configs import common
-from configs.process_reward import of_source
+from configs.process_reward import PRM, of_source
 from configs.unread import EMPTY, Unread, among, no
 
 
@@ -141,7 +141,7 @@ def scorer_stage(method: str) -> tuple[str, ...]:
     """The experiment that makes the reward model of a method, and its variants; () for none."""
     stages = {
         "orm": ("process_reward", "outcome"),
-        "prm": ("process_reward",),
+        "prm": ("process_reward", PRM),
         "reward_model": ("reward_model",),
     }
     return stages.get(method, ())

@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 from configs import common
 from configs.unread import Unread, among
 
+PRM = "likelihood"  # the variant that searches are guided by
+
 
 def _quickstart() -> ConfigDict:
     config = common.shared()
@@ -91,6 +93,11 @@ def _outcome(config: ConfigDict) -> None:
 
 def _likelihood(config: ConfigDict) -> None:
     config.loss.supervision = "likelihood"
+    # The model knows what it is asked: it needs fewer updates, and large ones unmake it.
+    config.train.steps = min(config.train.steps, 400)
+    config.eval.every = min(config.eval.every, 50)
+    if config.scale != "smollm2":
+        config.optimizer.learning_rate = 3e-4
 
 
 def _rollouts(config: ConfigDict) -> None:

@@ -4,15 +4,16 @@
 
 Scales:
   tiny        seconds on two CPU cores; for tests
-  quickstart  sums in steps, by the SFT model of `configs/sft.py:quickstart,arithmetic` and the
-              reward models of `configs/process_reward.py:quickstart` and `quickstart,outcome`
+  quickstart  sums in steps, by the SFT model of `configs/sft.py:quickstart,arithmetic` and two
+              reward models of configs/process_reward.py: `quickstart,likelihood` of steps and
+              `quickstart,outcome`
   smollm2     word problems
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
-from configs.process_reward import of_source
+from configs.process_reward import PRM, of_source
 
 
 def _quickstart() -> ConfigDict:
@@ -68,7 +69,7 @@ def derive(config: ConfigDict) -> None:
     inputs = config.inputs
     sft = of_source(config.data.source)
     inputs.policy = inputs.policy or common.stage_folder("sft", config, sft)
-    inputs.prm = inputs.prm or common.stage_folder("process_reward", config)
+    inputs.prm = inputs.prm or common.stage_folder("process_reward", config, PRM)
     inputs.orm = inputs.orm or common.stage_folder("process_reward", config, "outcome")
 
 

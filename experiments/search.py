@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from tabulate import tabulate
 
 from configs import common
+from configs.process_reward import PRM
 from experiments import command, folders, reporting, solving, stages
 from experiments.settings import DataConfig, Shared
 from experiments.solving import SampleConfig, Solver
@@ -355,7 +356,10 @@ def main(config: ConfigDict, on_step: OnStep | None = None) -> None:
             argument=common.stage_argument("process_reward", settings, *variants),
             build=inputs.build,
         )
-        for name, place, variants in (("prm", inputs.prm, ()), ("orm", inputs.orm, ("outcome",)))
+        for name, place, variants in (
+            ("prm", inputs.prm, (PRM,)),
+            ("orm", inputs.orm, ("outcome",)),
+        )
     }
     date = folders.date(settings.workdir)
     tokenizer = stages.load_tokenizer(folder, date=date)
