@@ -254,8 +254,10 @@ def measure(
     ]
     found_at = [step_metrics.first_error(found, threshold=bar) for found in scores]
     errors = step_metrics.first_error_f1(found_at, wrong_at)
+    # An outcome model says it at the end; by the others each step has to hold.
+    last = settings.loss.supervision == OUTCOME
     known = [
-        ((found[-1] > bar), one.right == 1.0)
+        ((found[-1] if last else min(found)) > bar, one.right == 1.0)
         for one, found in zip(solutions, scores, strict=True)
         if not np.isnan(one.right)
     ]
