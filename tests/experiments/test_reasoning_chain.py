@@ -35,7 +35,7 @@ def run(experiment: str, argument: str, root: Path, **settings) -> Path:
     return Path(common.resolve(config).workdir)
 
 
-@pytest.mark.parametrize("variant", ["", "outcome", "rollouts", "last_token"])
+@pytest.mark.parametrize("variant", ["", "outcome", "rollouts", "last_token", "likelihood"])
 def test_a_reward_model_of_solutions(root, variant):
     folder = run("process_reward", variant, root)
     summary = read_summary(folder)
