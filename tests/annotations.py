@@ -38,9 +38,13 @@ def make_file(path: Path, items: list[Item], bounds: tuple[int, int] = (1, 5)) -
 
 def event(item: Item, annotator: str, answer: Any, **others: Any) -> Event:
     """An answer with the texts in their own order."""
-    order = tuple(range(len(item.texts)))
-    fields = {"key": f"{annotator}/{item.id}", "time": "2026-11-27T00:00:00+00:00", "seconds": 2.0}
-    return Event(ANSWER, item.id, annotator, order=order, answer=answer, **{**fields, **others})
+    fields: dict[str, Any] = {
+        "key": f"{annotator}/{item.id}",
+        "time": "2026-11-27T00:00:00+00:00",
+        "seconds": 2.0,
+        "order": tuple(range(len(item.texts))),
+    }
+    return Event(ANSWER, item.id, annotator, answer=answer, **(fields | others))
 
 
 def draw(mode: str, count: int, generator: random.Random) -> Any:

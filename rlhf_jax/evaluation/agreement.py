@@ -149,6 +149,47 @@ def cohen_kappa(one: Any, other: Any, *, seed: int = 0) -> Interval:
     return bootstrap_interval(np.arange(len(a)), kappa, seed=seed)
 
 
+<<<<<<< HEAD
+=======
+def clustered_kappa(one: Any, other: Any, clusters: Any, *, seed: int = 0) -> Interval:
+    """`cohen_kappa` of items that belong together, as the steps of a solution.
+
+    Clusters are drawn with replacement, not items: what two raters make of one step says something
+    of the next. The value is that of `cohen_kappa`.
+
+    Args:
+      one: [N], what a rater says.
+      other: [N], what the other says of the same items.
+      clusters: [N], the cluster of each item.
+      seed: of the bootstrap.
+
+    Returns:
+      An `Interval`.
+
+    Raises:
+      ValueError: the numbers of items differ, or there is none.
+    """
+    a, b, groups = np.asarray(one), np.asarray(other), np.asarray(clusters)
+    if not a.shape == b.shape == groups.shape or a.ndim != 1 or not a.size:
+        raise ValueError(f"need [N] each of N > 0 items, got {a.shape}, {b.shape}, {groups.shape}")
+    names, where = np.unique(groups, return_inverse=True)
+    kinds = np.unique(np.concatenate([a, b]))
+    # How often one says a kind and the other another, [clusters, kinds, kinds].
+    tables = np.zeros((len(names), len(kinds), len(kinds)))
+    np.add.at(tables, (where, np.searchsorted(kinds, a), np.searchsorted(kinds, b)), 1)
+
+    def kappa(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+        table = tables[drawn.astype(np.int64)].sum(-3)
+        table /= table.sum((-2, -1), keepdims=True)
+        observed = np.trace(table, axis1=-2, axis2=-1)
+        beyond = 1 - np.sum(table.sum(-1) * table.sum(-2), -1)
+        said = beyond > 1e-12
+        return np.where(said, (observed - 1 + beyond) / np.where(said, beyond, 1.0), 0.0)
+
+    return bootstrap_interval(np.arange(len(names)), kappa, seed=seed)
+
+
+>>>>>>> annotate
 def measured_agreement(
     judge: Judge,
     what: str,

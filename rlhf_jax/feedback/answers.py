@@ -93,6 +93,29 @@ def to_shown(mode: str, answer: Answer, order: Sequence[int]) -> Answer:
     return answer
 
 
+def outcome(mode: str, answer: Answer, one: int, other: int) -> int | None:
+    """Which of two texts an answer to a pair or a ranking prefers.
+
+    Args:
+      mode: "pair" or "ranking".
+      answer: in the item's own order of texts.
+      one: index of a text.
+      other: index of another.
+
+    Returns:
+      1 for `one`, -1 for `other`, 0 for a tie; None where the answer does not say, as of two
+      responses without a rank.
+
+    >>> outcome("ranking", [2, 1, None, None], 0, 3), outcome("ranking", [2, 1, None, None], 2, 3)
+    (1, None)
+    """
+    if mode == PAIR:
+        return 0 if answer == TIE else 1 if answer == one else -1
+    assert isinstance(answer, list)
+    ranks = [rank if (rank := answer[text]) is not None else math.inf for text in (one, other)]
+    return None if ranks[0] == ranks[1] else 1 if ranks[0] < ranks[1] else -1
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

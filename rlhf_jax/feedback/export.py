@@ -29,7 +29,7 @@ from rlhf_jax.data.convert import first_text
 from rlhf_jax.data.schemas import DropCounts, Row
 from rlhf_jax.data.solutions import Solution, write_solutions
 from rlhf_jax.data.splits import SPLITS, split_of
-from rlhf_jax.feedback.answers import PAIR, RANKING, SCORE, STEPS, TIE, Answer
+from rlhf_jax.feedback.answers import RANKING, SCORE, STEPS, outcome
 from rlhf_jax.feedback.judgements import Judgements
 from rlhf_jax.runtime.files import make_folder, put, write_whole
 
@@ -60,29 +60,6 @@ def tables(judgements: Judgements, drops: DropCounts, *, min_gap: float = 1.0) -
         return {SOLUTIONS: _solutions(judgements, drops)}
     made = {PAIRS: _pairs(judgements, drops)}
     return made | ({RANKINGS: _rankings(judgements)} if judgements.mode == RANKING else {})
-
-
-def outcome(mode: str, answer: Answer, one: int, other: int) -> int | None:
-    """Which of two texts an answer to a pair or a ranking prefers.
-
-    Args:
-      mode: "pair" or "ranking".
-      answer: in the item's own order of texts.
-      one: index of a text.
-      other: index of another.
-
-    Returns:
-      1 for `one`, -1 for `other`, 0 for a tie; None where the answer does not say, as of two
-      responses without a rank.
-
-    >>> outcome("ranking", [2, 1, None, None], 0, 3), outcome("ranking", [2, 1, None, None], 2, 3)
-    (1, None)
-    """
-    if mode == PAIR:
-        return 0 if answer == TIE else 1 if answer == one else -1
-    assert isinstance(answer, list)
-    ranks = [rank if (rank := answer[text]) is not None else np.inf for text in (one, other)]
-    return None if ranks[0] == ranks[1] else 1 if ranks[0] < ranks[1] else -1
 
 
 def _pairs(judgements: Judgements, drops: DropCounts) -> list[Row]:
