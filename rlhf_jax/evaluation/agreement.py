@@ -149,8 +149,6 @@ def cohen_kappa(one: Any, other: Any, *, seed: int = 0) -> Interval:
     return bootstrap_interval(np.arange(len(a)), kappa, seed=seed)
 
 
-<<<<<<< HEAD
-=======
 def clustered_kappa(one: Any, other: Any, clusters: Any, *, seed: int = 0) -> Interval:
     """`cohen_kappa` of items that belong together, as the steps of a solution.
 
@@ -189,7 +187,6 @@ def clustered_kappa(one: Any, other: Any, clusters: Any, *, seed: int = 0) -> In
     return bootstrap_interval(np.arange(len(names)), kappa, seed=seed)
 
 
->>>>>>> annotate
 def measured_agreement(
     judge: Judge,
     what: str,
