@@ -26,11 +26,12 @@ logger = logging.getLogger(__name__)
 
 _SECTION = re.compile(r"(Args|Attributes|Fields|Raises|Returns|Yields)\b[^.]*:$")
 _NAME = re.compile(r"[A-Za-z_][\w.]*(\(\))?")
-# Code in backticks, or a letter with an index or a power (and then perhaps + or - of a pair).
+# Code in backticks, or a letter with an index or a power (and then perhaps + or - of a pair); what
+# a colon follows is the name of an argument.
 _MARKED = re.compile(
     r"``[^`]+``|`(?P<code>[^`]+)`"
     r"|(?<![\w`\\.\"])(?P<symbol>[A-Za-zα-ωΑ-ΩÀ-ž][\u0302\u0303\u0304]?[⁺⁻]?"
-    r"(?:[_^](?:\{[^{}]*\}|[A-Za-z0-9α-ω]+(?:\.\d+)?)){1,2}[⁺⁻]?)(?![\w_`\"])"
+    r"(?:[_^](?:\{[^{}]*\}|[A-Za-z0-9α-ω]+(?:\.\d+)?)){1,2}[⁺⁻]?)(?![\w_`\"]|: )"
 )
 # `length_power: a.` is a sentence, not the first item of a list.
 _ENUMERATOR = re.compile(r"^(\s*(?:\w+: )?)([A-Za-z0-9]+\.(?:\s|$))")
