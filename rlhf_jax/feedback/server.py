@@ -134,7 +134,8 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), *safe]
             await send(message)
 
-        if scope["type"] != "http":
+        if scope["type"] != "http":  # the server's own start and end; there are no web sockets
+            await self._app(scope, receive, send)
             return
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
         why = self._access.refusal(headers)
