@@ -51,8 +51,8 @@ def krippendorff_alpha(
       UndefinedError: no unit has two ratings, or all of those are one value.
       ValueError: ratings are not [R, U] or infinite, the level is none, or clusters are not [U].
 
-    >>> krippendorff_alpha([[1, 2, 3, 3], [1, 2, 3, 2]], "nominal").value.__round__(3)
-    0.696
+    >>> round(krippendorff_alpha([[1, 2, 3, 3], [1, 2, 3, 2]], "nominal").value, 3)
+    0.667
     """
     rated = np.asarray(ratings, np.float64)
     if rated.ndim != 2 or np.isinf(rated).any():
