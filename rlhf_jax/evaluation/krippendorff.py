@@ -23,19 +23,20 @@ def krippendorff_alpha(
 ) -> Interval:
     """Agreement of raters on units, with a 95% bootstrap interval.
 
-        α = 1 − (n − 1) Σ_{c,k} o_{ck} δ_{ck} / Σ_{c,k} n_c n_k δ_{ck}
+        α = 1 − (n − 1) Σ_{c,k} o_{c,k} δ_{c,k} / Σ_{c,k} n_c n_k δ_{c,k}
 
-    Here o_ck = Σ_u (pairs of ratings c, k of unit u) / (m_u − 1) are the coincidences of the units
-    with m_u ≥ 2 ratings, n_c = Σ_k o_ck and n = Σ_c n_c. The difference δ_ck is, by level:
+    Here o_{c,k} = Σ_u (pairs of ratings c, k of unit u) / (m_u − 1) are the coincidences of the
+    units with m_u ≥ 2 ratings, n_c = Σ_k o_{c,k} and n = Σ_c n_c. The difference δ_{c,k} is, by
+    level:
 
-        nominal: δ_{ck} = 1[c ≠ k]
-        interval: δ_{ck} = (c − k)²
-        ordinal: δ_{ck} = (Σ_{g=c}^{k} n_g − (n_c + n_k) / 2)²
+        nominal: δ_{c,k} = 1[c ≠ k]
+        interval: δ_{c,k} = (c − k)²
+        ordinal: δ_{c,k} = (Σ_{g=c}^{k} n_g − (n_c + n_k) / 2)²
 
     1 is full agreement, 0 that of chance. The interval draws clusters with replacement; a draw in
     which everything is one value tells nothing and counts as 0.
 
-    Source: Krippendorff 2011, sections C and E.
+    Source: Krippendorff 2011, section C.
 
     Args:
       ratings: float [R, U], of R raters on U units; NaN where one said nothing.
@@ -50,8 +51,8 @@ def krippendorff_alpha(
       UndefinedError: no unit has two ratings, or all of those are one value.
       ValueError: ratings are not [R, U] or infinite, the level is none, or clusters are not [U].
 
-    >>> krippendorff_alpha([[1, 2, 3, 3], [1, 2, 3, 2]], "nominal").value.__round__(3)
-    0.696
+    >>> round(krippendorff_alpha([[1, 2, 3, 3], [1, 2, 3, 2]], "nominal").value, 3)
+    0.667
     """
     rated = np.asarray(ratings, np.float64)
     if rated.ndim != 2 or np.isinf(rated).any():
