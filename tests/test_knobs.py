@@ -342,7 +342,7 @@ def test_guards_refuse_by_their_name(knobs, experiment):
 @pytest.mark.slow
 def test_a_run_without_a_change_leaves_the_same_notes(tmp_path):
     """The control, on runs of its own: what jax traced before may name a program's parts anew."""
-    for experiment in EXPERIMENTS:
+    for experiment in ("sft", "ppo_max", "search"):
         (tmp_path / experiment).mkdir()
         assert Knobs(experiment, tmp_path / experiment).seen("log.wandb", False) == ""
 

@@ -35,7 +35,7 @@ def run(experiment: str, argument: str, root: Path, **settings) -> Path:
     return Path(common.resolve(config).workdir)
 
 
-@pytest.mark.parametrize("variant", ["", "outcome", "rollouts", "last_token", "likelihood"])
+@pytest.mark.parametrize("variant", ["", "outcome", "rollouts", "likelihood"])
 def test_a_reward_model_of_solutions(root, variant):
     folder = run("process_reward", variant, root)
     summary = read_summary(folder)
@@ -48,9 +48,8 @@ def test_a_reward_model_of_solutions(root, variant):
     report = (folder / "report.md").read_text()
     assert "| step" in report and "P(right)" in report
     # It is a language model, whose run says what its label tokens are.
-    assert solving.learned_by(str(folder / "model")).supervision == (
-        "outcome" if variant == "outcome" else "process"
-    )
+    wanted = variant if variant in ("outcome", "likelihood") else "process"
+    assert solving.learned_by(str(folder / "model")).supervision == wanted
 
 
 def test_labels_by_people(root, tmp_path):
@@ -89,7 +88,7 @@ def test_search_compares_every_way_over_all_seeds(root):
     assert "PRM-weighted vote minus majority" in (folder / "report.md").read_text()
 
 
-@pytest.mark.parametrize("variant", ["", "all_right", "orm", "prm", "control", "continued"])
+@pytest.mark.parametrize("variant", ["", "orm", "prm", "control", "continued"])
 def test_rounds_of_expert_iteration(root, variant, monkeypatch):
     # So small a policy is right by luck; the verifier is lenient, and the rounds have to do.
     lenient(monkeypatch)
