@@ -137,7 +137,8 @@ def test_scores_by_keys(browser, serve):
     site = serve(make_items("score", 3))
     given = {submit(browser, key): int(key) for key in "153"}
     assert {item: said.answer for item, said in site.answers().items()} == given
-    assert all(said.seconds > 0 for said in site.answers().values())
+    # A browser's clock is coarse: one key may come in no time.
+    assert sum(said.seconds for said in site.answers().values()) > 0
 
 
 def test_rankings_by_keys_and_by_dragging(browser, serve):
