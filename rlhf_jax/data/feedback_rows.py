@@ -115,7 +115,7 @@ def as_pairs(row: Row) -> list[Row]:
     Raises:
       ValueError: see `scored_row`.
     """
-    if "responses" not in row:
+    if "responses" not in row or "chosen" in row:  # says itself which pair it is
         return [row]
     scored = scored_row(row)
     responses, scores = scored["responses"], scored["scores"]

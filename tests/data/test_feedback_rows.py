@@ -67,6 +67,11 @@ def test_pairs_of_scores_have_margins_and_ties_none():
     ]
 
 
+def test_a_row_that_names_its_pair_is_that_pair():
+    named = row(scores=[2, -1.5, 0]) | {"chosen": "good", "rejected": "bad"}
+    assert as_pairs(named) == [named]
+
+
 def test_votes_give_the_share_of_raters_by_counting():
     votes = [[3, 0], [1, 1, -1], [0]]
     for pair in as_pairs(row(votes=votes)):
