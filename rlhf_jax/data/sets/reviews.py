@@ -66,14 +66,25 @@ def load_reviews(
     unknown = [d for d in domains if d not in DOMAINS]
     if unknown:
         raise ValueError(f"domains={unknown} must be among {', '.join(DOMAINS)}")
-    reviews: list[Review] = []
     archive = str(archives.fetch("vaderSentiment"))
+    reviews, dropped = _selected(archive, tuple(domains), split)
+    if drops is not None:
+        drops.update(dropped)
+    return list(reviews)
+
+
+@functools.lru_cache(maxsize=32)
+def _selected(
+    archive: str, domains: tuple[str, ...], split: str
+) -> tuple[tuple[Review, ...], DropCounts]:
+    """The reviews of a split, chosen once in the life of a process: every text is hashed."""
+    reviews: list[Review] = []
+    drops = DropCounts()
     for domain in domains:
         parsed, dropped = _read_domain(archive, domain)
         reviews += parsed
-        if drops is not None:
-            drops.update(dropped)
-    return select(reviews, split, drops=drops)
+        drops.update(dropped)
+    return tuple(select(reviews, split, drops=drops)), drops
 
 
 @functools.lru_cache

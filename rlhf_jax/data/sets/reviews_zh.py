@@ -32,7 +32,16 @@ def load_reviews(split: str, *, drops: DropCounts | None = None) -> list[Review]
       ValueError: an unknown split.
       archives.AssetError: the archive cannot be fetched.
     """
-    return select(_all_reviews(), split, drops=drops)
+    reviews, dropped = _selected(split)
+    if drops is not None:
+        drops.update(dropped)
+    return list(reviews)
+
+
+@functools.lru_cache(maxsize=4)
+def _selected(split: str) -> tuple[tuple[Review, ...], DropCounts]:
+    drops = DropCounts()
+    return tuple(select(_all_reviews(), split, drops=drops)), drops
 
 
 @functools.lru_cache(maxsize=1)
