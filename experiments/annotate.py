@@ -40,7 +40,7 @@ def open_store(options: argparse.Namespace) -> store.Store:
     found = []
     if options.sources:
         drops = DropCounts()
-        files = [_file(Path(source)) for source in options.sources]
+        files = [_file(Path(name)) for name in options.sources]
         found = items.read_items(files, options.mode, drops, limit=options.limit)
         print(f"items of {', '.join(map(str, files))}: {drops.summary()}")
     if not path.exists():

@@ -68,9 +68,9 @@ def gold_argument(scale: str, source: str = "reviews") -> str:
     Raises:
       ValueError: the scale, or the source, has none.
     """
-    # Variants of the data are named after their source, or after its end.
-    language = ["zh"] if source == "reviews_zh" else []
-    argument = ",".join([common.scale_of_stage("reward_model", scale), *language, "gold"])
+    variant = make_task(TaskConfig(source)).variant
+    parts = [common.scale_of_stage("reward_model", scale), *([variant] if variant else []), "gold"]
+    argument = ",".join(parts)
     trained_on = reward_model_configs.get_config(argument).data.source
     if type(make_task(TaskConfig(source))) is not type(make_task(TaskConfig(trained_on))):
         raise ValueError(

@@ -15,6 +15,7 @@ class ReviewsZh(Reviews):
 
     reads = ("half", "limit", "min_gap")
     judges = ()
+    variant = "zh"
 
     def __init__(self, config: TaskConfig):
         super().__init__(config)

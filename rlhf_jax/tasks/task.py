@@ -84,6 +84,7 @@ class Task(abc.ABC):
         rows; documents and prompts are limited for every task.
       judges: names of the judges that may speak of the task; none if nothing but a reward model or
         a judge that the user names can.
+      variant: of the configs, that reads the task in place of their own; none for most.
       can_stream: whether `stream:` may be put before the source.
       digests: of the rows that were read so far, by kind and split, see `data.digests`. Rows of a
         stream are not among them: its position holds theirs.
@@ -93,6 +94,7 @@ class Task(abc.ABC):
 
     reads: ClassVar[tuple[str, ...]] = ()
     judges: tuple[str, ...] = ()
+    variant: ClassVar[str] = ""
     can_stream: ClassVar[bool] = False
 
     def __init__(self, config: TaskConfig):

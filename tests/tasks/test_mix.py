@@ -132,7 +132,10 @@ def test_only_who_may_judge_every_part_judges(folders, monkeypatch):
         ("0@reviews+1@harm", r"weights 0, 1: "),
         ("0.5@reviews+5@harm", r"weights 0.5, 5"),
         ("0.5@reviews+0.5@books", r"source='books' must be one of"),
-        ("0.5@reviews+0.5@stream:hh", r"'stream:hh' cannot be part of a mixture, only reviews, hh"),
+        (
+            "0.5@reviews+0.5@stream:hh",
+            r"'stream:hh' cannot be part of a mixture, only reviews, reviews_zh",
+        ),
         ("0.5@reviews+0.5@mix:1@hh", r"'mix:1@hh' cannot be part of a mixture"),
     ],
 )

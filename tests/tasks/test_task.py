@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("books", r"source='books' must be one of reviews, hh, jsonl, harm, llamafactory"),
+        ("books", r"source='books' must be one of reviews, reviews_zh, hh, jsonl, harm"),
         ("pyrit", r"source='pyrit' .* use harm"),
         ("stream:reviews", r"'stream:reviews' cannot be streamed: only hh and jsonl can"),
         ("stream:harm", r"'stream:harm' cannot be streamed"),
