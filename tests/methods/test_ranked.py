@@ -1,5 +1,7 @@
 """Reward models from scores and rankings: by hand, whatever the microbatches and the padding."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +45,12 @@ def model():
     return tiny.scalar_model(tiny.model_config(vocab_size=40))
 
 
+@functools.partial(tiny.jit, static_argnames="config")
+def loss_of(batch, config):
+    return ranked.loss_fn(model(), ranked.prepare(batch), config=config)
+
+
+@functools.cache
 def rewards():
     one = model()
     return [
@@ -78,7 +86,7 @@ def by_hand(comparisons):
 @pytest.mark.parametrize(("rows", "width"), [(4, 12), (7, 20)])
 def test_the_loss_is_the_formula_whatever_the_padding(comparisons, rows, width):
     config = RewardModelConfig(comparisons=comparisons)
-    loss, metrics = ranked.loss_fn(model(), ranked.prepare(batch(rows, width)), config=config)
+    loss, metrics = loss_of(batch(rows, width), config)
     np.testing.assert_allclose(loss, by_hand(comparisons), rtol=2e-5)
     found = rewards()
     ordered = [(found[0][0], found[0][1]), (found[0][0], found[0][2]), (found[1][0], found[1][1])]
@@ -91,14 +99,14 @@ def test_the_loss_is_the_formula_whatever_the_padding(comparisons, rows, width):
 def test_the_lm_loss_reads_the_best_response_alone():
     config = RewardModelConfig(comparisons="listwise", lm_coef=0.5)
     whole = batch()
-    loss, metrics = ranked.loss_fn(model(), ranked.prepare(whole), config=config)
+    loss, metrics = loss_of(whole, config)
     np.testing.assert_allclose(loss, metrics["loss/ranked"] + 0.5 * metrics["loss/lm"], rtol=1e-6)
     changed = dict(whole)
     changed["loss_mask"] = whole["loss_mask"].at[:, 1:].set(False)
-    _, same = ranked.loss_fn(model(), ranked.prepare(changed), config=config)
+    _, same = loss_of(changed, config)
     np.testing.assert_allclose(same["loss/lm"], metrics["loss/lm"], rtol=1e-6)
     changed["loss_mask"] = whole["loss_mask"].at[0, 0].set(False)
-    _, other = ranked.loss_fn(model(), ranked.prepare(changed), config=config)
+    _, other = loss_of(changed, config)
     assert abs(other["loss/lm"] - metrics["loss/lm"]) > 1e-6
 
 
