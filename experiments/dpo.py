@@ -39,7 +39,7 @@ from rlhf_jax.data.batches import PairBatches, once_pairs
 from rlhf_jax.data.store import margins_of
 from rlhf_jax.evaluation.comparison import Interval, bootstrap_interval, paired_outcomes
 from rlhf_jax.evaluation.judges import Judge, judge_pairs
-from rlhf_jax.evaluation.panels import DPO_PANELS, PPO_PANELS
+from rlhf_jax.evaluation.panels import ANSWER_PANELS, DPO_PANELS
 from rlhf_jax.evaluation.plots import plot_dpo
 from rlhf_jax.methods import dpo, reward_model
 from rlhf_jax.methods.dpo import DPOConfig, PairSet
@@ -55,9 +55,7 @@ from rlhf_jax.training.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.training.run import OnStep
 from rlhf_jax.training.step import create_state
 
-# The curves of sampled responses that show what DPO does to the policy.
-_SAMPLED = {"win_rate/*", "policy/kl_ref_sequence", "policy/perplexity", "response/distinct_2"}
-PANELS = (*DPO_PANELS, *(panel for panel in PPO_PANELS if _SAMPLED & set(panel.metrics)))
+PANELS = (*DPO_PANELS, *ANSWER_PANELS)
 
 
 @dataclasses.dataclass(frozen=True)

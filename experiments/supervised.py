@@ -42,7 +42,7 @@ from experiments.settings import (
 from rlhf_jax.data.candidates import CandidateBatches, Candidates, encode_candidates, of_pairs
 from rlhf_jax.data.schemas import DropCounts
 from rlhf_jax.data.templates import ChatTokenizer
-from rlhf_jax.evaluation.panels import PPO_PANELS, SUPERVISED_PANELS
+from rlhf_jax.evaluation.panels import ANSWER_PANELS, SUPERVISED_PANELS
 from rlhf_jax.evaluation.plots import plot_dpo
 from rlhf_jax.methods import supervised
 from rlhf_jax.methods.supervised import CandidateTrainConfig, SupervisedConfig
@@ -58,9 +58,7 @@ from rlhf_jax.training.run import OnStep
 from rlhf_jax.training.step import create_state
 
 SAMPLES, PAIRS, FILE = "samples", "pairs", "jsonl:"
-# The curves of sampled responses that show what training does to the policy.
-_SAMPLED = {"win_rate/*", "policy/kl_ref_sequence", "policy/perplexity", "response/distinct_2"}
-PANELS = (*SUPERVISED_PANELS, *(panel for panel in PPO_PANELS if _SAMPLED & set(panel.metrics)))
+PANELS = (*SUPERVISED_PANELS, *ANSWER_PANELS)
 
 
 @dataclasses.dataclass(frozen=True)

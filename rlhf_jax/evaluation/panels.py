@@ -53,6 +53,10 @@ PPO_PANELS = (
     Panel("Entropy", "nats per token", {"policy/entropy": ""}),
 )
 
+# Of these the curves of sampled responses, which show what any training does to a policy.
+_SAMPLED = {"win_rate/*", "policy/kl_ref_sequence", "policy/perplexity", "response/distinct_2"}
+ANSWER_PANELS = tuple(panel for panel in PPO_PANELS if _SAMPLED & set(panel.metrics))
+
 DPO_PANELS = (
     Panel("Loss", "nats", {"loss/dpo": ""}),
     Panel("Implicit accuracy", "share of pairs", {"dpo/accuracy": ""}, baseline=0.5),

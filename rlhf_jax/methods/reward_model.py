@@ -138,8 +138,8 @@ def loss_fn(
       model: trunk with a scalar head and an LM head.
       batch: tokens and segments `[B, 2, T]`, chosen first, and weights from `prepare`; where
         margins count, `margin` `[B]` in the units of the ratings; where labels are soft, `p_chosen`
-        `[B]`; with `ratings` `[B, 2]` all
-        texts of the batch are compared, not only those of a pair.
+        `[B]`; with `ratings` `[B, 2]` all texts of the batch are compared, not only those of a
+        pair.
       config: the loss.
     """
     pairs, _, width = batch["tokens"].shape
